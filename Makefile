@@ -1,0 +1,80 @@
+# Set-up is done once, in .venv, and again when pyproject.toml or constraints.txt change.
+# `make help` lists the targets; ARGS goes to train.py: make demo ARGS="env=toy seed=3".
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.set-up-done
+PORT ?= 5000
+ARGS ?=
+WORKERS ?= 2
+GL_PACKAGES := libegl1 libgl1 libgl1-mesa-dri
+
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup gl demo test ui doctor format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: setup ## set up, then train the demo (ARGS="env=toy seed=3" goes to train.py)
+	$(PY) train.py $(ARGS)
+
+test: setup ## set up, then lint, types and tests
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
+
+ui: setup ## open the MLflow pages of the runs on 127.0.0.1 (PORT=5000)
+	@test -f runs/mlflow.db || { echo "There are no runs yet: make demo" >&2; exit 1; }
+	@echo "Open http://127.0.0.1:$(PORT) and stop with Ctrl-C."
+	@$(VENV)/bin/mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
+		--backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db" \
+		--default-artifact-root "$(CURDIR)/runs/artifacts"
+
+doctor: $(STAMP) ## check this machine; the answer belongs into a bug report
+	@$(PY) -m mapo_lightning.doctor
+
+format: $(STAMP) ## mend what ruff can mend
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove caches and build folders; runs, data and .venv stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+setup: gl $(STAMP) ## virtual environment and system packages, where missing
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "There is no python3: install Python 3.11 or newer." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is older than 3.11: give another, make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments. Type this, then try again:" >&2; \
+		echo "  sudo apt-get install -y $$(basename "$(PYTHON)")-venv" >&2; exit 1; }
+	@test -x $(PY) || { echo "Making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
+	@echo "Installing the pinned set (a few minutes the first time)"
+	$(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Rendering without a display needs EGL and GL, which are system libraries. GL=skip leaves them alone.
+gl:
+	@if [ "$(GL)" = skip ] || [ "$$(uname -s)" != Linux ]; then exit 0; fi; \
+	if "$(PYTHON)" -c 'import ctypes; [ctypes.CDLL(n) for n in ("libEGL.so.1", "libGL.so.1")]' \
+		2>/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "libEGL.so.1 and libGL.so.1 are missing: install your system's EGL and Mesa packages" >&2; \
+		echo "(or go without rendering: make GL=skip ...)." >&2; exit 1; \
+	fi; \
+	if [ "$$(id -u)" = 0 ]; then as_root=; \
+	elif sudo -n true 2>/dev/null; then as_root="sudo -n"; \
+	else \
+		echo "Rendering needs system packages. Type this, then try again:" >&2; \
+		echo "  sudo apt-get update && sudo apt-get install -y $(GL_PACKAGES)" >&2; exit 1; \
+	fi; \
+	echo "Installing $(GL_PACKAGES)"; \
+	$$as_root apt-get update -qq && \
+	$$as_root env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends $(GL_PACKAGES)

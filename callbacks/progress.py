@@ -1,0 +1,56 @@
+"""One progress bar per phase, which says what it is doing and how long it will take."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import lightning as L
+from tqdm import tqdm
+
+
+class PhaseProgress(L.Callback):
+    """Bar over optimiser updates, with the phase's name, the loss and the latest return.
+
+    Args:
+        phase: Shown in front of the bar.
+        watch: Short name -> logged metric, shown behind it.
+    """
+
+    def __init__(self, phase: str, watch: dict[str, str]) -> None:
+        self.phase, self.watch = phase, watch
+        self.bar: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar."""
+        if trainer.is_global_zero:
+            # A log file wants a line now and then, a terminal ten a second.
+            pause = 0.1 if sys.stderr.isatty() else 15.0
+            self.bar = tqdm(
+                total=trainer.max_steps,
+                initial=trainer.global_step,
+                desc=self.phase,
+                unit="update",
+                mininterval=pause,
+                dynamic_ncols=True,
+            )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Move the bar."""
+        if self.bar is None:
+            return
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            seen = trainer.callback_metrics
+            shown = {k: f"{float(seen[m]):.4g}" for k, m in self.watch.items() if m in seen}
+            if getattr(pl_module, "env_frames", None) is not None:
+                shown = {"frames": f"{pl_module.env_frames:,}"} | shown
+            self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Close the bar, however training ended."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

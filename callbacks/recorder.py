@@ -1,0 +1,263 @@
+"""MLflowRecorder: everything about a run that is not a loss curve."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import ModelCheckpoint
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from mapo_lightning import artifacts, mlflow_store
+from mapo_lightning.provenance import git_state, versions
+from mapo_lightning.tracking import RunLogger
+from mapo_lightning.types import Frames
+
+
+class LabelExample(Protocol):
+    """A window of frames with what the describer said about it."""
+
+    @property
+    def frames(self) -> Frames:
+        """(4, H, W, 3) uint8."""
+
+    @property
+    def video(self) -> object:
+        """Path or name of the video."""
+
+    @property
+    def start(self) -> int:
+        """Index of the window's first frame."""
+
+    @property
+    def text(self) -> str:
+        """The describer's words."""
+
+    @property
+    def status(self) -> str:
+        """How they were read: slots, prose, null or unreadable."""
+
+
+def recorder_of(trainer: L.Trainer) -> MLflowRecorder | None:
+    """Return the recorder among a trainer's callbacks, None where there is none."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c for c in callbacks if isinstance(c, MLflowRecorder)), None)
+
+
+class MLflowRecorder(L.Callback):
+    """Records configuration, versions, git state, timing, checkpoints, videos and tables.
+
+    Every method is safe on every rank and without a logger: it then does nothing.
+
+    Args:
+        config_yaml: The resolved run without secrets, logged as ``config.yaml``.
+        params: The same as dotted key -> value, logged as parameters.
+        tags: Further tags of the run.
+        every: Updates between two records of the timing.
+        system_metrics: Also record CPU, memory and GPU use.
+    """
+
+    def __init__(
+        self,
+        config_yaml: str = "",
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        every: int = 50,
+        system_metrics: bool = False,
+    ) -> None:
+        self.config_yaml, self.params, self.tags = config_yaml, dict(params or {}), dict(tags or {})
+        self.every, self.system_metrics = every, system_metrics
+        self._monitor: Any = None
+        self._reset_clock()
+        self._batch_ended = self._batch_began = 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record what the run is made of."""
+        run = _run_of(trainer)
+        if run is None:
+            return
+        root = Path.cwd()
+        git, found = git_state(root), versions()
+        tags = {f"version.{name}": version for name, version in found.items()} | self.tags
+        if git is not None:
+            tags |= {"git.commit": git.commit, "git.dirty": str(git.dirty).lower()}
+            if git.diff:
+                artifacts.log_text(run, git.diff, "git.diff")
+        run.attempt("tags", lambda: mlflow_store.set_tags(run.experiment, run.active_run, tags))
+        run.log_hyperparams(self.params)
+        artifacts.log_dict(run, found, "versions.json")
+        if self.config_yaml:
+            artifacts.log_text(run, self.config_yaml, "config.yaml")
+        if self.system_metrics:
+            self._monitor = mlflow_store.system_monitor(run.active_run)
+            self._monitor.start()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._reset_clock()
+        self._batch_ended = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Book the time since the last batch as waiting for data."""
+        self._batch_began = time.perf_counter()
+        self._wait += self._batch_began - self._batch_ended
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Log ``time/...`` every few updates; what other callbacks do counts as waiting."""
+        self._batch_ended = time.perf_counter()
+        self._busy += self._batch_ended - self._batch_began
+        self._batches += 1
+        if self._batches < self.every:
+            return
+        total = max(self._wait + self._busy, 1e-9)
+        figures = {
+            "time/updates_per_second": self._batches / total,
+            "time/data_wait_seconds": self._wait / self._batches,
+            "time/step_seconds": self._busy / self._batches,
+            "time/data_wait_share": self._wait / total,
+        }
+        pl_module.log_dict(figures, on_step=True, on_epoch=False, rank_zero_only=True)
+        self._reset_clock()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the checkpoints."""
+        self._close(trainer)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Record why the run ended early, and the checkpoints there are."""
+        run = _run_of(trainer)
+        if run is not None:
+            reason = f"{type(exception).__name__}: {exception}"
+            tags = {"failure": artifacts.plain_text(reason)}
+            run.attempt(
+                "the failure", lambda: mlflow_store.set_tags(run.experiment, run.active_run, tags)
+            )
+        self._close(trainer)
+
+    def log_metrics(self, trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
+        """Record values at a point of the x-axis of the caller's choice."""
+        run = _run_of(trainer)
+        if run is not None:
+            run.log_metrics(metrics, step)
+
+    def log_video(
+        self, trainer: L.Trainer, name: str, frames_THWC: Frames, fps: float, step: int
+    ) -> None:
+        """Record a video as ``videos/<name>/step_00001200.mp4``.
+
+        Args:
+            trainer: The trainer at work.
+            name: What the video shows, such as ``dream``.
+            frames_THWC: RGB frames, (T, H, W, 3) uint8, T >= 1.
+            fps: Frames per second of the file.
+            step: The curve's x-axis at this moment.
+        """
+        artifacts.log_video(_run_of(trainer), frames_THWC, name, step, fps)
+
+    def log_image(
+        self, trainer: L.Trainer, name: str, image_HWC: NDArray[np.uint8], step: int
+    ) -> None:
+        """Record a picture, (H, W, 3) uint8, as ``images/<name>/step_00001200.png``."""
+        target = f"images/{name}/{artifacts.step_name(step)}.png"
+        artifacts.log_image(_run_of(trainer), image_HWC, target)
+
+    def log_html(self, trainer: L.Trainer, name: str, body: str, step: int) -> None:
+        """Record a page as ``pages/<name>/step_00001200.html``; the caller escapes the body."""
+        target = f"pages/{name}/{artifacts.step_name(step)}.html"
+        artifacts.log_html(_run_of(trainer), body, target, name)
+
+    def log_table(
+        self, trainer: L.Trainer, name: str, rows: Sequence[Mapping[str, object]], step: int
+    ) -> None:
+        """Record rows as ``tables/<name>/step_00001200.csv`` and ``.json``."""
+        artifacts.log_table(_run_of(trainer), rows, f"tables/{name}/{artifacts.step_name(step)}")
+
+    def log_phrases(self, trainer: L.Trainer, examples: Sequence[LabelExample], step: int) -> None:
+        """Record phrases next to their frames: one picture and one table in ``phrases/``."""
+        run = _run_of(trainer)
+        if run is None or not examples:
+            return
+        target = f"phrases/{artifacts.step_name(step)}"
+        artifacts.log_image(run, contact_sheet(examples), f"{target}.png")
+        rows = [
+            {
+                "video": Path(str(e.video)).name,
+                "start": e.start,
+                "status": e.status,
+                "text": artifacts.plain_text(e.text),
+            }
+            for e in examples
+        ]
+        artifacts.log_table(run, rows, target)
+
+    def _reset_clock(self) -> None:
+        self._wait = self._busy = 0.0
+        self._batches = 0
+
+    def _close(self, trainer: L.Trainer) -> None:
+        run = _run_of(trainer)
+        if run is None:
+            return
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
+        for checkpoint in trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, ModelCheckpoint):
+                paths = {checkpoint.last_model_path, checkpoint.best_model_path} - {""}
+                for path in sorted(paths):
+                    artifacts.log_file(run, Path(path), "checkpoints")
+        run.flush()
+
+
+def contact_sheet(
+    examples: Sequence[LabelExample], tile: int = 112, text_width: int = 560
+) -> NDArray[np.uint8]:
+    """Draw one row per example: its frames, then its words.
+
+    Args:
+        examples: Windows of frames, (4, H, W, 3) uint8 each.
+        tile: Height of a frame in the picture, in pixels.
+        text_width: Width of the words' column, in pixels.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    strips = [_strip(example.frames, tile) for example in examples]
+    widest = max(strip.width for strip in strips)
+    sheet = Image.new("RGB", (widest + text_width, (tile + 8) * len(strips)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for row, (strip, example) in enumerate(zip(strips, examples, strict=True)):
+        top = row * (tile + 8)
+        sheet.paste(strip, (0, top))
+        name = artifacts.plain_text(Path(str(example.video)).name)
+        head = f"{name}  frames from {example.start}  ({example.status})"
+        lines = [head, *textwrap.wrap(artifacts.plain_text(example.text), text_width // 8)[:4]]
+        draw.multiline_text((widest + 10, top + 6), "\n".join(lines), fill="black", font=font)
+    return np.asarray(sheet)
+
+
+def _strip(frames_THWC: Frames, height: int) -> Image.Image:
+    frames = [Image.fromarray(frame) for frame in frames_THWC]
+    width = max(1, round(frames[0].width * height / frames[0].height))
+    strip = Image.new("RGB", ((width + 2) * len(frames), height), "white")
+    for index, frame in enumerate(frames):
+        strip.paste(frame.resize((width, height)), (index * (width + 2), 0))
+    return strip
+
+
+def _run_of(trainer: L.Trainer) -> RunLogger | None:
+    if not trainer.is_global_zero:
+        return None
+    return next((x for x in trainer.loggers if isinstance(x, RunLogger)), None)

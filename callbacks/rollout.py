@@ -1,0 +1,112 @@
+"""Looks at the dream: open-loop videos, and how fast they drift from the truth."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+from callbacks.recorder import recorder_of
+from mapo_lightning.models.world_model import WorldModel
+from mapo_lightning.types import Batch, Frames
+
+HORIZONS = (1, 5, 10, 15)
+_ZOOM = 2
+
+
+class _HasRollouts(Protocol):
+    def rollout_batch(self, count: int) -> Batch: ...
+
+
+class ImaginationRollout(L.Callback):
+    """Show the model a few frames, let it dream the rest, and lay it beside the truth.
+
+    Args:
+        every: Updates between rollouts; one more is made at the end.
+        seen: Frames that the model is shown.
+        clips: Clips side by side in the video.
+        fps: Frames per second of the video.
+    """
+
+    def __init__(self, every: int, seen: int = 5, clips: int = 6, fps: int = 8) -> None:
+        self.every, self.seen, self.clips, self.fps = every, seen, clips, fps
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Roll out on schedule."""
+        if trainer.global_step % self.every == 0:
+            self._roll(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Roll out what the trained model dreams."""
+        if trainer.global_step % self.every:
+            self._roll(trainer, pl_module)
+
+    def _roll(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        recorder = recorder_of(trainer)
+        if not trainer.is_global_zero or recorder is None or trainer.logger is None:
+            return
+        data: _HasRollouts = trainer.datamodule  # type: ignore[attr-defined]
+        batch = {k: v.to(pl_module.device) for k, v in data.rollout_batch(self.clips).items()}
+        world_model = pl_module.world_model
+        assert isinstance(world_model, WorldModel)
+        was_training = world_model.training
+        world_model.eval()
+        dream = world_model.open_loop(batch, self.seen)
+        world_model.train(was_training)
+        truth = batch["obs"].float() / 255.0
+        frames = getattr(pl_module, "env_frames", None)
+        step = trainer.global_step if frames is None else frames
+        trainer.logger.log_metrics(drift(truth, dream, self.seen), step)
+        recorder.log_video(trainer, "rollout", strip(truth, dream, self.seen), self.fps, step)
+
+
+def drift(truth: Tensor, dream: Tensor, seen: int) -> dict[str, float]:
+    """PSNR (dB) and SSIM of the dream at each horizon, for frames (B, T, H, W, 3) in [0, 1].
+
+    ``rollout/psnr_still_*`` is what repeating the last shown frame would score: a dream that does not
+    beat it has only learned that things stay.
+    """
+    metrics: dict[str, float] = {}
+    still = truth[:, seen - 1].permute(0, 3, 1, 2)
+    for horizon in HORIZONS:
+        t = seen + horizon - 1
+        if t >= truth.shape[1]:
+            break
+        real, dreamt = (x[:, t].permute(0, 3, 1, 2) for x in (truth, dream))
+        psnr = peak_signal_noise_ratio(dreamt, real, data_range=1.0)
+        metrics[f"rollout/psnr_{horizon}"] = float(psnr)
+        ssim = structural_similarity_index_measure(dreamt, real, data_range=1.0)
+        assert isinstance(ssim, Tensor)
+        metrics[f"rollout/ssim_{horizon}"] = float(ssim)
+        metrics[f"rollout/psnr_still_{horizon}"] = float(
+            peak_signal_noise_ratio(still, real, data_range=1.0)
+        )
+    return metrics
+
+
+def strip(truth: Tensor, dream: Tensor, seen: int) -> Frames:
+    """Video frames with rows truth, dream, error and a column per clip, (T, H', W', 3) uint8.
+
+    The dream's row has a green edge while the model is shown the truth, a red one once it dreams.
+    """
+    rows = [truth, dream, (dream - truth).abs()]
+    tiles = torch.stack([row.cpu() for row in rows], dim=2)  # (B, T, row, H, W, 3)
+    pixels = (tiles.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    pixels = np.pad(pixels, ((0, 0), (0, 0), (0, 0), (2, 2), (2, 2), (0, 0)))
+    edge = np.zeros_like(pixels[:, :, 1], dtype=bool)
+    edge[:, :, :2], edge[:, :, -2:], edge[:, :, :, :2], edge[:, :, :, -2:] = True, True, True, True
+    for t in range(pixels.shape[1]):
+        colour = (60, 180, 75) if t < seen else (230, 60, 60)
+        pixels[:, t, 1][edge[:, t, :, :, 0]] = np.array(colour, np.uint8)
+    clips, steps, count, high, wide, _ = pixels.shape
+    flat = pixels.transpose(1, 2, 3, 0, 4, 5).reshape(steps, count * high, clips * wide, 3)
+    return flat.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)

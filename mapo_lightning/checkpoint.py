@@ -1,0 +1,108 @@
+"""Reads checkpoints: plain tensors, strings and numbers only, never code.
+
+Checkpoints are Lightning's, with one more entry, ``mapo``: the card (configuration, stage, widths,
+tracking run) that lets a file be used without the command that made it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mapo_lightning.types import CheckpointError
+
+
+class LoadReport(NamedTuple):
+    """What became of every part when a pre-trained model was taken over."""
+
+    loaded: tuple[str, ...]
+    """Parts whose weights come from the checkpoint."""
+    fresh: tuple[str, ...]
+    """Parts of the new model that start from their initialisation."""
+    ignored: tuple[str, ...]
+    """Parts of the checkpoint that the new model has no use for."""
+
+    def __str__(self) -> str:
+        named = {k: ", ".join(v) or "nothing" for k, v in self._asdict().items()}
+        return "loaded {loaded}; fresh {fresh}; ignored {ignored}".format(**named)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this package.
+
+    Raises:
+        CheckpointError: It is missing, damaged, holds code, or was not made by this package.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at '{path}'; give the path of a .ckpt file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"'{path}' is refused: it is damaged, or holds more than plain tensors, strings and "
+            "numbers; take an intact checkpoint of this package"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"'{path}' is damaged or not a checkpoint ({str(error).splitlines()[0]}); take an "
+            "earlier one from the same folder"
+        ) from error
+    if not isinstance(content, dict) or "mapo" not in content or "state_dict" not in content:
+        raise CheckpointError(f"'{path}' was not saved by this package: it has no 'mapo' card")
+    return content
+
+
+def load_pretrained(
+    world_model: nn.Module, checkpoint: Mapping[str, Any], parts: Sequence[str]
+) -> LoadReport:
+    """Take over named parts of a pre-trained world model, each of them exactly.
+
+    Args:
+        world_model: The model of the new stage.
+        checkpoint: As `read_checkpoint` gives it.
+        parts: Names of the children to take over, if the new model has them.
+
+    Raises:
+        CheckpointError: A tensor of a part is missing, left over or of another shape.
+    """
+    stored: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in checkpoint["state_dict"].items():
+        head, _, rest = key.partition(".")
+        if head == "world_model":
+            part, _, name = rest.partition(".")
+            stored.setdefault(part, {})[name] = tensor
+    children = {name: child for name, child in world_model.named_children() if child is not None}
+    children = {name: child for name, child in children.items() if any(child.state_dict())}
+    wanted = [name for name in parts if name in children]
+    made_by = checkpoint["mapo"].get("method", "another method")
+    for part in wanted:
+        _check_part(part, children[part].state_dict(), stored.get(part, {}), made_by)
+        children[part].load_state_dict(stored[part])
+    return LoadReport(
+        tuple(wanted),
+        tuple(name for name in children if name not in wanted),
+        tuple(name for name in stored if name not in wanted),
+    )
+
+
+def _check_part(
+    part: str, wanted: Mapping[str, Tensor], stored: Mapping[str, Tensor], made_by: str
+) -> None:
+    """Name the first tensor that does not fit."""
+    advice = f"the checkpoint was made with method={made_by}; use the same method= and size="
+    for name, tensor in wanted.items():
+        if name not in stored:
+            raise CheckpointError(f"the checkpoint has no '{part}.{name}': {advice}")
+        if stored[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"'{part}.{name}' is {tuple(stored[name].shape)} in the checkpoint and "
+                f"{tuple(tensor.shape)} in the model: {advice}"
+            )
+    for name in stored:
+        if name not in wanted:
+            raise CheckpointError(f"the model has no '{part}.{name}': {advice}")

@@ -1,0 +1,57 @@
+"""Takes a command line apart: ``key=value`` words, ``--help [PREFIX]`` and ``--show``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mapo_lightning.types import ConfigError
+
+
+@dataclass
+class CommandLine:
+    """The words of a command line, sorted."""
+
+    overrides: list[str] = field(default_factory=list)
+    """Words of the form ``name=value``, in their order."""
+
+    help: str | None = None
+    """What follows ``--help``; empty for the whole page, None where help is not wanted."""
+
+    show: bool = False
+    """Print the resolved run and stop."""
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> CommandLine:
+        """Sort the words.
+
+        Raises:
+            ConfigError: A word is neither an option nor ``name=value``.
+        """
+        words, rest = cls(), list(argv)
+        while rest:
+            word = rest.pop(0)
+            if word in ("--help", "-h"):
+                follows = bool(rest) and "=" not in rest[0] and not rest[0].startswith("-")
+                words.help = rest.pop(0) if follows else ""
+            elif word == "--show":
+                words.show = True
+            else:
+                words.overrides.append(_checked(word))
+        return words
+
+
+def _checked(word: str) -> str:
+    key, equals, value = word.partition("=")
+    bare = key.strip().lstrip("-+~")
+    if equals and value and bare and bare == key:
+        return word
+    if equals and not value and bare == key and key:
+        advice = f"write {key}=null to switch it off, or {key}=\"''\" for an empty text"
+    elif bare and equals:
+        advice = f"write {bare}={value}, without any sign before it"
+    elif bare:
+        advice = f"write {bare}=VALUE; the only options are --help [PREFIX] and --show"
+    else:
+        advice = "write name=value"
+    raise ConfigError(f"cannot read '{word}' on the command line: {advice}.")

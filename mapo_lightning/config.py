@@ -1,0 +1,166 @@
+"""One run, as nested dataclasses. Every room owns its own settings; this file only nests them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mapo_lightning.data.replay import ReplayConfig
+from mapo_lightning.data.windows import VideoDataConfig
+from mapo_lightning.envs.spec import EnvConfig
+from mapo_lightning.finetune import FinetuneConfig
+from mapo_lightning.models.actor_critic import AgentConfig
+from mapo_lightning.models.world_model import WorldModelConfig
+from mapo_lightning.pretrain import PretrainConfig
+from mapo_lightning.semantics.describer import VlmConfig
+from mapo_lightning.tracking import TrackingConfig
+from mapo_lightning.types import ConfigError
+
+
+@dataclass
+class DemoConfig:
+    """Videos that ``data=demo`` renders once; no actions are stored with them."""
+
+    scenes: list[str] = field(default_factory=list)
+    """Scenes as kind/name, for example dmc/walker_run, metaworld/door-open, toy/disc."""
+    clips_per_scene: int = 4
+    """Videos per scene."""
+    frames: int = 75
+    """Frames per video, at 25 frames per second."""
+    size: int = 256
+    """Height and width of the videos, in pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("clips_per_scene", "frames"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.size < 64 or self.size % 2:
+            raise ConfigError(f"size must be even and at least 64 pixels, got {self.size}")
+
+
+@dataclass
+class EvaluateConfig:
+    """Greedy episodes from a fixed list of reset seeds (O33)."""
+
+    episodes: int = 10
+    """Episodes per evaluation."""
+    seed: int = 1000
+    """First reset seed; the others follow it."""
+    every: int = 10_000
+    """Updates between evaluations in training; one more is made at the end."""
+    num_envs: int = 2
+    """Environments that play side by side."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "every", "num_envs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class CallbacksConfig:
+    """What happens around training."""
+
+    codebook: bool = True
+    """Move the codebook after each update; must be off for methods without one."""
+    rollout_every: int = 5000
+    """Updates between imagination rollouts; one more is made at the end."""
+    checkpoint_every: int = 5000
+    """Updates between checkpoints; one more is made at the end."""
+    phrases: int = 24
+    """Windows in the table of phrases that is recorded at the end of pre-training."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        for name in ("rollout_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class TrainerConfig:
+    """Hardware, and what Lightning's Trainer is told of it."""
+
+    accelerator: str = "auto"
+    """cpu, gpu, or auto."""
+    devices: int = 1
+    """Processes per node: one per device."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """auto, or ddp."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Numbers in the networks; KL terms, returns and distributions stay in float32."""
+    threads: int = 0
+    """Torch threads of each process; 0 leaves torch's choice. Tiny models want 1 or 2."""
+    deterministic: bool = False
+    """Refuse operations whose result depends on the order of threads."""
+    log_every: int = 50
+    """Updates between two points of a curve."""
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "num_nodes", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.threads < 0:
+            raise ConfigError(f"threads must not be negative, got {self.threads}")
+
+
+@dataclass
+class RunConfig:
+    """One run of train.py."""
+
+    stage: Literal["all", "pretrain", "finetune", "evaluate"] = "all"
+    """all: pre-train, fine-tune and evaluate in one go; or one of them."""
+    method: str = "mapo"
+    """Published system, for the record; chosen with method=NAME."""
+    seed: int = 0
+    """Of initialisation, sampling and environments."""
+    run_dir: str = ""
+    """Folder of this run; empty: runs/<date>-<method>-<task>."""
+    work_dir: str = "runs/cache"
+    """Folder that runs share: scanned videos and the label store."""
+    init_from: str | None = None
+    """Pre-training checkpoint that fine-tuning starts from; null starts fresh."""
+    checkpoint: str | None = None
+    """Fine-tuning checkpoint that stage=evaluate plays."""
+    resume: str | None = None
+    """Checkpoint whose training goes on, with its optimiser and counters."""
+    data: VideoDataConfig = field(default_factory=VideoDataConfig)
+    """Videos."""
+    demo: DemoConfig = field(default_factory=DemoConfig)
+    """Videos that the demo renders."""
+    vlm: VlmConfig = field(default_factory=VlmConfig)
+    """Who describes them."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """Task."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """Experience."""
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    """Plugs and sizes."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """Behaviour learning."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Stage 1."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Stage 2."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Test episodes."""
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    """What happens around training."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Hardware."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+
+    def __post_init__(self) -> None:
+        if self.stage == "evaluate" and not self.checkpoint:
+            raise ConfigError("stage=evaluate needs checkpoint=PATH of a fine-tuned agent")
+        if self.data.image_size != self.env.size:
+            raise ConfigError(
+                f"data.image_size and env.size must agree, got {self.data.image_size} and "
+                f"{self.env.size}"
+            )
+        if self.env.size != 64:
+            raise ConfigError(f"env.size must be 64, the side the networks have, got {self.env.size}")

@@ -1,0 +1,281 @@
+"""What an agent lived through, on disk: whole episodes in, random chunks out.
+
+An episode under way lies in memory; once ended it becomes one file. Chunks are read through
+memory maps, so memory does not grow with the replay.
+
+`Replay.state` names exactly the episodes of a moment. Files that the newest saved state names are
+not deleted before the next one is saved, so the newest checkpoint always finds its episodes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mapo_lightning.data.episodes import EpisodeFolder, GrowingEpisode, ReplayError, ReplaySpec
+from mapo_lightning.types import ConfigError
+
+__all__ = ["EntryId", "Replay", "ReplayConfig", "ReplayError", "ReplaySpec"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ReplayConfig:
+    """How much experience is kept, and how chunks are drawn from it."""
+
+    capacity: int = 1_000_000
+    """Agent steps kept by each rank; the oldest whole episodes leave first. On disk a step takes
+    12.3 kB for 64x64 pixels, and 2 bytes per number of an embedded phrase."""
+    prioritize_ends: bool = False
+    """Draw the last chunk of an episode more often (facts 6.2; published for Meta-World)."""
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ConfigError(f"capacity must be at least 1 agent step, got {self.capacity}")
+
+
+class EntryId(NamedTuple):
+    """Where an entry went; valid until its episode is evicted."""
+
+    episode: int  # counts the episodes begun, over all environments
+    entry: int  # 0 is the first observation of the episode
+
+
+class Replay:
+    """Disk-backed replay of one process; several environments may write side by side.
+
+    Args:
+        root: Folder of the episodes, made if missing. What an earlier run left there is not
+            sampled unless `restore` is called.
+        cfg: How much is kept, and how chunks are drawn.
+        spec: Shapes of an entry.
+    """
+
+    def __init__(self, root: Path, cfg: ReplayConfig, spec: ReplaySpec) -> None:
+        self.cfg, self.spec = cfg, spec
+        self.steps = 0
+        """Agent steps in the whole episodes held."""
+        self._folder = EpisodeFolder(Path(root), spec.dtype)
+        self._keys = frozenset(spec.dtype.names or ())
+        self._entries: dict[int, int] = {}  # episode -> its entries N + 1, oldest first
+        self._open: dict[int, tuple[int, GrowingEpisode]] = {}  # env -> (episode, so far)
+        self._next_episode = 0
+        self._saved: set[int] = set()  # episodes that the newest saved state names
+
+    @property
+    def episodes(self) -> int:
+        """Whole episodes held."""
+        return len(self._entries)
+
+    def add(self, env_id: int, step: Mapping[str, Any]) -> EntryId:
+        """Append one entry to the episode that an environment is in.
+
+        Args:
+            env_id: Which of the environments that write here.
+            step: All keys of `ReplaySpec.dtype`, without leading axes. ``is_first`` begins an
+                episode (an unfinished one is closed at its last entry), ``is_last`` ends it.
+
+        Returns:
+            Where the entry went, for `set_semantic`.
+
+        Raises:
+            ReplayError: Keys or shapes are wrong; no episode is under way; an episode outgrows
+                the capacity; or the disk is full.
+        """
+        if step.keys() != self._keys:
+            raise ReplayError(
+                f"a step must have the keys {', '.join(sorted(self._keys))}; missing or unknown: "
+                f"{', '.join(sorted(step.keys() ^ self._keys))}"
+            )
+        if step["is_first"]:
+            self._close(env_id, cut_short=True)
+            self._open[env_id] = (self._next_episode, GrowingEpisode(self.spec.dtype))
+            self._next_episode += 1
+        if env_id not in self._open:
+            raise ReplayError(
+                f"environment {env_id} has no episode under way: its first step must be is_first"
+            )
+        episode, growing = self._open[env_id]
+        if growing.length > self.cfg.capacity:
+            raise ReplayError(
+                f"an episode of environment {env_id} has outgrown the whole replay, "
+                f"{self.cfg.capacity} agent steps: set env.time_limit, or raise replay.capacity"
+            )
+        where = EntryId(episode, growing.length)
+        growing.append(step)
+        if step["is_last"]:
+            self._close(env_id, cut_short=False)
+        return where
+
+    def set_semantic(
+        self, where: EntryId, semantic: NDArray[Any], has_semantic: bool = True
+    ) -> bool:
+        """Fill in a label that came late.
+
+        Args:
+            where: What `add` returned.
+            semantic: Embedded phrase (V,).
+            has_semantic: Whether there was a significant action.
+
+        Returns:
+            False if the episode is gone by now, and nothing was done.
+        """
+        under_way = dict(self._open.values())
+        if where.episode in under_way:
+            entries = under_way[where.episode].entries
+        elif where.episode in self._entries:
+            entries = self._folder.open(where.episode, writable=True)
+        else:
+            return False
+        entries["semantic"][where.entry] = semantic
+        entries["has_semantic"][where.entry] = has_semantic
+        return True
+
+    def can_sample(self, length: int) -> bool:
+        """Whether any whole episode has at least ``length`` entries."""
+        return any(entries >= length for entries in self._entries.values())
+
+    def sample(self, rng: np.random.Generator, batch: int, length: int) -> dict[str, NDArray[Any]]:
+        """Draw chunks: an episode uniformly, then its start uniformly.
+
+        Args:
+            rng: Source of the draws.
+            batch: Number B of chunks.
+            length: Entries T of each; shorter episodes are not drawn from.
+
+        Returns:
+            Arrays (B, T, ...), keys and types as in the table of ``mapo_lightning.types``, and
+            ``is_last``. No chunk crosses an episode; ``is_first`` is as it was stored, so a chunk
+            from the middle of an episode has none.
+
+        Raises:
+            ReplayError: No whole episode is long enough, or a file was damaged meanwhile.
+        """
+        fitting = [e for e, entries in self._entries.items() if entries >= length]
+        if not fitting:
+            longest = max(self._entries.values(), default=0)
+            raise ReplayError(
+                f"chunks of {length} entries were asked for, but the longest of {self.episodes} "
+                f"whole episodes has {longest}: collect more first, or ask for shorter chunks"
+            )
+        out = np.empty((batch, length), self.spec.dtype)
+        for row in out:
+            episode = fitting[int(rng.integers(len(fitting)))]
+            start = self._draw_start(rng, self._entries[episode], length)
+            row[:] = self._folder.open(episode)[start : start + length]
+        arrays = {name: np.ascontiguousarray(out[name]) for name in self.spec.dtype.names or ()}
+        arrays["semantic"] = arrays["semantic"].astype(np.float32)
+        return arrays
+
+    def state(self) -> dict[str, Any]:
+        """Write the index and the episodes under way to disk.
+
+        Returns:
+            The index, plain numbers, for a checkpoint.
+
+        Raises:
+            ReplayError: The disk is full.
+        """
+        for episode, growing in self._open.values():
+            self._folder.write(episode, growing.entries)
+        index = {
+            "version": 1,
+            "next_episode": self._next_episode,
+            "episodes": [[episode, n] for episode, n in self._entries.items()],
+            "open": [[episode, growing.length] for episode, growing in self._open.values()],
+        }
+        self._folder.write_index(index)
+        kept = self._entries.keys() | {episode for episode, _ in self._open.values()}
+        for episode in self._saved - kept:
+            self._folder.delete(episode)
+        self._saved = set(kept)
+        return index
+
+    def restore(self, state: Mapping[str, Any] | None = None) -> None:
+        """Return to a saved state; what was under way then is closed as cut short.
+
+        Episodes written after that state are deleted: the resumed run lives through that time
+        again. Damaged or missing episodes are dropped with a warning each.
+
+        Args:
+            state: What `state` returned; None: the newest one in the folder.
+
+        Raises:
+            ReplayError: There is no state, or it is not one of a replay.
+        """
+        index = _checked(self._folder.read_index() if state is None else state)
+        self._entries, self._open, self.steps = {}, {}, 0
+        self._next_episode = index["next_episode"]
+        under_way = {episode for episode, _ in index["open"]}
+        for episode, entries in sorted([*index["episodes"], *index["open"]]):
+            if entries < 2:
+                continue  # a first observation alone is no agent step
+            try:
+                self._take_back(episode, entries, cut_short=episode in under_way)
+            except ReplayError as error:
+                log.warning("replay: dropped an episode of %d steps: %s", entries - 1, error)
+        self._folder.delete_all_but(set(self._entries))
+        self._saved = set(self._entries)
+        self._evict()
+
+    def _take_back(self, episode: int, entries: int, *, cut_short: bool) -> None:
+        found = self._folder.open(episode)
+        # One that was under way may have gone on after the state was saved.
+        if len(found) < entries or (len(found) > entries and not cut_short):
+            raise ReplayError(f"'{self._folder.path(episode)}' has {len(found)} entries")
+        if cut_short:
+            kept = np.array(found[:entries])
+            kept["is_last"][-1] = True
+            self._folder.write(episode, kept)
+        self._entries[episode] = entries
+        self.steps += entries - 1
+
+    def _draw_start(self, rng: np.random.Generator, entries: int, length: int) -> int:
+        last = entries - length
+        if not self.cfg.prioritize_ends:
+            return int(rng.integers(last + 1))
+        # All starts that would overrun the end stand for the last one (facts 6.2).
+        return min(int(rng.integers(entries + 1)), last)
+
+    def _close(self, env_id: int, *, cut_short: bool) -> None:
+        """Turn what is under way into a file that can be sampled."""
+        if env_id not in self._open:
+            return
+        episode, growing = self._open.pop(env_id)
+        entries = growing.entries
+        if len(entries) < 2:
+            return
+        if cut_short:
+            entries["is_last"][-1] = True
+        self._folder.write(episode, entries)
+        self._entries[episode] = len(entries)
+        self.steps += len(entries) - 1
+        self._evict()
+
+    def _evict(self) -> None:
+        while self.steps > self.cfg.capacity and len(self._entries) > 1:
+            episode = next(iter(self._entries))
+            self.steps -= self._entries.pop(episode) - 1
+            if episode not in self._saved:
+                self._folder.delete(episode)
+
+
+def _checked(index: Any) -> Mapping[str, Any]:
+    """Accept an index only if it is made of the numbers that `Replay.state` writes."""
+    try:
+        pairs = [*index["episodes"], *index["open"]]
+        numbers = [index["version"], index["next_episode"], *(n for pair in pairs for n in pair)]
+        sound = index["version"] == 1 and all(len(pair) == 2 for pair in pairs)
+    except (TypeError, KeyError) as error:
+        raise ReplayError(f"this is not the state of a replay: {error!r}") from error
+    if not sound or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ReplayError("this is not the state of a replay: version or numbers out of range")
+    checked: Mapping[str, Any] = index
+    return checked

@@ -1,0 +1,286 @@
+"""Video files: what is in one, its frames as arrays, and writing one a browser can play."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import av
+import cv2
+import decord
+import numpy as np
+
+from mapo_lightning.types import Frames, VideoError
+
+Reason = Literal[
+    "missing",  # no such file, or not a file
+    "empty",  # zero bytes
+    "unreadable",  # not a video, cut off, or no permission
+    "no_video",  # only sound or subtitles
+    "codec",  # a video in a format the decoder does not know
+    "damaged",  # opens, but frames cannot be decoded or are lost
+    "too_short",  # fewer frames than a clip needs
+    "too_large",  # bigger than any honest training video
+    "outside",  # a link that leads out of the video folder
+]
+"""Why a video cannot be used."""
+
+_HASHED = 1 << 16  # bytes of head and of tail that identify a file
+_MAX_PIXELS = 8192 * 4320
+_MAX_FRAMES = 5_000_000
+_CHUNK = 32  # frames decoded at once when a whole file is checked
+_OVERSAMPLED = 4  # decode at most this many times larger than asked for, then average
+_DECORD_ERRORS = (RuntimeError, IndexError, decord.DECORDError)
+
+
+class VideoFileError(VideoError):
+    """One video cannot be used.
+
+    Args:
+        path: The file.
+        reason: Category of the cause.
+        detail: What was found and what to do.
+    """
+
+    def __init__(self, path: Path, reason: Reason, detail: str) -> None:
+        super().__init__(f"cannot use video '{path}': {detail}")
+        self.path, self.reason, self.detail = path, reason, detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between DataLoader processes with all parts."""
+        return type(self), (self.path, self.reason, self.detail)
+
+
+class VideoInfo(NamedTuple):
+    """What is known about a readable video without looking at its pictures."""
+
+    path: Path
+    fingerprint: str
+    """Hash of size, head and tail of the file: names the content, not the place."""
+    frames: int
+    """Number of frames that the decoder offers."""
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    fps: float
+    """Frames per second."""
+
+
+def fingerprint(path: Path) -> str:
+    """Hash a file's size, first and last 64 KiB.
+
+    Raises:
+        VideoFileError: The file is missing, empty or cannot be opened.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+            digest.update(file.read(_HASHED))
+            file.seek(max(0, size - _HASHED))
+            digest.update(file.read(_HASHED))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise VideoFileError(path, "missing", "there is no such file") from error
+    except OSError as error:
+        raise VideoFileError(path, "unreadable", f"{error.strerror}") from error
+    if size == 0:
+        raise VideoFileError(path, "empty", "it has no bytes; copy it again")
+    return digest.hexdigest()
+
+
+def probe_video(path: Path) -> VideoInfo:
+    """Read a video's header; decodes nothing.
+
+    Raises:
+        VideoFileError: The file is missing, no video, cut off, or absurdly large.
+    """
+    name = fingerprint(path)
+    width, height, fps, promised = _header(path)
+    if width * height > _MAX_PIXELS:
+        raise VideoFileError(path, "too_large", f"its frames have {width}x{height} pixels")
+    found = len(_open(path, None))
+    if found > _MAX_FRAMES:
+        raise VideoFileError(path, "too_large", f"it claims {found} frames")
+    # Some containers open "successfully" when cut off, and are merely shorter.
+    if promised - found > max(2, 0.1 * promised):
+        raise VideoFileError(path, "damaged", f"{found} of {promised} frames are there: cut off?")
+    return VideoInfo(path, name, found, width, height, fps)
+
+
+def _header(path: Path) -> tuple[int, int, float, int]:
+    """(width, height, frames per second, promised frames or 0); before any decoder allocates."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoFileError(path, "no_video", "it holds no pictures, perhaps only sound")
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
+            promised = stream.frames
+            if not promised and container.duration and rate:
+                promised = int(container.duration / av.time_base * rate)
+            return int(stream.width), int(stream.height), rate, promised
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise VideoFileError(
+            path, "unreadable", "it is not a video, or it is cut off; check it with ffprobe"
+        ) from error
+
+
+def _open(path: Path, size: tuple[int, int] | None) -> Any:
+    """Open a decoder that gives frames of ``size`` (height, width), or of the file's size."""
+    shape = {} if size is None else {"height": size[0], "width": size[1]}
+    try:
+        # One thread each: the parallelism is that of the DataLoader's workers.
+        return decord.VideoReader(str(path), num_threads=1, **shape)
+    except _DECORD_ERRORS as error:
+        raise VideoFileError(
+            path, "codec", "the decoder does not open it; convert it to H.264 in mp4"
+        ) from error
+
+
+def check_video(info: VideoInfo, max_undecodable: float) -> None:
+    """Decode a whole video once and count what is lost.
+
+    Args:
+        info: The video.
+        max_undecodable: Largest share of frames that may be exact repeats made by the decoder
+            in place of broken ones, in [0, 1].
+
+    Raises:
+        VideoFileError: A frame cannot be decoded, or too many are stand-ins.
+    """
+    reader, before, repeats = _open(info.path, (32, 32)), None, 0
+    for first in range(0, info.frames, _CHUNK):
+        indices = range(first, min(first + _CHUNK, info.frames))
+        for frame in _decode(reader, info.path, indices):
+            repeats += before is not None and np.array_equal(frame, before)
+            before = frame
+    # A picture that truly stands still repeats too: only then count what a second decoder finds.
+    if repeats > max_undecodable * info.frames:
+        intact = _count_intact(info.path)
+        if info.frames - intact > max_undecodable * info.frames:
+            raise VideoFileError(
+                info.path, "damaged", f"{info.frames - intact} of {info.frames} frames are lost"
+            )
+
+
+def _decode(reader: Any, path: Path, indices: Sequence[int]) -> Frames:
+    try:
+        frames: Frames = reader.get_batch(list(indices)).asnumpy()
+    except _DECORD_ERRORS as error:
+        raise VideoFileError(
+            path, "damaged", f"decoding fails within frames {min(indices)}..{max(indices)}"
+        ) from error
+    return frames
+
+
+def _count_intact(path: Path) -> int:
+    intact = 0
+    with av.open(str(path)) as container:
+        for packet in container.demux(video=0):
+            try:
+                intact += sum(not frame.is_corrupt for frame in packet.decode())
+            except av.FFmpegError:
+                continue  # a lost packet is what is being counted
+    return intact
+
+
+def read_frames(path: Path, indices: Sequence[int], size: int | tuple[int, int]) -> Frames:
+    """Decode frames, scaled down by averaging so that fine detail does not flicker.
+
+    Args:
+        path: The video.
+        indices: Frame numbers, from 0, in any order.
+        size: (height, width) in pixels, the aspect ratio is not kept; or the short side, the
+            aspect ratio is kept.
+
+    Returns:
+        RGB frames (T, height, width, 3), uint8.
+
+    Raises:
+        VideoFileError: The file is missing or broken, or has fewer frames.
+    """
+    if not path.is_file():
+        raise VideoFileError(path, "missing", "there is no such file")
+    height, width = _source_size(path)
+    if isinstance(size, int):
+        scale = size / min(height, width)
+        size = (round(height * scale), round(width * scale))
+    # Of a huge picture the decoder makes a smaller one, still large enough to average over.
+    decoded = min(height, _OVERSAMPLED * size[0]), min(width, _OVERSAMPLED * size[1])
+    reader = _open(path, None if decoded == (height, width) else decoded)
+    if max(indices) >= len(reader) or min(indices) < 0:
+        raise VideoFileError(
+            path,
+            "too_short",
+            f"asked for frames {min(indices)}..{max(indices)}, it has {len(reader)}; was it "
+            "changed while in use? Start again to scan the folder anew",
+        )
+    return resize(_decode(reader, path, indices), size)
+
+
+@functools.lru_cache(maxsize=65536)
+def _source_size(path: Path) -> tuple[int, int]:
+    """(height, width) that the header states, pixels."""
+    width, height, _, _ = _header(path)
+    return height, width
+
+
+def resize(frames: Frames, size: tuple[int, int]) -> Frames:
+    """Scale frames (T, H, W, 3) to (T, height, width, 3), averaging when they shrink."""
+    height, width = size
+    if frames.shape[1:3] == (height, width):
+        return frames
+    shrinks = height <= frames.shape[1] and width <= frames.shape[2]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    scaled = [cv2.resize(frame, (width, height), interpolation=how) for frame in frames]
+    return np.stack(scaled).astype(np.uint8, copy=False)
+
+
+def write_mp4(path: Path | None, frames: Frames, fps: float) -> bytes:
+    """Write a video that every browser plays: H.264, yuv420p, index at the front.
+
+    Args:
+        path: Where to write, atomically; None to get the bytes only.
+        frames: RGB, (T, H, W, 3) uint8; an odd last row or column is repeated once.
+        fps: Frames per second.
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        VideoError: The frames are not (T, H, W, 3) uint8 with T >= 1.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise VideoError(f"a video needs (T, H, W, 3) uint8, got {frames.dtype} {frames.shape}")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    odd_h, odd_w = frames.shape[1] % 2, frames.shape[2] % 2
+    even = np.pad(frames, ((0, 0), (0, odd_h), (0, odd_w), (0, 0)), mode="edge")
+    rate = Fraction(fps).limit_denominator(1000)
+    # The index goes in front of the pictures, so that a browser can start at once; FFmpeg rewrites
+    # the file for that, which a buffer in memory does not allow.
+    handle, unfinished = tempfile.mkstemp(suffix=".mp4", dir=path.parent if path else None)
+    os.close(handle)
+    with av.open(unfinished, "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
+        stream.options = {"crf": "18", "preset": "veryfast"}
+        stream.codec_context.thread_count = 1
+        for frame in even:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    data = Path(unfinished).read_bytes()
+    if path is None:
+        os.unlink(unfinished)
+    else:
+        os.chmod(unfinished, 0o644)
+        os.replace(unfinished, path)
+    return data

@@ -1,0 +1,248 @@
+"""Plays episodes: labels what is seen, asks a policy, writes what happened.
+
+Shapes: N environments side by side, H W image, V semantic vector, A action.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
+
+from mapo_lightning.data.replay import Replay
+from mapo_lightning.semantics.describer import VlmConfig
+from mapo_lightning.semantics.labeler import Labeler
+from mapo_lightning.types import POSITIONS, Frames
+
+Step = dict[str, NDArray[Any]]
+"""One step of N environments; keys as in ``mapo_lightning.types``, leading axis (N,)."""
+
+Policy = Callable[[Step], NDArray[np.float32]]
+"""Maps a step to actions (N, A) in [-1, 1]."""
+
+
+class Episode(NamedTuple):
+    """What one finished episode came to."""
+
+    score: float
+    """Sum of its rewards, in units of the environment."""
+    agent_steps: int
+    """Its length in agent steps."""
+    success: float | None
+    """1 if any step succeeded, 0 if none, None where the suite does not say."""
+
+
+class RandomPolicy:
+    """Uniform actions: the prefill, and the floor that learning is measured against."""
+
+    def __init__(self, action_dim: int, seed: int) -> None:
+        self.action_dim, self.rng = action_dim, np.random.default_rng(seed)
+
+    def __call__(self, step: Step) -> NDArray[np.float32]:
+        """Draw actions (N, A)."""
+        shape = (len(step["is_first"]), self.action_dim)
+        return self.rng.uniform(-1.0, 1.0, shape).astype(np.float32)
+
+
+class SemanticTracker:
+    """Labels the newest frames of N environments and holds each label until the next one.
+
+    Windows lie on a grid from the start of an episode, as in videos: with a window and a grid of 4,
+    the frames 3, 7, 11, ... end one. Source: facts O2, O4, O6, O7, O9.
+    """
+
+    def __init__(self, labeler: Labeler, cfg: VlmConfig, envs: int, source: str) -> None:
+        self.labeler, self.cfg, self.source = labeler, cfg, source
+        self.recent: list[deque[Frames]] = [deque(maxlen=cfg.window) for _ in range(envs)]
+        self.age = np.full(envs, -1, np.int64)
+        width = labeler.semantic_dim
+        self.held = np.zeros((envs, width), np.float32)
+        self.known = np.zeros(envs, bool)
+        self.next: list[tuple[NDArray[np.float32], bool, int] | None] = [None] * envs
+
+    def update(self, obs: dict[str, NDArray[np.uint8]], is_first: NDArray[np.bool_]) -> Step:
+        """Take in the newest frames, ask where a window ends, and return the labels in force.
+
+        Args:
+            obs: ``image`` and perhaps ``label_image``, (N, H, W, 3).
+            is_first: Environments whose episode has just begun, (N,).
+
+        Returns:
+            ``semantic`` (N, V), ``has_semantic`` (N,) and ``position`` (N,).
+        """
+        frames = obs.get("label_image", obs["image"])
+        ended: list[int] = []
+        for n, first in enumerate(is_first):
+            if first:
+                self.recent[n].clear()
+                self.age[n], self.known[n], self.held[n] = -1, False, 0.0
+                self.next[n] = None
+            self.age[n] += 1
+            self.recent[n].append(frames[n].copy())
+            grid_age = self.age[n] - (self.cfg.window - 1)
+            if grid_age >= 0 and grid_age % self.cfg.env_every == 0:
+                ended.append(n)
+        if ended:
+            windows = [np.stack(self.recent[n]) for n in ended]
+            for n, label in zip(
+                ended, self.labeler.label_frames(windows, self.source), strict=True
+            ):
+                self.next[n] = (label.vector, label.known, int(self.age[n]) + self.cfg.offset)
+        for n, answer in enumerate(self.next):
+            if answer is not None and self.age[n] >= answer[2]:
+                self.held[n], self.known[n] = answer[0], answer[1]
+                self.next[n] = None
+        return {
+            "semantic": self.held.copy(),
+            "has_semantic": self.known.copy(),
+            "position": self.age % POSITIONS,
+        }
+
+
+class Collector:
+    """Plays without end, writes every step to replay and remembers finished episodes.
+
+    Args:
+        envs: Vector environment with autoreset on the step after an episode's end.
+        tracker: Labels of what the environments show.
+        replay: Where steps go.
+        seed: Of the first episode of every environment.
+    """
+
+    def __init__(self, envs: VectorEnv, tracker: SemanticTracker, replay: Replay, seed: int) -> None:
+        self.envs, self.tracker, self.replay, self.seed = envs, tracker, replay, seed
+        self.finished: list[Episode] = []
+        self._step: Step | None = None
+        self._done = np.zeros(envs.num_envs, bool)
+        self._score = np.zeros(envs.num_envs)
+        self._length = np.zeros(envs.num_envs, np.int64)
+        self._success: list[float | None] = [None] * envs.num_envs
+
+    def collect(self, policy: Policy, agent_steps: int) -> int:
+        """Play until at least ``agent_steps`` more actions are taken; returns how many were."""
+        taken = 0
+        while taken < agent_steps:
+            if self._step is None:
+                obs, _ = self.envs.reset(seed=self.seed)
+                self._write(obs, None, np.ones(self.envs.num_envs, bool), {})
+            assert self._step is not None
+            action = policy(self._step)
+            before = self._done
+            obs, reward, terminated, truncated, info = self.envs.step(action)
+            # An environment that was done has ignored the action and begun its next episode.
+            outcome = {"action": action, "reward": reward, "terminated": terminated}
+            self._write(obs, outcome | {"truncated": truncated}, before, info)
+            taken += int((~before).sum())
+        return taken
+
+    def _write(
+        self,
+        obs: dict[str, NDArray[np.uint8]],
+        outcome: dict[str, NDArray[Any]] | None,
+        first: NDArray[np.bool_],
+        info: dict[str, Any],
+    ) -> None:
+        """Complete the step, hand it to replay, and remember it for the next action."""
+        envs = len(first)
+        live = ~first
+        action = np.zeros((envs, self.replay.spec.action_dim), np.float32)
+        reward, ended = np.zeros(envs, np.float32), np.zeros(envs, bool)
+        terminal = np.zeros(envs, bool)
+        if outcome is not None:
+            action[live] = outcome["action"][live]
+            reward[live] = outcome["reward"][live]
+            terminal[live] = outcome["terminated"][live]
+            ended[live] = (outcome["terminated"] | outcome["truncated"])[live]
+        step = {"obs": obs["image"], "is_first": first, **self.tracker.update(obs, first)}
+        rest = {"action": action, "reward": reward, "is_last": ended, "is_terminal": terminal}
+        for n in range(envs):
+            self.replay.add(n, {key: x[n] for key, x in (step | rest).items()})
+        self._account(reward, first, ended, info)
+        self._step, self._done = step, ended
+
+    def _account(
+        self,
+        reward: NDArray[np.float32],
+        first: NDArray[np.bool_],
+        ended: NDArray[np.bool_],
+        info: dict[str, Any],
+    ) -> None:
+        self._score[first], self._length[first] = 0.0, 0
+        for n in np.flatnonzero(first):
+            self._success[n] = None
+        self._score += reward
+        self._length += ~first
+        for n in np.flatnonzero(~first):
+            self._success[n] = _succeeded(self._success[n], info, int(n))
+        for n in np.flatnonzero(ended):
+            self.finished.append(
+                Episode(float(self._score[n]), int(self._length[n]), self._success[n])
+            )
+
+
+def run_episodes(
+    envs: VectorEnv,
+    tracker: SemanticTracker,
+    policy_of: Callable[[], Policy],
+    seeds: Sequence[int],
+    film: int = 0,
+) -> tuple[list[Episode], list[Frames]]:
+    """Play one whole episode from each reset seed.
+
+    Args:
+        envs: N environments; the seeds are played N at a time.
+        tracker: Labels of what the environments show.
+        policy_of: Makes the policy for one batch of episodes, without memory of earlier ones.
+        seeds: Reset seed of every episode.
+        film: Number of episodes whose frames are kept.
+
+    Returns:
+        One result per seed, in order, and the frames (T, H, W, 3) of the first ``film``.
+    """
+    episodes: list[Episode] = []
+    films: list[Frames] = []
+    for start in range(0, len(seeds), envs.num_envs):
+        batch = list(seeds[start : start + envs.num_envs])
+        kept = max(0, min(film - start, len(batch)))
+        # A short last batch plays its last seed more than once and counts it once.
+        padded = batch + [batch[-1]] * (envs.num_envs - len(batch))
+        played, filmed = _play_batch(envs, tracker, policy_of(), padded, kept)
+        episodes += played[: len(batch)]
+        films += filmed
+    return episodes, films
+
+
+def _play_batch(
+    envs: VectorEnv, tracker: SemanticTracker, policy: Policy, seeds: list[int], film: int
+) -> tuple[list[Episode], list[Frames]]:
+    """Reset to ``seeds`` and play until every environment has finished one episode."""
+    count = envs.num_envs
+    first, live = np.ones(count, bool), np.ones(count, bool)
+    score, length = np.zeros(count), np.zeros(count, np.int64)
+    success: list[float | None] = [None] * count
+    obs, _ = envs.reset(seed=seeds)
+    reels: list[list[Frames]] = [[obs["image"][n].copy()] for n in range(film)]
+    while live.any():
+        step = {"obs": obs["image"], "is_first": first, **tracker.update(obs, first)}
+        obs, reward, terminated, truncated, info = envs.step(policy(step))
+        first = np.zeros(count, bool)
+        for n in np.flatnonzero(live):
+            score[n] += reward[n]
+            length[n] += 1
+            success[n] = _succeeded(success[n], info, int(n))
+            if n < film:
+                reels[n].append(obs["image"][n].copy())
+        live &= ~(terminated | truncated)
+    episodes = [Episode(float(score[n]), int(length[n]), success[n]) for n in range(count)]
+    return episodes, [np.stack(reel) for reel in reels]
+
+
+def _succeeded(before: float | None, info: dict[str, Any], n: int) -> float | None:
+    """An episode succeeds if any of its steps does (facts 6.2)."""
+    if "success" not in info or not info.get("_success", np.ones(n + 1, bool))[n]:
+        return before
+    return max(before or 0.0, float(info["success"][n]))

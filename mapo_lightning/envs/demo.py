@@ -1,0 +1,243 @@
+"""The demo's videos, rendered on the spot instead of shipped or downloaded.
+
+A few dozen short films, of the kind that pre-training reads: no actions, no rewards, nothing but
+pixels. ``truth.jsonl`` beside them says where the moving parts are seen, to judge labels by;
+training never reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mapo_lightning.data.video import write_mp4
+from mapo_lightning.envs.filming import film
+from mapo_lightning.envs.gl import prepare_gl
+from mapo_lightning.envs.spec import EnvConfig, needs_gl
+from mapo_lightning.types import ConfigError, VideoError
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Raised when the same settings would give other films."""
+
+_MANIFEST, _TRUTH = "manifest.json", "truth.jsonl"
+
+
+def default_scenes() -> list[EnvConfig]:
+    """Eight DMC tasks, four of Meta-World and the toy."""
+    dmc = (
+        "cheetah_run",
+        "walker_run",
+        "hopper_hop",
+        "quadruped_run",
+        "cartpole_swingup",
+        "reacher_easy",
+        "finger_spin",
+        "ball_in_cup_catch",
+    )
+    metaworld = ("door-open", "drawer-close", "lever-pull", "dial-turn")
+    return [
+        *(EnvConfig(kind="dmc", name=name) for name in dmc),
+        *(EnvConfig(kind="metaworld", name=name) for name in metaworld),
+        EnvConfig(kind="toy", name="disc_anywhere"),
+    ]
+
+
+def render_demo_videos(
+    root: Path,
+    scenes: Sequence[EnvConfig] | None = None,
+    *,
+    clips_per_scene: int = 3,
+    frames: int = 75,
+    size: int = 256,
+    fps: int = 25,
+    seed: int = 0,
+    processes: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Render videos into a folder, unless they are there already.
+
+    Every film appears under its name when it is complete, so a killed call loses the films in
+    progress and nothing else. Films of an earlier call with other settings are removed; files
+    that this function did not write are left alone.
+
+    Args:
+        root: Folder, made if missing.
+        scenes: What to film, see `filming.film`; None or empty: `default_scenes`.
+        clips_per_scene: Films of each scene; they differ in start, motion, camera and colours.
+        frames: Length of a film.
+        size: Height and width, in pixels; even.
+        fps: Frames per second.
+        seed: Of everything random; the same seed gives the same pixels.
+        processes: Processes that render; 1 renders in this one.
+        progress: Called with (films done, films in all), also at the start.
+
+    Returns:
+        The films, (scene, clip) in order.
+
+    Raises:
+        ConfigError: A number is out of range.
+        EnvironmentSetupError: A scene cannot be built or rendered.
+        VideoError: The folder cannot be written.
+    """
+    _check(clips_per_scene, frames, size, fps, processes)
+    jobs = [
+        _Job(Path(root), scene, clip, frames, size, fps, seed)
+        for scene in scenes or default_scenes()
+        for clip in range(clips_per_scene)
+    ]
+    _render_missing(_Record(Path(root)), jobs, processes, progress)
+    return [job.path for job in jobs]
+
+
+def _render_missing(
+    done: _Record,
+    jobs: Sequence[_Job],
+    processes: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    done.keep_only({job.name: job.fingerprint for job in jobs})
+    todo = [job for job in jobs if job.name not in done.films]
+    if any(needs_gl(job.scene) for job in todo):
+        prepare_gl()  # here, so that workers inherit the choice and an error is raised once
+    if progress is not None:
+        progress(len(jobs) - len(todo), len(jobs))
+    for job, paths in _run(todo, min(processes, len(todo))):
+        done.add(job, paths)
+        if progress is not None:
+            progress(len(done.films), len(jobs))
+
+
+class _Job(NamedTuple):
+    """One film to be made; picklable."""
+
+    root: Path
+    scene: EnvConfig
+    clip: int
+    frames: int
+    size: int
+    fps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        # A scene may be listed twice, from two cameras.
+        view = "" if self.scene.camera is None else f"_camera-{self.scene.camera}"
+        task = "".join(c if c.isalnum() or c in "-_" else "-" for c in self.scene.name)
+        return f"{self.scene.kind}_{task}{view}_{self.clip:02d}.mp4"
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that the film depends on."""
+        settings = [VERSION, asdict(self.scene), *self[2:]]
+        return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
+
+
+def _render(job: _Job) -> dict[str, list[list[int]]]:
+    """Make one film; returns where the moving parts are seen."""
+    filmed = film(job.scene, job.clip, job.frames, job.size, job.fps, job.seed)
+    # The suffix keeps a scan of the folder from taking half a film for a broken one.
+    _replace(job.path, write_mp4(None, filmed.frames, job.fps))
+    return filmed.paths
+
+
+def _run(jobs: Sequence[_Job], processes: int) -> Iterator[tuple[_Job, Any]]:
+    if processes <= 1:
+        yield from ((job, _render(job)) for job in jobs)
+        return
+    # spawn: a forked child of a process that has rendered hangs at its first frame (deps 1).
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        running = {pool.submit(_render, job): job for job in jobs}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        finally:  # after an error the rest would be rendered for nothing
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Record:
+    """What the folder holds: ``manifest.json`` and ``truth.jsonl``."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.films: dict[str, str] = {}
+        """Name of a complete film -> fingerprint of its settings."""
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self.films = {str(k): str(v) for k, v in json.loads(self._read(_MANIFEST)).items()}
+        except OSError as error:
+            raise VideoError(f"cannot make the folder '{root}': {error.strerror}") from error
+        except (ValueError, AttributeError):
+            log.warning("'%s' is damaged: the films are rendered again", root / _MANIFEST)
+
+    def keep_only(self, wanted: dict[str, str]) -> None:
+        """Forget films that are missing; delete those that other settings made."""
+        for name, fingerprint in list(self.films.items()):
+            path = self._root / Path(name).name  # a manifest must not reach outside the folder
+            if wanted.get(name) != fingerprint:
+                path.unlink(missing_ok=True)
+            if not path.is_file():
+                del self.films[name]
+        lines = self._read(_TRUTH, "").splitlines()
+        kept = [line for line in lines if _video_of(line) in self.films]
+        _replace(self._root / _TRUTH, "".join(f"{line}\n" for line in kept).encode())
+        self._write_manifest()
+
+    def add(self, job: _Job, paths: dict[str, list[list[int]]]) -> None:
+        """Note a complete film."""
+        with (self._root / _TRUTH).open("a") as file:
+            file.write(json.dumps({"video": job.name, "size": job.size, "paths": paths}) + "\n")
+        self.films[job.name] = job.fingerprint
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        text = json.dumps(self.films, indent=1, sort_keys=True)
+        _replace(self._root / _MANIFEST, text.encode())
+
+    def _read(self, name: str, missing: str = "{}") -> str:
+        path = self._root / name
+        return path.read_text() if path.exists() else missing
+
+
+def _video_of(line: str) -> str | None:
+    try:
+        return str(json.loads(line)["video"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise VideoError(f"cannot write '{path}': {error.strerror}") from error
+
+
+def _check(clips: int, frames: int, size: int, fps: int, processes: int) -> None:
+    for name, value in (
+        ("clips_per_scene", clips),
+        ("frames", frames),
+        ("fps", fps),
+        ("processes", processes),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    if size < 16 or size % 2:
+        raise ConfigError(f"size must be even and at least 16 pixels, got {size}")

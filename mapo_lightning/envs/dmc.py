@@ -1,0 +1,86 @@
+"""Tasks of the DeepMind Control Suite; sole door to the ``dm_control`` package."""
+
+from __future__ import annotations
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from mapo_lightning.envs.gl import OffscreenCamera, moving_parts, prepare_gl, tint_scenery
+from mapo_lightning.envs.wrappers import Outcome
+from mapo_lightning.types import EnvironmentSetupError, Frames
+
+
+class DmcTask:
+    """One task, its own reward in [0, 1] per frame and its own clock of 1000 frames.
+
+    Args:
+        name: ``domain_task``, for example ``walker_run`` or ``ball_in_cup_catch``.
+        camera: Id or name; None: 0, but 2 for the quadruped (facts 6.1).
+        quality: ``full`` or ``fast``.
+
+    Raises:
+        EnvironmentSetupError: No such task or camera, or nothing can draw.
+    """
+
+    def __init__(self, name: str, camera: int | str | None = None, quality: str = "fast") -> None:
+        prepare_gl()
+        from dm_control import suite
+
+        # The suite keeps this very object, so seeding it seeds every later episode.
+        self._random = np.random.RandomState()
+        domain, task = _split(name, suite.ALL_TASKS)
+        self._env = suite.load(domain, task, task_kwargs={"random": self._random})
+        self.physics = self._env.physics
+        if camera is None:
+            camera = 2 if domain == "quadruped" else 0
+        self._camera = OffscreenCamera(self.physics.model.ptr, camera, quality)
+        spec = self._env.action_spec()
+        low, high = (
+            np.broadcast_to(bound, spec.shape).astype(np.float64)
+            for bound in (spec.minimum, spec.maximum)
+        )
+        self.action_space: spaces.Box | spaces.Discrete = spaces.Box(low, high, dtype=np.float64)
+        self.frame_rate = 1.0 / self._env.control_timestep()
+        steps = self._env._step_limit  # no public name for it; infinite in the LQR tasks
+        self.frame_limit = int(steps) if np.isfinite(steps) else None
+
+    def reset(self, seed: int | None) -> None:
+        """Start an episode; a seed restarts the random stream, None continues it."""
+        if seed is not None:
+            self._random.seed(np.random.SeedSequence(seed).generate_state(4))
+        self._env.reset()
+
+    def step(self, action: NDArray[np.float64]) -> Outcome:
+        """Advance one control frame; ``action`` (A,) in the task's own bounds."""
+        now = self._env.step(action)
+        ended = bool(now.last())
+        # Discount 0 says that the task ended, 1 that the clock did.
+        terminated = ended and now.discount == 0.0
+        return Outcome(float(now.reward or 0.0), terminated, ended and not terminated)
+
+    def frame(self, size: int) -> Frames:
+        """Draw the present moment, (size, size, 3) uint8."""
+        return self._camera.frame(self.physics.data.ptr, size)
+
+    def close(self) -> None:
+        """Free the OpenGL contexts and the simulation."""
+        self._camera.close()
+        self._env.close()
+
+    def landmarks(self, size: int) -> dict[str, tuple[float, float]]:
+        """Where the middles of all bodies are seen: name -> (right, down), in pixels."""
+        return moving_parts(self.physics.model.ptr, self.physics.data.ptr, self._camera, size)
+
+    def tint(self, rng: np.random.Generator) -> None:
+        """Give the scenery another hue; call before the first frame."""
+        tint_scenery(self.physics.model.ptr, rng)
+
+
+def _split(name: str, known: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+    """``ball_in_cup_catch`` -> ("ball_in_cup", "catch"): both halves may hold underscores."""
+    for domain, task in known:
+        if name == f"{domain}_{task}":
+            return domain, task
+    listed = ", ".join(sorted(f"{domain}_{task}" for domain, task in known))
+    raise EnvironmentSetupError(f"dm_control has no task '{name}'; it has: {listed}")

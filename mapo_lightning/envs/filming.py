@@ -1,0 +1,164 @@
+"""Films one scene: smooth random motion, or Meta-World's scripted experts at work."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from mapo_lightning.envs.spec import EnvConfig, make_simulator
+from mapo_lightning.envs.wrappers import Simulator
+from mapo_lightning.types import Frames
+
+T = TypeVar("T")
+
+CAMERAS: dict[str, tuple[int | str | None, ...]] = {
+    "metaworld/": ("corner", "corner3", "topview", "corner2"),
+    "dmc/walker_": (0, 0, 1),
+    "dmc/hopper_": (0, 0, 1),
+    "dmc/quadruped_": (2, 1),
+    "dmc/finger_": (0, 1),
+    "dmc/ball_in_cup_": (0, 1),
+    "dmc/swimmer_": (0, 1),
+}
+"""Cameras that the clips of a scene take turns with, by how ``kind/name`` begins."""
+
+HERTZ = {"toy/": (0.1, 0.35), "dmc/cartpole_": (0.6, 1.2), "": (0.25, 1.2)}
+"""Slowest and fastest control; other choices would leave the picture in the first two."""
+
+
+class Film(NamedTuple):
+    """One filmed clip."""
+
+    frames: Frames
+    """(T, H, W, 3) uint8."""
+    paths: dict[str, list[list[int]]]
+    """Where each part that visibly moves is seen in every frame: name -> T x [right, down], px."""
+
+
+class SmoothActions:
+    """Random controls that change smoothly: three sines per control, so that things move far.
+
+    White noise averages out before heavy limbs have moved.
+
+    Args:
+        dim: Number A of controls.
+        rng: Draws frequencies, phases and weights.
+        hertz: Slowest and fastest sine, in Hz.
+    """
+
+    def __init__(self, dim: int, rng: np.random.Generator, hertz: tuple[float, float]) -> None:
+        self._turns = 2.0 * np.pi * rng.uniform(*hertz, (dim, 3))
+        # A force that starts at its peak gives a velocity with mean zero: nothing drifts away.
+        self._phases = np.pi * (rng.integers(2, size=(dim, 3)) + 0.5)
+        self._weights = rng.uniform(0.3, 1.0, (dim, 3))
+
+    def at(self, seconds: float) -> NDArray[np.float64]:
+        """Controls (A,) in [-1, 1] at a time."""
+        waves = self._weights * np.sin(self._turns * seconds + self._phases)
+        controls: NDArray[np.float64] = waves.sum(axis=1).clip(-1.0, 1.0)
+        return controls
+
+
+def film(scene: EnvConfig, clip: int, frames: int, size: int, fps: int, seed: int) -> Film:
+    """Film one clip of a scene; the same arguments give the same pixels.
+
+    Args:
+        scene: Task; with ``camera`` or ``action_repeat`` null, the clips take turns with the
+            task's cameras, and time runs about as fast as in the simulator.
+        clip: Number of the clip; clips differ in start, motion, camera and colours.
+        frames: Length T.
+        size: Height and width, in pixels.
+        fps: Frames per second.
+        seed: Of the whole corpus.
+    """
+    label = f"{scene.kind}/{scene.name}"
+    rng = np.random.default_rng([seed, zlib.crc32(label.encode()), clip])
+    simulator = make_simulator(_with_camera(scene, clip))
+    try:
+        tint = getattr(simulator, "tint", None)
+        if tint is not None and clip > 0:  # one clip keeps the colours that an agent sees
+            tint(rng)
+        simulator.reset(int(rng.integers(2**31)))
+        actor = _Actor(simulator, scene, rng)
+        repeat = scene.action_repeat or max(1, round(simulator.frame_rate / fps))
+        shots, seen = [simulator.frame(size)], [_landmarks(simulator, size)]
+        for _ in range(frames - 1):
+            for _ in range(repeat):
+                actor.advance()
+            shots.append(simulator.frame(size))
+            seen.append(_landmarks(simulator, size))
+    finally:
+        simulator.close()
+    return Film(np.stack(shots), _paths(seen, least=size / 50))
+
+
+class _Actor:
+    """Moves a simulator by one control frame after the other, over the ends of episodes too."""
+
+    def __init__(self, simulator: Simulator, scene: EnvConfig, rng: np.random.Generator) -> None:
+        self._simulator, self._time, self._done, self._since = simulator, 0.0, False, 0
+        raw = simulator.action_space
+        dim = int(raw.n) if isinstance(raw, spaces.Discrete) else int(np.prod(raw.shape))
+        self._smooth = SmoothActions(dim, rng, _choice(HERTZ, scene))
+        # The toy's clock stops nothing but the agent's episode: no cut is needed.
+        self._timeless = scene.kind == "toy"
+        self._expert: Any = None
+        if scene.kind == "metaworld":
+            from mapo_lightning.envs.metaworld import scripted_expert
+
+            self._expert = scripted_expert(scene.name)
+
+    def advance(self) -> None:
+        if self._done:  # a cut; rare, since clips are shorter than episodes
+            self._simulator.reset(None)
+            self._done = False
+        self._time += 1.0 / self._simulator.frame_rate
+        outcome = self._simulator.step(self._action())
+        self._done = outcome.terminated or (outcome.truncated and not self._timeless)
+        self._since += bool(outcome.success)
+
+    def _action(self) -> Any:
+        smooth = self._smooth.at(self._time)
+        raw = self._simulator.action_space
+        if isinstance(raw, spaces.Discrete):
+            return int(raw.start) + int(smooth.argmax())
+        if self._expert is not None and self._since < 20:
+            # After its success an expert stands still; from then on the arm wanders.
+            expert = self._expert.get_action(self._simulator.state)  # type: ignore[attr-defined]
+            return np.clip(expert + 0.15 * smooth, -1.0, 1.0).astype(np.float32)
+        share = (smooth.reshape(raw.shape) + 1.0) / 2.0
+        return (raw.low + share * (raw.high - raw.low)).astype(raw.dtype)
+
+
+def _with_camera(scene: EnvConfig, clip: int) -> EnvConfig:
+    if scene.camera is not None:
+        return scene
+    cameras = _choice({**CAMERAS, "": (None,)}, scene)
+    return replace(scene, camera=cameras[clip % len(cameras)])
+
+
+def _choice(table: Mapping[str, T], scene: EnvConfig) -> T:
+    label = f"{scene.kind}/{scene.name}"
+    return next(value for start, value in table.items() if label.startswith(start))
+
+
+def _landmarks(simulator: Simulator, size: int) -> dict[str, tuple[float, float]]:
+    find = getattr(simulator, "landmarks", None)
+    return {} if find is None else find(size)
+
+
+def _paths(seen: list[dict[str, tuple[float, float]]], least: float) -> dict[str, list[list[int]]]:
+    """Paths of what was seen all the time and moved by at least ``least`` pixels."""
+    always = set.intersection(*(set(moment) for moment in seen))
+    paths = {name: np.array([moment[name] for moment in seen]) for name in sorted(always)}
+    return {
+        name: np.rint(path).astype(int).tolist()
+        for name, path in paths.items()
+        if np.ptp(path, axis=0).max() >= least
+    }

@@ -1,0 +1,248 @@
+"""OpenGL without a display: find a backend that works, and draw MuJoCo models with it.
+
+MuJoCo reads ``MUJOCO_GL`` once, when it is first imported, and a bad choice shows only at the
+first frame, sometimes as a crash. So the choice is made before that import, by drawing one frame
+in a child process. Sole door to the ``mujoco`` package.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mapo_lightning.types import EnvironmentSetupError, Frames
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("egl", "osmesa")
+"""What is tried, best first: equal pixels, EGL is faster and can use a GPU."""
+
+APT_LINE = (
+    "apt-get install -y --no-install-recommends libegl1 libgl1 libgl1-mesa-dri"
+    " (or, instead of these three: libosmesa6)"
+)
+"""Packages that give a bare Debian or Ubuntu machine a software renderer."""
+
+_PROBE = """
+import mujoco
+model = mujoco.MjModel.from_xml_string(
+    '<mujoco><worldbody><light pos="0 0 2"/><geom size="1" rgba="1 0 0 1"/></worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+with mujoco.Renderer(model, 16, 16) as renderer:
+    renderer.update_scene(data)
+    assert renderer.render().max() > 0, 'the frame is black'
+"""
+_PROBE_SECONDS = 120.0
+
+_SCENERY = ("", "skybox", "grid", "T_floor", "T_table", "T_wallmetal")  # names of textures
+
+
+@functools.cache
+def prepare_gl() -> str:
+    """Make MuJoCo draw off-screen in this process; call before its first import.
+
+    Respects ``MUJOCO_GL`` where the user has set it, tries EGL and OSMesa otherwise. What worked
+    is remembered until the machine restarts, so that only the first program pays for the test.
+
+    Returns:
+        The backend, as ``MUJOCO_GL`` now says.
+
+    Raises:
+        EnvironmentSetupError: No backend draws; the message has the packages to install.
+    """
+    wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if not wanted and "mujoco" in sys.modules:
+        raise EnvironmentSetupError(
+            "mujoco was imported before an off-screen renderer was chosen, and now cannot change. "
+            "Set MUJOCO_GL=egl in the environment, or build an environment before that import."
+        )
+    reasons = {}
+    for backend in (wanted,) if wanted else BACKENDS:
+        reason = _why_not(backend)
+        if reason is None:
+            os.environ["MUJOCO_GL"] = backend
+            log.debug("drawing with MUJOCO_GL=%s", backend)
+            return backend
+        reasons[backend] = reason
+    tried = "; ".join(f"MUJOCO_GL={name}: {reason}" for name, reason in reasons.items())
+    hint = "Unset MUJOCO_GL to let a backend be found, or install one" if wanted else "Install one"
+    raise EnvironmentSetupError(
+        f"cannot draw MuJoCo scenes off-screen. Tried {tried}. {hint}, as root: {APT_LINE}"
+    )
+
+
+def _why_not(backend: str) -> str | None:
+    """Draw one frame in a child process; None if that worked, else the reason."""
+    memo = _memo_path()
+    known = _read_memo(memo)
+    key = f"{_boot_id()} {metadata.version('mujoco')} {sys.executable} {backend}"
+    if key in known:
+        return None
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE],
+            env={**os.environ, "MUJOCO_GL": backend},
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no frame in {_PROBE_SECONDS:.0f} s"
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        return lines[-1][:300] if lines else f"the test ended with code {done.returncode}"
+    # Failures are not remembered: the user mends them and tries again.
+    _write_memo(memo, [key, *(k for k in known if k.startswith(_boot_id()))])
+    return None
+
+
+def _memo_path() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "mapo_lightning" / "gl.json"
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown-boot"
+
+
+def _read_memo(path: Path) -> list[str]:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return [str(key) for key in known] if isinstance(known, list) else []
+
+
+def _write_memo(path: Path, keys: list[str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(keys, file)
+        os.replace(file.name, path)
+    except OSError as error:  # a read-only home costs a test per program, nothing else
+        log.debug("cannot remember the renderer in %s: %s", path, error)
+
+
+class OffscreenCamera:
+    """Draws one MuJoCo model from one of its cameras, at any size, always upright.
+
+    Every instance has its own OpenGL context and makes it current before it draws, so that
+    several environments in one process cannot show each other's scene (Metaworld #448).
+
+    Args:
+        model: An ``mjModel``; its visual quality settings are changed.
+        camera: Id or name of a camera of the model.
+        quality: ``full`` or ``fast``, as in `EnvConfig`.
+
+    Raises:
+        EnvironmentSetupError: The model has no such camera.
+    """
+
+    def __init__(self, model: Any, camera: int | str, quality: str) -> None:
+        self._model, self._quality = model, quality
+        self._camera = _camera_id(model, camera)
+        self._renderers: dict[int, Any] = {}
+        if quality == "fast":  # read once, when an OpenGL context is made
+            model.vis.quality.shadowsize = 256
+            model.vis.quality.offsamples = 0
+
+    def frame(self, data: Any, size: int) -> Frames:
+        """Draw the state ``data`` (``mjData``) as a new array (size, size, 3) uint8."""
+        renderer = self._renderers.get(size) or self._new_renderer(size)
+        renderer.update_scene(data, camera=self._camera)
+        image: Frames = renderer.render()
+        return np.ascontiguousarray(image[::-1]) if self._hangs(data) else image
+
+    def project(self, data: Any, points: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+        """Where points in the world are seen.
+
+        Args:
+            data: The state, an ``mjData``.
+            points: World coordinates (P, 3), metres.
+            size: Height and width of the image, in pixels.
+
+        Returns:
+            Pixels (P, 2) as (right, down) from the upper left corner; NaN behind the camera.
+        """
+        seen = (points - data.cam_xpos[self._camera]) @ data.cam_xmat[self._camera].reshape(3, 3)
+        depth = np.where(seen[:, 2] < 0.0, -seen[:, 2], np.nan)
+        focal = 0.5 * size / np.tan(np.radians(self._model.cam_fovy[self._camera]) / 2.0)
+        right, up = focal * seen[:, 0] / depth, focal * seen[:, 1] / depth
+        return np.stack([size / 2 + right, size / 2 + (up if self._hangs(data) else -up)], axis=1)
+
+    def _hangs(self, data: Any) -> bool:
+        """Whether the camera's up-vector points down, so that it sees all head over heels.
+
+        mujoco-py gave rows bottom first, which is how the published Meta-World images came out
+        upright and mirrored: reversed rows match them, a half turn would not (facts 6.4).
+        """
+        return bool(data.cam_xmat[self._camera].reshape(3, 3)[2, 1] < 0.0)
+
+    def close(self) -> None:
+        """Free the OpenGL contexts; a later `frame` makes new ones."""
+        while self._renderers:
+            self._renderers.popitem()[1].close()
+
+    def _new_renderer(self, size: int) -> Any:
+        import mujoco
+
+        for side in ("offwidth", "offheight"):  # room for images larger than the model foresaw
+            setattr(
+                self._model.vis.global_, side, max(size, getattr(self._model.vis.global_, side))
+            )
+        renderer = self._renderers[size] = mujoco.Renderer(self._model, size, size)
+        if self._quality == "fast":
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        return renderer
+
+
+def _camera_id(model: Any, camera: int | str) -> int:
+    names = [model.camera(i).name for i in range(model.ncam)]
+    if isinstance(camera, str) and camera in names:
+        return names.index(camera)
+    if isinstance(camera, int) and 0 <= camera < model.ncam:
+        return camera
+    listed = ", ".join(f"{i} '{name}'" for i, name in enumerate(names))
+    raise EnvironmentSetupError(f"there is no camera {camera!r}; this task has: {listed}")
+
+
+def moving_parts(
+    model: Any, data: Any, camera: OffscreenCamera, size: int
+) -> dict[str, tuple[float, float]]:
+    """Where the middles of all bodies are seen: name -> (right, down), in pixels."""
+    pixels = camera.project(data, data.xipos[1:], size)  # body 0 is the world
+    names = [model.body(i).name or f"body{i}" for i in range(1, model.nbody)]
+    return {
+        name: (float(right), float(down))
+        for name, (right, down) in zip(names, pixels, strict=True)
+        if np.isfinite(right)
+    }
+
+
+def tint_scenery(model: Any, rng: np.random.Generator) -> None:
+    """Give sky, floor, walls and table of a model another hue; call before the first frame."""
+    for i in range(model.ntex):
+        if model.texture(i).name not in _SCENERY:
+            continue
+        start = int(model.tex_adr[i])
+        channels = int(model.tex_nchannel[i])
+        pixels = int(model.tex_width[i]) * int(model.tex_height[i])
+        block = model.tex_data[start : start + pixels * channels].reshape(pixels, channels)
+        gains = rng.uniform(0.45, 1.5, 3)
+        block[:, :3] = np.clip(block[:, :3] * gains, 0, 255).astype(np.uint8)

@@ -1,0 +1,97 @@
+"""Meta-World's manipulation tasks; sole door to the ``metaworld`` package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from mapo_lightning.envs.gl import OffscreenCamera, moving_parts, prepare_gl, tint_scenery
+from mapo_lightning.envs.wrappers import Outcome
+from mapo_lightning.types import EnvironmentSetupError, Frames
+
+
+class MetaWorldTask:
+    """One task with a fresh goal in every episode, reward version 2, 500 frames.
+
+    Success does not end an episode; the score of an episode is its largest success.
+
+    Args:
+        name: ``door-open``; the version suffix ``-v3`` may be left out.
+        camera: Id or name; None: ``corner``, the published one (facts 6.1).
+        quality: ``full`` or ``fast``.
+
+    Raises:
+        EnvironmentSetupError: No such task or camera, or nothing can draw.
+    """
+
+    def __init__(self, name: str, camera: int | str | None = None, quality: str = "fast") -> None:
+        prepare_gl()
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS as TASKS
+
+        self.name = name.removesuffix("-v3")
+        if f"{self.name}-v3" not in TASKS:
+            listed = ", ".join(sorted(key.removesuffix("-v3") for key in TASKS))
+            raise EnvironmentSetupError(f"metaworld has no task '{name}'; it has: {listed}")
+        self._env: Any = TASKS[f"{self.name}-v3"](reward_function_version="v2")
+        # Without these three the goal is frozen, or drawn from numpy's global random state.
+        self._env._set_task_called = True
+        self._env._freeze_rand_vec = False
+        self._env.seeded_rand_vec = True
+        self._camera = OffscreenCamera(
+            self._env.model, "corner" if camera is None else camera, quality
+        )
+        self.action_space: spaces.Box | spaces.Discrete = spaces.Box(-1.0, 1.0, (4,), np.float32)
+        self.frame_rate = 1.0 / float(self._env.dt)
+        self.frame_limit: int | None = int(self._env.max_path_length)
+        self.state: NDArray[np.float64] = np.zeros(39)
+        """What the scripted experts see, (39,); not shown to the agent."""
+
+    def reset(self, seed: int | None) -> None:
+        """Start an episode with a new goal; a seed restarts the random stream."""
+        if seed is not None:
+            self._env.seed(seed)
+        self.state, _ = self._env.reset()
+
+    def step(self, action: NDArray[np.float32]) -> Outcome:
+        """Advance one control frame; ``action`` (4,): hand dx, dy, dz and grip, in [-1, 1]."""
+        self.state, reward, _, truncated, info = self._env.step(action)
+        return Outcome(float(reward), False, bool(truncated), float(info["success"]))
+
+    def frame(self, size: int) -> Frames:
+        """Draw the present moment, upright, (size, size, 3) uint8."""
+        return self._camera.frame(self._env.data, size)
+
+    def close(self) -> None:
+        """Free the OpenGL contexts and the simulation."""
+        self._camera.close()
+        self._env.close()
+
+    @property
+    def goal(self) -> NDArray[np.float64]:
+        """Random vector of this episode: places of objects and goal, metres, layout per task."""
+        return np.array(self._env._last_rand_vec)
+
+    def landmarks(self, size: int) -> dict[str, tuple[float, float]]:
+        """Where the middles of all bodies are seen: name -> (right, down), in pixels."""
+        return moving_parts(self._env.model, self._env.data, self._camera, size)
+
+    def tint(self, rng: np.random.Generator) -> None:
+        """Give the scenery another hue; call before the first frame."""
+        tint_scenery(self._env.model, rng)
+
+
+def scripted_expert(name: str) -> Any:
+    """Meta-World's own expert for a task; ``get_action(state)`` gives an action (4,).
+
+    Raises:
+        EnvironmentSetupError: The task has no expert.
+    """
+    from metaworld.policies import ENV_POLICY_MAP
+
+    expert: Any = ENV_POLICY_MAP.get(f"{name.removesuffix('-v3')}-v3")
+    if expert is None:
+        raise EnvironmentSetupError(f"metaworld has no scripted expert for '{name}'")
+    return expert()

@@ -1,0 +1,208 @@
+"""From a simulator to a Gymnasium environment: repeat, normalise, limit, draw.
+
+A suite provides a `Simulator`, which knows its own units; `PixelEnv` is everything that all
+suites share. Frames are drawn only when the agent sees them, not for every repeated action.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from mapo_lightning.types import EnvironmentSetupError, Frames, MapoError
+
+Observation = dict[str, Frames]
+"""``image`` and perhaps ``label_image``: (H, W, 3) uint8, owned by whoever receives them."""
+
+
+class Outcome(NamedTuple):
+    """What one simulator frame led to."""
+
+    reward: float  # in units of the suite
+    terminated: bool = False  # the task ended
+    truncated: bool = False  # the suite's clock ran out
+    success: float | None = None  # 0.0 or 1.0; None where the suite does not know
+
+
+class Simulator(Protocol):
+    """A task in its own units; the plug that a new suite fills."""
+
+    action_space: spaces.Box | spaces.Discrete
+    """What the simulator itself takes."""
+    frame_rate: float
+    """Control frames per simulated second, in Hz."""
+    frame_limit: int | None
+    """Frames after which the suite ends an episode; None: never."""
+
+    def reset(self, seed: int | None) -> None:
+        """Start an episode; a seed restarts the random stream, None continues it."""
+        ...
+
+    def step(self, action: Any) -> Outcome:
+        """Advance one control frame with an action of ``action_space``."""
+        ...
+
+    def frame(self, size: int) -> Frames:
+        """Draw the present moment, upright, as a new array (size, size, 3) uint8."""
+        ...
+
+    def close(self) -> None:
+        """Free what the simulator holds; a second call does nothing."""
+        ...
+
+
+class PixelEnv(gym.Env[Any, Any]):
+    """A simulator seen through a camera and moved by actions in [-1, 1].
+
+    Args:
+        simulator: The task; closed with the environment.
+        size: Height and width of ``image``, in pixels.
+        label_size: Height and width of ``label_image``, in pixels; None: not drawn.
+        action_repeat: Simulator frames per agent step.
+        time_limit: Longest episode in agent steps; None: only the simulator's own limit.
+        seed: Seed of the first reset that names none.
+    """
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        *,
+        size: int = 64,
+        label_size: int | None = None,
+        action_repeat: int = 1,
+        time_limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.simulator = simulator
+        self.action_repeat, self.time_limit = action_repeat, time_limit
+        self.render_mode = "rgb_array"
+        self.metadata = {
+            "render_modes": ["rgb_array"],
+            "render_fps": max(1, round(simulator.frame_rate / action_repeat)),
+        }
+        self._sizes = {"image": size} | ({"label_image": label_size} if label_size else {})
+        self.observation_space = spaces.Dict(
+            {k: spaces.Box(0, 255, (n, n, 3), np.uint8) for k, n in self._sizes.items()}
+        )
+        self.action_space: spaces.Box = _normalised(simulator.action_space)
+        self._first_seed: int | None = seed
+        self._agent_steps: int | None = None  # None: the episode has ended or never begun
+
+    @property
+    def steps_limit(self) -> int | None:
+        """Agent steps after which an episode is truncated; None: never."""
+        own = self.simulator.frame_limit
+        limits = [] if own is None else [-(-own // self.action_repeat)]
+        limits += [] if self.time_limit is None else [self.time_limit]
+        return min(limits, default=None)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode; see `gymnasium.Env.reset`. ``options`` are not used."""
+        if seed is None:
+            seed = self._first_seed
+        self._first_seed = None
+        super().reset(seed=seed)
+        self.simulator.reset(seed)
+        self._agent_steps = 0
+        return self._observe(), {}
+
+    def step(
+        self, action: NDArray[np.float32]
+    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Repeat an action (A,), clipped to [-1, 1]; see `gymnasium.Env.step`.
+
+        Raises:
+            MapoError: The episode has ended, or the action has a wrong shape or is not finite.
+        """
+        if self._agent_steps is None:
+            raise MapoError("step was called after the end of an episode: call reset first")
+        raw = self._denormalised(action)
+        reward, terminated, truncated, success = 0.0, False, False, None
+        for _ in range(self.action_repeat):
+            outcome = self.simulator.step(raw)
+            reward += outcome.reward
+            terminated, truncated = outcome.terminated, outcome.truncated
+            if outcome.success is not None:
+                success = max(success or 0.0, outcome.success)
+            if terminated or truncated:
+                break
+        self._agent_steps += 1
+        # An episode that ends by itself in its last step did end: that is no truncation.
+        out_of_time = self.time_limit is not None and self._agent_steps >= self.time_limit
+        truncated = not terminated and (truncated or out_of_time)
+        if terminated or truncated:
+            self._agent_steps = None
+        info = {} if success is None else {"success": success}
+        return self._observe(), reward, terminated, truncated, info
+
+    def render(self) -> Frames:
+        """Draw the present moment at the largest observed size, (S, S, 3) uint8."""
+        return self.simulator.frame(max(self._sizes.values()))
+
+    def close(self) -> None:
+        """Free the simulator."""
+        self.simulator.close()
+
+    def _observe(self) -> Observation:
+        return {name: self.simulator.frame(size) for name, size in self._sizes.items()}
+
+    def _denormalised(self, action: NDArray[np.float32]) -> Any:
+        action = np.asarray(action, np.float64)
+        if action.shape != self.action_space.shape or not np.isfinite(action).all():
+            raise MapoError(
+                f"an action of shape {self.action_space.shape} with finite values was expected, "
+                f"got {np.array2string(action, threshold=8)} of shape {action.shape}"
+            )
+        raw = self.simulator.action_space
+        if isinstance(raw, spaces.Discrete):
+            return int(raw.start) + int(action.argmax())
+        low, high = raw.low.astype(np.float64), raw.high.astype(np.float64)
+        share = (np.clip(action, -1.0, 1.0).reshape(raw.shape) + 1.0) / 2.0
+        # The clip undoes rounding: low + 1.0 * (high - low) may exceed high by one ulp.
+        return np.clip(low + share * (high - low), low, high).astype(raw.dtype)
+
+
+def _normalised(raw: spaces.Space[Any]) -> spaces.Box:
+    """The space [-1, 1]^A that stands for ``raw``; one preference each for discrete choices."""
+    if isinstance(raw, spaces.Discrete):
+        return spaces.Box(-1.0, 1.0, (int(raw.n),), np.float32)
+    if isinstance(raw, spaces.Box) and np.isfinite(raw.low).all() and np.isfinite(raw.high).all():
+        return spaces.Box(-1.0, 1.0, (int(np.prod(raw.shape)),), np.float32)
+    raise EnvironmentSetupError(
+        f"actions must be a Discrete space or a Box with finite bounds, this task has {raw}: "
+        "wrap it in an environment with such actions and register that"
+    )
+
+
+def resize_area(image: Frames, size: int) -> Frames:
+    """Scale an image to (size, size, 3) by averaging areas; sides are scaled independently.
+
+    Args:
+        image: (H, W, 3) uint8.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        A new array (size, size, 3) uint8.
+    """
+    rows, columns = (_area_weights(n, size) for n in image.shape[:2])
+    tall = np.tensordot(rows, image.astype(np.float32), axes=(1, 0))
+    small = np.tensordot(columns, tall, axes=(1, 1)).transpose(1, 0, 2)
+    return np.clip(np.rint(small), 0, 255).astype(np.uint8, order="C")
+
+
+@functools.lru_cache(maxsize=32)
+def _area_weights(old: int, new: int) -> NDArray[np.float32]:
+    """Share of each of ``old`` pixels in each of ``new`` equal stretches, (new, old)."""
+    edges = np.linspace(0.0, old, new + 1)
+    pixel = np.arange(old)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    weights = np.clip(overlap, 0.0, None)
+    shares: NDArray[np.float32] = weights / weights.sum(axis=1, keepdims=True)
+    return shares.astype(np.float32)

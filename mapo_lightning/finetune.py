@@ -1,0 +1,187 @@
+"""Stage 2: learn the robot's own dynamics on top, and a policy inside the dream (eq. 3, 4, 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mapo_lightning.models.actor_critic import DreamerAgent
+from mapo_lightning.models.objective import ObjectiveConfig
+from mapo_lightning.models.world_model import Belief, WorldModel
+from mapo_lightning.optimization import OptimizerConfig, TrainedModule, named_adam
+from mapo_lightning.types import Batch, ConfigError
+
+
+@dataclass
+class FinetuneConfig:
+    """Learning in an environment (facts 6.1; the suites' numbers stand in conf/env/)."""
+
+    agent_steps: int = 502_000
+    """Agent steps to collect in all, prefill included; times the action repeat gives frames (O30)."""
+    prefill: int = 1000
+    """Agent steps of uniformly random behaviour before learning starts."""
+    initial_updates: int = 100
+    """Updates on the prefill before the agent acts."""
+    train_every: int = 5
+    """Agent steps between updates."""
+    batch_size: int = 16
+    """Replayed chunks per update and rank."""
+    chunk_length: int = 50
+    """Length T of a replayed chunk."""
+    lr_model: float = 3e-4
+    """Learning rate of upper dynamics, decoder and heads."""
+    lr_lower: float = 3e-4
+    """Learning rate of encoder, context and lower dynamics."""
+    hold_lower: int = 0
+    """First updates in which the lower learning rate is zero: 100 on Meta-World (facts 2.5)."""
+    lr_actor: float = 8e-5
+    """Learning rate of the actor."""
+    lr_critic: float = 8e-5
+    """Learning rate of the critic."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Adam's other numbers."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Loss weights; the method's file names them, the environment's sets free nats."""
+    load: list[str] = field(default_factory=lambda: ["encoder", "context", "source", "lower", "decoder"])
+    """Parts taken over from pre-training (O23); PreLAR drops its source."""
+
+    def __post_init__(self) -> None:
+        for name in ("agent_steps", "prefill", "train_every", "batch_size", "chunk_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.initial_updates < 0 or self.hold_lower < 0:
+            raise ConfigError("initial_updates and hold_lower must not be negative")
+        for name in ("lr_model", "lr_lower", "lr_actor", "lr_critic"):
+            if getattr(self, name) <= 0.0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.prefill >= self.agent_steps:
+            raise ConfigError(
+                f"prefill must be below agent_steps, got {self.prefill} of {self.agent_steps}"
+            )
+
+    def updates(self, ranks: int) -> int:
+        """Optimiser updates of the whole run when ``ranks`` processes collect together."""
+        return self.initial_updates + (self.agent_steps - self.prefill) // (
+            self.train_every * ranks
+        )
+
+
+class FinetuneModule(TrainedModule):
+    """World model and actor-critic, trained together on replayed and imagined experience.
+
+    One optimiser with a named group per part and one backward per batch: DDP reduces every gradient
+    once, and ``trainer.global_step`` counts batches.
+
+    Deviation: one-backward. The actor dreams in the model as it was before this batch's update,
+    as in DreamerV3; DreamerV2 updates the model first.
+    """
+
+    def __init__(self, world_model: WorldModel, agent: DreamerAgent, cfg: FinetuneConfig) -> None:
+        super().__init__(cfg.optimizer)
+        self.world_model, self.agent, self.cfg = world_model, agent, cfg
+        self.env_frames = 0
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Eq. (3) on the replayed chunk, eq. (4) and (5) on dreams that start in all its states."""
+        fit = self.world_model.loss(batch)
+        behaviour = self.agent.losses(
+            self.world_model, fit.belief.control.flatten().detach()
+        )
+        self.log_terms("train", fit.log | behaviour.log | {"world_model": fit.total.detach()})
+        return fit.total + behaviour.actor + behaviour.critic
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Refresh the slow critic on schedule."""
+        if self.trainer.global_step % self.agent.cfg.target_every == 0:
+            self.agent.update_target()
+
+    def configure_optimizers(self) -> Any:
+        """Adam with four groups; the lower group may wait until the fresh parts have settled."""
+        lower, model = _halves(self.world_model)
+        cfg = self.cfg
+        optimizer = named_adam(
+            {
+                "lower": (lower, cfg.lr_lower),
+                "model": (model, cfg.lr_model),
+                "actor": (self.agent.actor.parameters(), cfg.lr_actor),
+                "critic": (self.agent.critic.parameters(), cfg.lr_critic),
+            },
+            self.optimizer_cfg,
+        )
+        if not cfg.hold_lower:
+            return optimizer
+
+        def waiting(update: int) -> float:
+            return float(update >= cfg.hold_lower)
+
+        factors = [
+            waiting if group["name"] == "lower" else (lambda _: 1.0)
+            for group in optimizer.param_groups
+        ]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def _halves(world_model: WorldModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of encoder, context and lower dynamics; and those of everything else.
+
+    Without lower dynamics there is one group for all, as in DreamerV2 (facts 7.1).
+    """
+    early = {"encoder", "context", "source", "lower"} if world_model.lower is not None else set()
+    if world_model.upper is None:
+        early -= {"source"}  # PreLAR's action encoder is fresh in fine-tuning (facts 2.5)
+    lower, model = [], []
+    for name, parameter in world_model.named_parameters():
+        (lower if name.split(".")[0] in early else model).append(parameter)
+    return lower, model
+
+
+class ActingPolicy:
+    """The agent in an environment: keeps a belief per environment and acts on it.
+
+    Both posteriors are sampled, in evaluation too; only the action is the mode there (facts 2.4, 7).
+
+    Args:
+        world_model: Trained model; used in evaluation mode, whatever mode it is in.
+        agent: Trained agent.
+        explore: Sample actions; otherwise take the policy's mode.
+    """
+
+    def __init__(self, world_model: WorldModel, agent: DreamerAgent, explore: bool) -> None:
+        self.world_model, self.agent, self.explore = world_model, agent, explore
+        self.belief: Belief | None = None
+        self.action: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, step: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Take one step of N environments.
+
+        Args:
+            step: ``obs`` (N, H, W, 3) uint8, ``is_first`` (N,) bool, ``semantic`` (N, V) float32,
+                ``has_semantic`` (N,) bool, ``position`` (N,) int64.
+
+        Returns:
+            Actions (N, A) in [-1, 1].
+        """
+        device = next(self.agent.parameters()).device
+        batch = {key: torch.from_numpy(x).to(device)[:, None] for key, x in step.items()}
+        if self.action is None:
+            envs = batch["obs"].shape[0]
+            self.action = torch.zeros(envs, self.agent.action_dim, device=device)
+        batch["action"] = self.action[:, None]
+        encoder = self.world_model.encoder  # the only part in use that differs between modes
+        was_training = encoder.training
+        encoder.eval()
+        self.belief = self.world_model.observe(batch, self.belief).belief.at(0)
+        encoder.train(was_training)
+        self.action = self.agent.act(self.belief.control.feat, self.explore)
+        acted: NDArray[np.float32] = self.action.float().cpu().numpy()
+        return acted

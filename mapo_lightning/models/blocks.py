@@ -1,0 +1,100 @@
+"""Layers that more than one network is made of.
+
+Initialisation follows the published code: Xavier-uniform weights and zero biases for layers that a
+network creates directly, PyTorch's defaults inside residual stacks, attention and the GRU (facts 3.5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+
+RESAMPLE = 2
+"""Factor by which every stage of an image network halves or doubles the resolution."""
+
+
+def xavier(layer: Layer) -> Layer:
+    """Give ``layer`` Xavier-uniform weights and a zero bias, and return it."""
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, units: int, layers: int, outputs: int) -> nn.Sequential:
+    """Multi-layer perceptron with ELU after every hidden layer, (..., inputs) -> (..., outputs)."""
+    modules: list[nn.Module] = []
+    for width in [inputs] + [units] * (layers - 1):
+        modules += [xavier(nn.Linear(width, units)), nn.ELU()]
+    return nn.Sequential(*modules, xavier(nn.Linear(units, outputs)))
+
+
+class ResidualLayer(nn.Module):
+    """Two 3x3 convolutions with batch norm; (N, Cin, H, W) -> (N, Cout, H, W).
+
+    ``forward`` adds ``extra`` (what cross-attention found) to the residual branch's input.
+
+    Source: facts 3.1.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.skip: nn.Module = nn.Identity()
+        if inputs != outputs:
+            self.skip = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x_NCHW: Tensor, attended_NCHW: Tensor | None = None) -> Tensor:
+        inner_NCHW = x_NCHW if attended_NCHW is None else attended_NCHW
+        return F.relu(self.skip(x_NCHW) + self.residual(inner_NCHW))
+
+
+def residual_stack(inputs: int, outputs: int, layers: int, change_last: bool) -> nn.ModuleList:
+    """``layers`` residual layers; the channels change in the first one, or in the last one."""
+    widths = [inputs] * layers + [outputs] if change_last else [inputs] + [outputs] * layers
+    return nn.ModuleList(
+        ResidualLayer(before, after) for before, after in zip(widths, widths[1:], strict=False)
+    )
+
+
+def position_code(position: Tensor, width: int) -> Tensor:
+    """Sine-cosine code of integer positions, (...) -> (..., width), base 10000.
+
+    Source: ``pos_i`` of Algorithm 1, line 10; base and index as in facts O9.
+    """
+    half = torch.arange(0, width, 2, device=position.device, dtype=torch.float32)
+    angle = position[..., None].float() * torch.exp(half * (-math.log(1e4) / width))
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :width]
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Let gradients flow *through* these modules but not *into* their parameters.
+
+    Used while the actor's imagination is built: the published code computes the world model's
+    gradients there and throws them away.
+    """
+    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for p in params:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in params:
+            p.requires_grad_(True)

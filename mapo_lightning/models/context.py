@@ -1,0 +1,134 @@
+"""Scene context: what one random frame of a clip says about all of it.
+
+Shapes: B batch, C channels, Z code width, L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mapo_lightning.models.encoder import ImageConfig, ResNetEncoder, normalised
+from mapo_lightning.models.quantizer import Quantizer, QuantizerConfig
+from mapo_lightning.types import ConfigError
+
+SCALES = (16, 8)
+"""Sides of the feature maps that the decoder reads."""
+
+
+@dataclass
+class ContextConfig:
+    """The context path from one frame to the decoder (facts 3.2, O11, O15, O17, O18)."""
+
+    kind: Literal["none", "features", "quantized"] = "quantized"
+    """No context (APV), the feature maps (ContextWM), or their nearest codes (MAPO)."""
+    frame: Literal["random", "first", "last"] = "random"
+    """Which frame of the clip is looked at; the published choice is a random one (O17)."""
+    erase: float = 0.0
+    """Probability to grey out a random rectangle of the frame: ContextWM's 0.5 on Meta-World, else 0."""
+    key_mask: float = 0.75
+    """Share of context tokens hidden from the decoder, drawn anew for every frame and call (O15)."""
+    heads: int = 4
+    """Attention heads; must divide the channels at 16x16 and 8x8."""
+    dropout: float = 0.1
+    """Dropout of the cross-attention's weights and output."""
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    """Codebook; read only when ``kind`` is ``quantized``."""
+
+    def __post_init__(self) -> None:
+        for name in ("erase", "dropout"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.heads < 1:
+            raise ConfigError(f"heads must be at least 1, got {self.heads}")
+        if not 0.0 <= self.key_mask < 1.0:
+            raise ConfigError(f"key_mask must lie in [0, 1), got {self.key_mask}")
+
+
+class Context(NamedTuple):
+    """What the decoder is told about the scene."""
+
+    maps: dict[int, Tensor]  # side -> (B, C, side, side)
+    terms: dict[str, Tensor]  # scalar loss terms
+    codes: dict[int, Tensor]  # side -> (B, L) code indices; empty without a codebook
+
+
+class FrameContext(nn.Module):
+    """Features of one frame per clip, at 16x16 and 8x8, quantised if the method says so.
+
+    Source: Sec. 4.2 and Algorithm 1, lines 6 and 7 of the MAPO paper; facts 3.2.
+    """
+
+    def __init__(self, cfg: ContextConfig, image: ImageConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = ResNetEncoder(image)
+        widths = {16: image.channels[1], 8: image.channels[2]}
+        self.quantizers = nn.ModuleDict()
+        if cfg.kind == "quantized" and cfg.quantizer.shape == "spatial":
+            self.quantizers.update({str(s): Quantizer(cfg.quantizer, widths[s]) for s in SCALES})
+        elif cfg.kind == "quantized":
+            self.quantizers["frame"] = Quantizer(cfg.quantizer, sum(widths.values()))
+
+    def forward(self, obs: Tensor) -> Context:
+        """Look at one frame of each clip; ``obs`` is (B, T, H, W, 3) uint8."""
+        frame_BCHW = self._augment(normalised(self._pick(obs)))
+        maps = self.encoder.maps(frame_BCHW)
+        maps = {side: maps[side] for side in SCALES}
+        if not self.quantizers:
+            return Context(maps, {}, {})
+        return self._per_frame(maps) if "frame" in self.quantizers else self._per_place(maps)
+
+    def _pick(self, obs: Tensor) -> Tensor:
+        """One frame of each clip, (B, H, W, 3)."""
+        batch, steps = obs.shape[:2]
+        if self.cfg.frame == "first":
+            return obs[:, 0]
+        if self.cfg.frame == "last":
+            return obs[:, -1]
+        tau_B = torch.randint(steps, (batch,), device=obs.device)
+        return obs[torch.arange(batch, device=obs.device), tau_B]
+
+    def _augment(self, frame_BCHW: Tensor) -> Tensor:
+        """Grey out one rectangle of 2-33 % of the area, aspect 0.3-3.3, in some frames."""
+        if not self.training or self.cfg.erase == 0.0:
+            return frame_BCHW
+        batch, _, height, width = frame_BCHW.shape
+        u = torch.rand(5, batch, 1, 1, 1, device=frame_BCHW.device)
+        area = (0.02 + 0.31 * u[0]) * height * width
+        aspect = torch.exp(torch.log(torch.tensor(0.3)) + u[1] * torch.log(torch.tensor(11.0)))
+        tall, wide = (area * aspect).sqrt(), (area / aspect).sqrt()
+        top, left = u[2] * (height - tall).clamp(min=0), u[3] * (width - wide).clamp(min=0)
+        y = torch.arange(height, device=u.device).view(1, 1, -1, 1)
+        x = torch.arange(width, device=u.device).view(1, 1, 1, -1)
+        inside = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
+        return frame_BCHW.masked_fill(inside & (u[4] < self.cfg.erase), 0.0)
+
+    def _per_place(self, maps: dict[int, Tensor]) -> Context:
+        """Quantise every location of every map with the codebook of its scale."""
+        coded: dict[int, Tensor] = {}
+        codes: dict[int, Tensor] = {}
+        commitment = torch.zeros((), device=next(iter(maps.values())).device)
+        for side, map_BCHW in maps.items():
+            batch, width = map_BCHW.shape[:2]
+            rows_RZ = map_BCHW.permute(0, 2, 3, 1).reshape(-1, width)
+            found = self.quantizers[str(side)](rows_RZ)
+            coded[side] = found.code.view(batch, side, side, width).permute(0, 3, 1, 2)
+            codes[side] = found.index.view(batch, -1)
+            commitment = commitment + found.commitment
+        return Context(coded, {"commitment": commitment}, codes)
+
+    def _per_frame(self, maps: dict[int, Tensor]) -> Context:
+        """Quantise the pooled features of both scales as one vector; spread the code over the maps."""
+        pooled = [maps[side].mean(dim=(2, 3)) for side in SCALES]
+        found = self.quantizers["frame"](torch.cat(pooled, dim=1))
+        parts = found.code.split([p.shape[1] for p in pooled], dim=1)
+        coded = {
+            side: part[:, :, None, None].expand(-1, -1, side, side)
+            for side, part in zip(SCALES, parts, strict=True)
+        }
+        codes = {side: found.index[:, None] for side in SCALES}
+        return Context(coded, {"commitment": found.commitment}, codes)

@@ -1,0 +1,110 @@
+"""The two distributions of DreamerV2, as functions on tensors.
+
+No ``torch.distributions`` objects: they cost a third of the scan and a host sync each
+(docs/performance.md). Everything here runs in float32 whatever the autocast state.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MIN_STD = 0.1
+EDGE = 1.0 - 1e-6
+"""Samples of the policy are clipped to ±EDGE, straight-through (facts 4)."""
+
+
+def one_hot_sample(logits_K: Tensor, noise: Tensor) -> Tensor:
+    """Draw one-hot samples whose gradient is that of the probabilities.
+
+    Args:
+        logits_K: Unnormalised log-probabilities, (..., K).
+        noise: Uniform in [0, 1), (...): one number picks the class through the inverse CDF.
+
+    Returns:
+        (..., K) float32: the value is the one-hot sample, the gradient the softmax's.
+    """
+    probs_K = logits_K.float().softmax(dim=-1)
+    below_K = (probs_K.detach().cumsum(dim=-1) <= noise[..., None]).float()
+    below_K[..., -1] = 0.0  # rounding may leave the total a hair under the noise
+    hard_K = F.pad(below_K, (1, 0), value=1.0)[..., :-1] - below_K
+    return hard_K + (probs_K - probs_K.detach())
+
+
+def one_hot_mode(logits_K: Tensor) -> Tensor:
+    """Most probable class as a one-hot vector, (..., K), without gradient."""
+    return F.one_hot(logits_K.argmax(dim=-1), logits_K.shape[-1]).float()
+
+
+def categorical_kl(p_logits_SK: Tensor, q_logits_SK: Tensor) -> Tensor:
+    """KL(p || q) in nats, summed over the S independent categoricals; (..., S, K) -> (...)."""
+    p_log_SK = p_logits_SK.float().log_softmax(dim=-1)
+    q_log_SK = q_logits_SK.float().log_softmax(dim=-1)
+    return (p_log_SK.exp() * (p_log_SK - q_log_SK)).sum(dim=(-2, -1))
+
+
+def balanced_kl(post_SK: Tensor, prior_SK: Tensor, balance: float, free_nats: float) -> Tensor:
+    """KL between posterior and prior that teaches the prior more than it bends the posterior.
+
+    ``balance · max(mean KL(sg post || prior), free) + (1 - balance) · max(mean KL(post || sg
+    prior), free)``: averaged over batch and time *before* the maximum is taken.
+
+    Args:
+        post_SK: Posterior logits, (B, T, S, K).
+        prior_SK: Prior logits, same shape.
+        balance: Share that moves the prior, in [0, 1].
+        free_nats: Mean KL below this many nats is not penalised.
+
+    Returns:
+        Scalar, in nats per time step.
+
+    Source:
+        facts 2.3; DreamerV2, arXiv:2010.02193, algorithm 2, with ``free_avg``.
+    """
+    teach = categorical_kl(post_SK.detach(), prior_SK).mean().clamp(min=free_nats)
+    regularise = categorical_kl(post_SK, prior_SK.detach()).mean().clamp(min=free_nats)
+    return balance * teach + (1.0 - balance) * regularise
+
+
+class TruncatedNormal(NamedTuple):
+    """Independent normals cut to [-1, 1]; the leading axes are free, the last one is A."""
+
+    mean: Tensor  # (..., A) in [-1, 1], of the normal before it is cut
+    std: Tensor  # (..., A)
+
+    @classmethod
+    def from_raw(cls, raw: Tensor) -> TruncatedNormal:
+        """Read a policy head's output, (..., 2A): tanh mean, std = 2·sigmoid(raw / 2) + 0.1."""
+        mean, std = raw.float().chunk(2, dim=-1)
+        return cls(mean.tanh(), 2.0 * torch.sigmoid(std / 2.0) + MIN_STD)
+
+    def _edges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Standardised lower and upper edge, and the mass between them."""
+        low, high = (-1.0 - self.mean) / self.std, (1.0 - self.mean) / self.std
+        mass = (torch.special.ndtr(high) - torch.special.ndtr(low)).clamp(min=1e-8)
+        return low, high, mass
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Reparameterised sample from uniform ``noise`` (..., A); gradients reach mean and std."""
+        low, _, mass = self._edges()
+        quantile = (torch.special.ndtr(low) + noise * mass).clamp(1e-6, 1.0 - 1e-6)
+        x = self.mean + self.std * torch.special.ndtri(quantile)
+        return x + (x.clamp(-EDGE, EDGE) - x).detach()
+
+    def mode(self) -> Tensor:
+        """Most probable action, (..., A)."""
+        return self.mean.clamp(-EDGE, EDGE)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy in nats, summed over the A dimensions, (...)."""
+        low, high, mass = self._edges()
+        edge = (low * _normal_pdf(low) - high * _normal_pdf(high)) / (2.0 * mass)
+        return (0.5 * math.log(2 * math.pi * math.e) + self.std.log() + mass.log() + edge).sum(-1)
+
+
+def _normal_pdf(x: Tensor) -> Tensor:
+    return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)

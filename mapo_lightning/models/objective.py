@@ -1,0 +1,53 @@
+"""Named loss terms and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mapo_lightning.types import ConfigError
+
+
+@dataclass
+class ObjectiveConfig:
+    """Weights of the loss terms of one stage (facts 2.3, O14, O20, O21, O26)."""
+
+    scales: dict[str, float] = field(default_factory=dict)
+    """Weight of every loss term; its keys must be exactly the terms that the model has."""
+    free_nats: float = 0.0
+    """Mean KL below this many nats per step is not penalised (O20)."""
+
+    def __post_init__(self) -> None:
+        if self.free_nats < 0.0:
+            raise ConfigError(f"free_nats must not be negative, got {self.free_nats}")
+
+
+def weigh(
+    terms: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add up named loss terms.
+
+    Args:
+        terms: Unscaled scalar terms.
+        scales: Weight of every term; its keys must be exactly those of ``terms``.
+
+    Returns:
+        The scalar to back-propagate, and the detached unscaled terms for the log.
+
+    Raises:
+        ConfigError: A term has no scale, or a scale has no term. Either is a typo that would
+            otherwise train another objective without a word.
+    """
+    if terms.keys() != scales.keys():
+        raise ConfigError(
+            f"objective.scales must name every loss term of the model: terms without a scale: "
+            f"{sorted(terms.keys() - scales.keys())}, scales without a term: "
+            f"{sorted(scales.keys() - terms.keys())}"
+        )
+    # A term of weight 0 stays in the sum, as in the published code (APV's lower KL, facts 2.3): its
+    # parameters keep getting a zero gradient, hence their weight decay, on every rank alike.
+    total = torch.stack([scales[name] * term for name, term in terms.items()]).sum()
+    return total, {name: term.detach() for name, term in terms.items()}

@@ -1,0 +1,302 @@
+"""The stacked world model: five published systems are five ways to fill its plugs.
+
+Shapes: B batch, T time, H W image, E embed, F feat, A action, N = B*T, I imagined steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mapo_lightning.models.action_source import SourceConfig, build_action_source
+from mapo_lightning.models.blocks import mlp
+from mapo_lightning.models.context import ContextConfig, FrameContext
+from mapo_lightning.models.decoder import build_decoder
+from mapo_lightning.models.encoder import ImageConfig, build_encoder, normalised
+from mapo_lightning.models.intrinsic import BonusConfig, VideoBonus
+from mapo_lightning.models.objective import ObjectiveConfig, weigh
+from mapo_lightning.models.rssm import RSSM, RSSMConfig, RSSMState
+from mapo_lightning.types import Batch, ConfigError
+
+
+@dataclass
+class WorldModelConfig:
+    """The plugs and sizes of the world model (docs/methods.md has the table)."""
+
+    image: ImageConfig = field(default_factory=ImageConfig)
+    """Encoder and decoder of frames."""
+    context: ContextConfig = field(default_factory=ContextConfig)
+    """Scene context handed to the decoder."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    """What drives the lower dynamics."""
+    lower: RSSMConfig | None = field(default_factory=RSSMConfig)
+    """Semantic-action network φ, learned from videos; null leaves it out (DreamerV2)."""
+    upper: RSSMConfig | None = field(default_factory=RSSMConfig)
+    """Environment-action network θ, added at fine-tuning; null lets the lower one continue (PreLAR)."""
+    concat_embed: bool = False
+    """The upper dynamics sees the frame's embedding beside the lower state: true on DMC (O24)."""
+    head_layers: int = 4
+    """Hidden layers of reward, actor and critic networks."""
+    head_units: int = 400
+    """Width U of those layers."""
+    aux_reward: bool = False
+    """Second reward head, trained on the reward without bonus (O25)."""
+    discount_head: bool = False
+    """Predict whether an episode goes on; the published systems do without on DMC and Meta-World."""
+    bonus: BonusConfig = field(default_factory=BonusConfig)
+    """Intrinsic bonus."""
+
+    def __post_init__(self) -> None:
+        if self.lower is None and self.upper is None:
+            raise ConfigError("world_model.lower and world_model.upper must not both be null")
+        if self.lower is None and (self.bonus.beta > 0.0 or self.concat_embed):
+            raise ConfigError(
+                "world_model.bonus and world_model.concat_embed read the lower dynamics, "
+                "which is null; set bonus.beta=0 and concat_embed=false"
+            )
+        if self.head_layers < 1 or self.head_units < 1:
+            raise ConfigError("head_layers and head_units must be at least 1")
+
+
+class Belief(NamedTuple):
+    """State of every dynamics in use; leading axes (B,) or (B, T)."""
+
+    lower: RSSMState | None
+    upper: RSSMState | None
+
+    @property
+    def control(self) -> RSSMState:
+        """State that heads, actor and decoder read: the upper one where there is one (O22)."""
+        state = self.upper or self.lower
+        assert state is not None
+        return state
+
+    def at(self, t: int) -> Belief:
+        """Belief at one time, (B, T, ...) -> (B, ...)."""
+        return Belief(*(None if s is None else RSSMState(*(x[:, t] for x in s)) for s in self))
+
+
+class Observed(NamedTuple):
+    """What following a sequence of frames gives."""
+
+    belief: Belief  # posterior states, axes (B, T)
+    embed: Tensor  # (B, T, E)
+    prior: dict[str, tuple[RSSMState, Tensor]]  # "lower" / "upper": posterior state, prior logits
+    terms: dict[str, Tensor]  # scalar terms of the action source
+
+
+class Fit(NamedTuple):
+    """One evaluation of the world model's loss."""
+
+    total: Tensor  # scalar to back-propagate
+    log: dict[str, Tensor]  # unscaled terms and diagnostics, detached scalars
+    belief: Belief  # posterior states, axes (B, T)
+
+
+class WorldModel(nn.Module):
+    """Encoder, context, lower and upper dynamics, decoder, heads.
+
+    Args:
+        cfg: Plugs and sizes.
+        objective: Loss weights of the stage.
+        semantic_dim: Width V of the semantic vectors in the batch.
+        action_dim: Width A of the environment's action; None builds the pre-training model, without
+            upper dynamics and heads.
+
+    Raises:
+        ConfigError: A method without lower dynamics is asked to pre-train.
+    """
+
+    def __init__(
+        self,
+        cfg: WorldModelConfig,
+        objective: ObjectiveConfig,
+        semantic_dim: int,
+        action_dim: int | None,
+    ) -> None:
+        super().__init__()
+        controls = action_dim is not None
+        if not controls and cfg.lower is None:
+            raise ConfigError(
+                "this method has no lower dynamics, so there is nothing to pre-train on videos; "
+                "use stage=finetune, or choose another method"
+            )
+        self.cfg, self.objective = cfg, objective
+        self.encoder = build_encoder(cfg.image)
+        self.context = FrameContext(cfg.context, cfg.image) if cfg.context.kind != "none" else None
+        embed = self.encoder.embed_dim
+        self.source, self.lower, self.upper = None, None, None
+        feat, seen = 0, embed
+        if cfg.lower is not None:
+            env_dim = action_dim if cfg.upper is None else None
+            self.source = build_action_source(
+                cfg.source, cfg.image, cfg.lower.hidden, semantic_dim, env_dim
+            )
+            self.lower = RSSM(cfg.lower, self.source.action_dim, embed)
+            feat = cfg.lower.feat
+            seen = feat + embed * cfg.concat_embed
+        if action_dim is not None and cfg.upper is not None:
+            self.upper = RSSM(cfg.upper, action_dim, seen)
+            feat = cfg.upper.feat
+        self.feat_dim = feat
+        self.decoder = build_decoder(cfg.image, feat, cfg.context)
+        self.heads = nn.ModuleDict()
+        if controls:
+            wanted = {"reward": True, "aux_reward": cfg.aux_reward, "discount": cfg.discount_head}
+            for name in (name for name, want in wanted.items() if want):
+                self.heads[name] = mlp(feat, cfg.head_units, cfg.head_layers, 1)
+        self.bonus = None
+        if controls and cfg.bonus.beta > 0.0 and cfg.lower is not None:
+            # PreLAR compares embeddings, the stacked systems compare lower states.
+            width = cfg.lower.feat if self.upper is not None else embed
+            self.bonus = VideoBonus(cfg.bonus, width)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def observe(self, batch: Batch, start: Belief | None = None) -> Observed:
+        """Follow a sequence of frames with every dynamics in use.
+
+        Args:
+            batch: Keys of ``mapo_lightning.types``; ``action`` only if there is an upper dynamics.
+            start: Belief before the first frame, axes (B,).
+        """
+        obs, first_BT = batch["obs"], batch["is_first"]
+        embed_BTE = self.encoder(normalised(obs)).unflatten(0, obs.shape[:2])
+        lower, upper = None, None
+        prior: dict[str, tuple[RSSMState, Tensor]] = {}
+        terms: dict[str, Tensor] = {}
+        seen_BTE = embed_BTE
+        if self.lower is not None and self.source is not None:
+            action_BTA, terms = self.source(batch)
+            before = start.lower if start else None
+            lower, logits = self.lower.observe(action_BTA, embed_BTE, first_BT, before)
+            prior["lower"] = lower, logits
+            seen_BTE = lower.feat
+            if self.cfg.concat_embed:
+                seen_BTE = torch.cat([embed_BTE, seen_BTE], dim=-1)
+        if self.upper is not None:
+            before = start.upper if start else None
+            upper, logits = self.upper.observe(batch["action"], seen_BTE, first_BT, before)
+            prior["upper"] = upper, logits
+        return Observed(Belief(lower, upper), embed_BTE, prior, terms)
+
+    def loss(self, batch: Batch) -> Fit:
+        """Eq. (2) in pre-training, eq. (3) in fine-tuning, plus the terms of the method's plugs."""
+        seen = self.observe(batch)
+        terms = dict(seen.terms)
+        log: dict[str, Tensor] = {}
+        for name, (post, prior_BTSK) in seen.prior.items():
+            dynamics = self.lower if name == "lower" else self.upper
+            assert dynamics is not None
+            terms[f"kl_{name}"] = dynamics.kl(post.logits, prior_BTSK, self.objective.free_nats)
+        feat_BTF = seen.belief.control.feat
+        scene: dict[int, Tensor] = {}
+        if self.context is not None:
+            context = self.context(batch["obs"])
+            scene = context.maps
+            terms |= context.terms
+        mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), scene).float()
+        error_NCHW = mean_NCHW - normalised(batch["obs"])
+        # -ln p(o_t | s_t, e_i): unit-variance Gaussian without its constant, summed over the pixels.
+        terms["image"] = 0.5 * error_NCHW.pow(2).sum(dim=(1, 2, 3)).mean()
+        if self.heads:
+            reward_terms, log = self._reward_terms(batch, seen, feat_BTF)
+            terms |= reward_terms
+        total, weighed = weigh(terms, self.objective.scales)
+        return Fit(total, log | weighed, seen.belief)
+
+    def _reward_terms(
+        self, batch: Batch, seen: Observed, feat_BTF: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """-ln p(r_t | s_t) of both reward heads, and the discount head's cross-entropy."""
+        reward_BT = batch["reward"].float()
+        target_BT, log = reward_BT, {}
+        if self.bonus is not None:
+            lower = seen.belief.lower
+            assert lower is not None
+            compared = lower.feat if self.upper is not None else seen.embed
+            bonus_BT = self.bonus(compared.detach())
+            # The last states of a chunk have no full window ahead and train no reward.
+            target_BT = reward_BT[:, : bonus_BT.shape[1]] + self.cfg.bonus.beta * bonus_BT
+            log["bonus"] = bonus_BT.mean()
+        terms = {
+            "reward": self._squared_error("reward", feat_BTF[:, : target_BT.shape[1]], target_BT)
+        }
+        if "aux_reward" in self.heads:
+            terms["aux_reward"] = self._squared_error("aux_reward", feat_BTF, reward_BT)
+        if "discount" in self.heads:
+            goes_on_BT = (~batch["is_terminal"]).float()
+            logit_BT = self.head("discount", feat_BTF)
+            terms["discount"] = F.binary_cross_entropy_with_logits(logit_BT, goes_on_BT)
+        return terms, log
+
+    def _squared_error(self, head: str, feat_BTF: Tensor, target_BT: Tensor) -> Tensor:
+        return 0.5 * (self.head(head, feat_BTF) - target_BT).pow(2).mean()
+
+    def head(self, name: str, feat: Tensor) -> Tensor:
+        """Output of one head, (..., F) -> (...), float32."""
+        out: Tensor = self.heads[name](feat).float().squeeze(-1)
+        return out
+
+    def imagine(
+        self, start: RSSMState, action_of: Callable[[int, RSSMState], Tensor], steps: int
+    ) -> list[RSSMState]:
+        """Dream with the control dynamics; no frames and no phrases are needed there (O8).
+
+        Args:
+            start: Control states to leave from, axes (B,).
+            action_of: Environment action (B, A) taken in the state that step i starts from.
+            steps: Number I of steps.
+
+        Returns:
+            I + 1 states, ``start`` first.
+        """
+        dynamics = self.upper or self.lower
+        assert dynamics is not None
+
+        def drive(i: int, state: RSSMState) -> Tensor:
+            return self._encode_action(action_of(i, state))
+
+        return [start, *dynamics.imagine(start, drive, steps)]
+
+    def _encode_action(self, action_BA: Tensor) -> Tensor:
+        """What an environment action becomes before it drives the control dynamics."""
+        if self.upper is not None or self.source is None:
+            return action_BA
+        return self.source({"action": action_BA}).action
+
+    @torch.no_grad()
+    def open_loop(self, batch: Batch, seen: int) -> Tensor:
+        """Watch the first ``seen`` frames, then dream the rest from the actions alone.
+
+        Args:
+            batch: Sequences of T > ``seen`` frames.
+            seen: Number of frames that are shown.
+
+        Returns:
+            Frames (B, T, H, W, 3) in [0, 1]: reconstructions of what was seen, then the dream. The
+            scene context comes from the frames that were shown.
+        """
+        shown = {key: value[:, :seen] for key, value in batch.items()}
+        belief = self.observe(shown).belief
+        dynamics = self.upper or self.lower
+        assert dynamics is not None
+        if self.upper is not None or self.source is None:
+            drive_BTA = batch["action"]
+        else:
+            drive_BTA = self.source(batch).action
+        dream = dynamics.imagine(
+            belief.at(seen - 1).control,
+            lambda i, _: drive_BTA[:, seen + i],
+            batch["obs"].shape[1] - seen,
+        )
+        dreamt_BTF = torch.stack([state.feat for state in dream], dim=1)
+        feat_BTF = torch.cat([belief.control.feat, dreamt_BTF], dim=1)
+        scene = self.context(shown["obs"]).maps if self.context is not None else {}
+        mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), scene).float()
+        frame_NHWC = (mean_NCHW + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1)
+        return frame_NHWC.unflatten(0, feat_BTF.shape[:2])

@@ -1,0 +1,1 @@
+"""Semantic actions: from frames to words, and from words to vectors."""

@@ -1,0 +1,319 @@
+"""The offline default describer: names the motion that dense optical flow sees.
+
+It sees pixels move, not hands or doors: so the body is a region of a colour at a place, or the
+whole scene when the camera moves. Directions are those of the pixels on the screen; distances are
+in percent of the frame width. No weights, no network, the same answer on every machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from mapo_lightning.semantics.describer import Reply
+from mapo_lightning.semantics.phrase import Phrase, format_phrase
+from mapo_lightning.types import DescriberError, Frames
+
+Field = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+_SIDE = 128  # short side of the picture the flow is computed on, pixels
+_CELLS = 8  # the camera must be seen to move in most cells of a grid this wide and high
+_TEXTURE = 1.5  # grey levels per pixel from which a place can be tracked at all
+_TRACKED = 12  # textured pixels from which a region's motion is taken from them alone
+_CANDIDATES = 3  # regions looked at, largest first
+_COLOURS = {0: "red", 20: "orange", 33: "yellow", 45: "green", 85: "cyan", 100: "blue"}
+_COLOURS |= {130: "purple", 150: "pink", 172: "red"}  # first hue of each, of 180
+_WAYS = ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right")
+
+
+class Similarity(NamedTuple):
+    """Motion of a patch of the picture: shift, growth and turn about its centre."""
+
+    shift: NDArray[np.float64]  # (2,) pixels of the working size, x right and y down
+    growth: float  # 0.1: a tenth larger
+    turn: float  # radians, positive clockwise on the screen
+    centre: NDArray[np.float64]  # (2,) pixels
+
+    def at(self, points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Displacement (N, 2) that this motion gives to points (N, 2)."""
+        away = points_N2 - self.centre
+        across = np.stack([-away[:, 1], away[:, 0]], axis=1)
+        return self.shift + self.growth * away + self.turn * across
+
+
+class FlowDescriber:
+    """Names the dominant motion of a few frames in the five slots of the method.
+
+    Args:
+        min_percent: Smallest motion over the window that counts, in percent of the frame width.
+        min_area: Smallest moving region that counts, as a fraction of the frame.
+    """
+
+    in_worker = True
+
+    def __init__(self, min_percent: float = 0.7, min_area: float = 0.002) -> None:
+        self.min_percent, self.min_area = min_percent, min_area
+        self.name = f"flow-v1 side={_SIDE} min_percent={min_percent:g} min_area={min_area:g}"
+        self._flow: cv2.DISOpticalFlow | None = None
+
+    def __getstate__(self) -> dict[str, float]:
+        """Pickle the settings; OpenCV's object cannot travel."""
+        return {"min_percent": self.min_percent, "min_area": self.min_area}
+
+    def __setstate__(self, state: dict[str, float]) -> None:
+        """Build anew from the settings."""
+        self.__init__(**state)  # type: ignore[misc]
+
+    def describe(self, clips: Sequence[Frames]) -> list[Reply]:
+        """Describe each clip; see `Describer.describe`.
+
+        Raises:
+            DescriberError: A clip is not (T, H, W, 3) uint8.
+        """
+        return [Reply(self._describe_one(clip)) for clip in clips]
+
+    def _describe_one(self, clip: Frames) -> str:
+        if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not len(clip):
+            raise DescriberError(
+                f"a clip must be (T, H, W, 3) uint8, got {clip.dtype} {clip.shape}"
+            )
+        phrase = self._phrase(clip)
+        return "null" if phrase is None else format_phrase(phrase)
+
+    def _phrase(self, clip: Frames) -> Phrase | None:
+        greys = _planes(clip)
+        height, width = greys[0].shape
+        least = self.min_percent / 100.0 * width  # pixels
+        if len(greys) < 2 or all(np.array_equal(greys[0], grey) for grey in greys[1:]):
+            return None
+        field = self._accumulate(greys)
+        scene = _Scene(greys, field)
+        camera = scene.camera(least)
+        region = scene.region(camera, least, self.min_area * height * width)
+        if region is not None:
+            mask, motion = region
+            size = float(np.sqrt(mask.sum()))
+            body = _name_region(clip[0], mask)
+            return _words(motion, body, "scene background", least, size, width)
+        if camera is None:
+            return None
+        return _words(camera, "whole scene (camera)", "scene background", least, width, width)
+
+    def _accumulate(self, greys: Sequence[NDArray[np.uint8]]) -> Field:
+        """Displacement (h, w, 2) of every pixel of the first frame up to the last, pixels."""
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)  # the answer must not depend on the machine's cores
+        try:
+            if self._flow is None:
+                self._flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+                self._flow.setFinestScale(1)
+            height, width = greys[0].shape
+            grid = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
+            total = np.zeros((height, width, 2), np.float32)
+            for before, after in itertools.pairwise(greys):
+                step = self._flow.calc(before, after, np.zeros_like(total))
+                total = total + _look_up(step, grid + total)
+            return total
+        finally:
+            cv2.setNumThreads(threads)
+
+
+class _Scene:
+    """One window on the working size: first and last picture, and the motion between them."""
+
+    def __init__(self, greys: Sequence[NDArray[np.uint8]], field: Field) -> None:
+        self.first, self.last = (grey.astype(np.float32) for grey in (greys[0], greys[-1]))
+        self.field = field
+        height, width = self.first.shape
+        self.grid = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
+        # What following the flow leaves unexplained.
+        self.missed = np.abs(_look_up(self.last, self.grid + field) - self.first)
+        cells = cv2.resize(self.missed, (_CELLS, _CELLS), interpolation=cv2.INTER_AREA)
+        self.noise = float(np.percentile(cells, 25))  # grey levels
+        slope = np.hypot(cv2.Sobel(self.first, -1, 1, 0), cv2.Sobel(self.first, -1, 0, 1)) / 8.0
+        self.textured: Mask = slope > max(_TEXTURE, 1.5 * self.noise)
+
+    def camera(self, least: float) -> Similarity | None:
+        """Motion shared by most of the picture, its border included; None if it stands still."""
+        there = self.textured[2::4, 2::4]
+        points = self.grid[2::4, 2::4][there].astype(np.float64)
+        flow = self.field[2::4, 2::4][there].astype(np.float64)
+        if len(points) < 16:
+            return None
+        motion, agree = _fit(points, flow)
+        moves = np.linalg.norm(motion.at(points), axis=1)
+        if np.median(moves[agree]) < least if agree.any() else True:
+            return None
+        # An object alone before a plain wall fills few cells; a camera moves all that is textured.
+        size = np.array([self.first.shape[1], self.first.shape[0]])
+        cell = (points / size * _CELLS).astype(int) @ np.array([1, _CELLS])
+        seen, moving = np.bincount(cell), np.bincount(cell[agree], minlength=cell.max() + 1)
+        wide = np.count_nonzero(moving > 0) >= 0.4 * _CELLS**2
+        return motion if wide and np.mean(moving[seen > 0] >= 0.5 * seen[seen > 0]) > 0.5 else None
+
+    def region(
+        self, camera: Similarity | None, least: float, min_area: float
+    ) -> tuple[Mask, Similarity] | None:
+        """Largest region that moves otherwise than the camera, and its motion."""
+        rest = self.field.astype(np.float64)
+        floor = least
+        if camera is not None:
+            sway = camera.at(self.grid.reshape(-1, 2).astype(np.float64)).reshape(rest.shape)
+            rest = rest - sway
+            # What a moving camera hides, uncovers or blurs looks like motion too: ask for more.
+            pace = float(np.median(np.linalg.norm(sway, axis=2)))
+            floor = max(1.5 * least, 1.2 * pace, 1.5)
+            min_area = 5.0 * min_area
+        speed = np.linalg.norm(rest, axis=2)
+        moving = ((speed > 0.6 * floor) & self._explained()).astype(np.uint8)
+        moving = cv2.morphologyEx(moving, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+        moving = cv2.morphologyEx(moving, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+        count, parts = cv2.connectedComponents(moving)
+        weight = np.bincount(parts.ravel(), weights=speed.ravel(), minlength=count)
+        weight[0] = 0.0
+        for part in np.argsort(weight)[: -_CANDIDATES - 1 : -1]:
+            mask: Mask = parts == part
+            if part == 0 or mask.sum() < min_area:
+                continue
+            # Flow is only guessed where nothing can be tracked: let edges and texture speak.
+            sure = mask & self.textured
+            if np.count_nonzero(sure) < _TRACKED:
+                sure = mask
+            points = self.grid[sure].astype(np.float64)
+            motion, _ = _fit(points, rest[sure])
+            if np.percentile(np.linalg.norm(motion.at(points), axis=1), 75) > floor:
+                return mask, motion
+        return None
+
+    def _explained(self) -> Mask:
+        """Where following the flow makes the last picture look like the first again."""
+        still = cv2.blur(np.abs(self.last - self.first), (9, 9))
+        followed = cv2.blur(self.missed, (9, 9))
+        explained: Mask = (still > 2.0 * self.noise + 1.0) & (followed < 0.8 * still)
+        return explained
+
+
+def _look_up(picture: Any, at_HW2: Field) -> Field:
+    """Values of a picture (H, W[, C]) at fractional places (x, y), as float32."""
+    x, y = cv2.split(at_HW2)
+    found = cv2.remap(picture, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(found, np.float32)
+
+
+def _planes(clip: Frames) -> list[NDArray[np.uint8]]:
+    """Brightness pictures of the working size, slightly blurred against sensor noise.
+
+    A red thing before a green wall of the same brightness moves unseen in grey: there the colour
+    channel that changes most stands in.
+    """
+    height, width = clip.shape[1:3]
+    scale = _SIDE / min(height, width)
+    size = (round(width * scale), round(height * scale))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    small = [cv2.resize(np.ascontiguousarray(f), size, interpolation=how) for f in clip]
+    planes = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in small]
+    change = cv2.absdiff(small[0], small[-1]).mean(axis=(0, 1))
+    # Sensor noise is 1.5 times stronger in one channel than in grey: ask for clearly more.
+    if change.max() > 2.0 * cv2.absdiff(planes[0], planes[-1]).mean() + 0.1:
+        planes = [cv2.extractChannel(frame, int(change.argmax())) for frame in small]
+    return [np.asarray(cv2.GaussianBlur(plane, (0, 0), 1.0), np.uint8) for plane in planes]
+
+
+def _fit(
+    points_N2: NDArray[np.float64], flow_N2: NDArray[np.float64]
+) -> tuple[Similarity, NDArray[np.bool_]]:
+    """Robust similarity motion of points, and which of them agree with it."""
+    centre = points_N2.mean(axis=0)
+    motion = Similarity(np.median(flow_N2, axis=0), 0.0, 0.0, centre)
+    weight_N = np.ones(len(points_N2))
+    for _ in range(6):
+        error_N = np.linalg.norm(flow_N2 - motion.at(points_N2), axis=1)
+        scale = max(0.25, 1.48 * float(np.median(error_N)))
+        weight_N = 1.0 / (1.0 + (error_N / scale) ** 2) ** 2
+        share_N1 = (weight_N / weight_N.sum())[:, None]
+        middle, shift = (share_N1 * points_N2).sum(0), (share_N1 * flow_N2).sum(0)
+        away_N2, moved_N2 = points_N2 - middle, flow_N2 - shift
+        spread = float((share_N1 * away_N2**2).sum()) + 1e-6
+        growth = float((share_N1 * away_N2 * moved_N2).sum()) / spread
+        cross_N = away_N2[:, 0] * moved_N2[:, 1] - away_N2[:, 1] * moved_N2[:, 0]
+        turn = float((share_N1[:, 0] * cross_N).sum()) / spread
+        at = Similarity(shift, growth, turn, middle)
+        motion = Similarity(at.at(centre[None])[0], growth, turn, centre)
+    error_N = np.linalg.norm(flow_N2 - motion.at(points_N2), axis=1)
+    size = float(np.median(np.linalg.norm(motion.at(points_N2), axis=1)))
+    return motion, error_N < max(0.5, 0.3 * size)
+
+
+def _words(
+    motion: Similarity, body: str, target: str, least: float, size: float, width: float
+) -> Phrase:
+    """Put a motion into words: its shift, its growth or its turn, whichever moves pixels most."""
+    shift = float(np.linalg.norm(motion.shift))
+    arm = 0.38 * size  # mean distance of a square's points from its centre
+    grown, turned = abs(motion.growth) * arm, abs(motion.turn) * arm
+    scene = body.startswith("whole")
+    if max(grown, turned) > max(1.2 * shift, least):
+        if grown >= turned:
+            closer = motion.growth > 0
+            action = (
+                ("zooms in" if closer else "zooms out")
+                if scene
+                else ("approaches" if closer else "recedes")
+            )
+            way = "towards the camera" if closer else "away from the camera"
+            return Phrase(
+                body,
+                action,
+                target,
+                way,
+                f"{_number(100 * abs(motion.growth))} percent of its size",
+            )
+        way = "clockwise" if motion.turn > 0 else "counter-clockwise"
+        return Phrase(
+            body, "turns", target, way, f"{_number(np.degrees(abs(motion.turn)))} degrees"
+        )
+    angle = np.arctan2(motion.shift[1], motion.shift[0])
+    way = _WAYS[round(float(angle) / (np.pi / 4)) % 8]
+    percent = 100.0 * shift / width
+    action = (
+        "shifts" if scene else "slides" if percent < 3 else "moves" if percent < 8 else "sweeps"
+    )
+    return Phrase(body, action, target, way, f"{_number(percent)} percent of the frame width")
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 2 else f"{value:.0f}"
+
+
+def _name_region(frame: NDArray[np.uint8], mask: Mask) -> str:
+    """Colour, size and place of a region, such as ``small red region at the upper left``."""
+    height, width = mask.shape
+    small = cv2.resize(np.ascontiguousarray(frame), (width, height), interpolation=cv2.INTER_AREA)
+    # Flow spills over an edge: the colour is that of the region's core.
+    depth = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 3)
+    middle = np.median(small[depth >= 0.5 * depth.max()], axis=0).astype(np.uint8)
+    hue, saturation, value = cv2.cvtColor(middle[None, None], cv2.COLOR_RGB2HSV)[0, 0]
+    y, x = np.argwhere(mask).mean(axis=0) / (height, width)
+    row = "upper" if y < 1 / 3 else "lower" if y > 2 / 3 else ""
+    column = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
+    place = " ".join(filter(None, (row, column))) or "centre"
+    place = {"upper": "top", "lower": "bottom"}.get(place, place)
+    share = mask.mean()
+    size = "small" if share < 0.03 else "large" if share > 0.15 else "medium"
+    return f"{size} {_colour(int(hue), int(saturation), int(value))} region at the {place}"
+
+
+def _colour(hue: int, saturation: int, value: int) -> str:
+    if value < 50:
+        return "black"
+    if saturation < 45:
+        return "white" if value > 190 else "grey"
+    name = [word for first, word in _COLOURS.items() if hue >= first][-1]
+    dull = value < 140 and saturation < 200
+    return "brown" if dull and name in ("red", "orange", "yellow") else name

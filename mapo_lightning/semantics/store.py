@@ -1,0 +1,239 @@
+"""Where labels live: asked once, never twice, by however many processes.
+
+One SQLite file per writing process, all of them merged on read, so that nobody waits for another's
+lock. A label is committed before its claim is released; a killed process loses at most the labels
+it was still asking for. Everything stored is text, numbers or raw float16: nothing is executed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import sqlite3
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import IO, NamedTuple, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mapo_lightning.semantics.claims import Claims
+from mapo_lightning.semantics.phrase import SLOTS, Phrase, Status
+from mapo_lightning.types import DescriberError
+
+_SCHEMA = """CREATE TABLE IF NOT EXISTS labels (
+    key TEXT PRIMARY KEY, text TEXT NOT NULL, status TEXT NOT NULL, slots TEXT, hidden BLOB,
+    describer TEXT NOT NULL, source TEXT NOT NULL) WITHOUT ROWID"""
+_COLUMNS = "key, text, status, slots, hidden, describer, source"
+_REMEMBERED = 65536  # labels kept in memory by one process
+_ASK_AT_ONCE = 500  # keys in one SQL statement; the library's limit is 999 in old versions
+
+
+class StoredLabel(NamedTuple):
+    """What is known about one window of frames."""
+
+    text: str
+    """The describer's answer, cleaned, at most 256 characters."""
+    status: Status
+    """How the answer was read."""
+    phrase: Phrase | None
+    """The five slots, None for null and unreadable answers."""
+    hidden: NDArray[np.float16] | None
+    """(hidden_dim,) where the describer gave one."""
+    describer: str
+    """Name of who answered."""
+    source: str
+    """For people: which frames of which file."""
+
+
+class LabelStore:
+    """Labels of all processes that share a folder; each writes to a file of its own.
+
+    The folder and the file are made on the first write, in the process that writes, so that a
+    store can be built in the parent of DataLoader workers and travel to them.
+
+    Args:
+        root: Folder of the store.
+        writer: Name of this writer; a number is appended while another process uses it.
+    """
+
+    def __init__(self, root: Path, writer: str) -> None:
+        self.root = Path(root)
+        self.writer = "".join(c if c.isalnum() or c in "-_" else "-" for c in writer)[:64] or "w"
+        self.claims = Claims(self.root / "claims")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._files: dict[Path, sqlite3.Connection] = {}
+        self._own: sqlite3.Connection | None = None
+        self._lock: IO[bytes] | None = None
+        self._memory: OrderedDict[str, StoredLabel] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle what says where the store is, not what is open."""
+        return {"root": self.root, "writer": self.writer}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Open nothing: the process that uses it will."""
+        self.root, self.writer = cast(Path, state["root"]), cast(str, state["writer"])
+        self.claims = Claims(self.root / "claims")
+        self._forget()
+
+    def get(self, keys: Iterable[str]) -> dict[str, StoredLabel]:
+        """Look labels up, in memory first, then in every writer's file.
+
+        Args:
+            keys: Content keys of windows.
+
+        Returns:
+            Those that are known.
+
+        Raises:
+            DescriberError: A file of the store is not a label store, or is damaged.
+        """
+        self._check_process()
+        wanted = list(dict.fromkeys(keys))
+        found = {key: self._memory[key] for key in wanted if key in self._memory}
+        missing = [key for key in wanted if key not in found]
+        for path in sorted(self.root.glob("*.sqlite")) if missing else []:
+            for label_key, label in self._read(path, missing):
+                found[label_key] = label
+                self._remember(label_key, label)
+            missing = [key for key in missing if key not in found]
+            if not missing:
+                break
+        return found
+
+    def put(self, labels: Mapping[str, StoredLabel]) -> None:
+        """Store labels; they are on disk, and visible to all, when this returns.
+
+        Raises:
+            DescriberError: The file cannot be written (disk full, no permission).
+        """
+        self._check_process()
+        if not labels:
+            return
+        rows = [(key, *_to_row(label)) for key, label in labels.items()]
+        try:
+            with self._writer_file() as file:
+                file.executemany(f"INSERT OR IGNORE INTO labels VALUES ({'?,' * 6}?)", rows)
+        except (sqlite3.Error, OSError) as error:
+            raise DescriberError(
+                f"cannot write {len(rows)} labels to the store '{self.root}': {error}. "
+                "Free space or choose another folder with vlm.store=..."
+            ) from error
+        for key, label in labels.items():
+            self._remember(key, label)
+
+    def items(self) -> dict[str, StoredLabel]:
+        """Return every label of every writer, by key; for inspection and tests."""
+        self._check_process()
+        found: dict[str, StoredLabel] = {}
+        for path in sorted(self.root.glob("*.sqlite")):
+            found |= dict(self._read(path, None))
+        return dict(sorted(found.items()))
+
+    def close(self) -> None:
+        """Close all files and give the writer's name back."""
+        if self._pid == os.getpid():
+            for file in self._files.values():
+                file.close()
+            if self._own is not None:
+                self._own.close()
+            if self._lock is not None:
+                self._lock.close()
+        self._forget()
+
+    def _check_process(self) -> None:
+        # SQLite connections must not cross a fork: the child forgets them and opens its own.
+        if self._pid != os.getpid():
+            self._forget()
+
+    def _remember(self, key: str, label: StoredLabel) -> None:
+        self._memory[key] = label
+        if len(self._memory) > _REMEMBERED:
+            self._memory.popitem(last=False)
+
+    def _writer_file(self) -> sqlite3.Connection:
+        if self._own is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for number in itertools.count():
+                name = f"{self.writer}-{number}" if number else self.writer
+                lock = (self.root / f"{name}.lock").open("ab")
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    lock.close()
+                    continue
+                self._lock = lock
+                break
+            self._own = _open(self.root / f"{name}.sqlite", create=True)
+            with self._own:
+                self._own.execute(_SCHEMA)
+        return self._own
+
+    def _read(self, path: Path, keys: list[str] | None) -> list[tuple[str, StoredLabel]]:
+        try:
+            if path not in self._files:
+                self._files[path] = _open(path)
+            file = self._files[path]
+            if keys is None:
+                return [_from_row(row) for row in file.execute(f"SELECT {_COLUMNS} FROM labels")]
+            rows: list[tuple[object, ...]] = []
+            for first in range(0, len(keys), _ASK_AT_ONCE):
+                batch = keys[first : first + _ASK_AT_ONCE]
+                marks = ",".join("?" * len(batch))
+                query = f"SELECT {_COLUMNS} FROM labels WHERE key IN ({marks})"
+                with closing(file.execute(query, batch)) as cursor:
+                    rows += cursor.fetchall()
+            return [_from_row(row) for row in rows]
+        except (sqlite3.Error, ValueError) as error:
+            if "no such table" in str(error):  # its writer is just being born
+                return []
+            raise DescriberError(
+                f"cannot read the label file '{path}': {error}. "
+                "Move it away; its labels will be asked for again."
+            ) from error
+
+
+def _open(path: Path, create: bool = False) -> sqlite3.Connection:
+    """Open read-write: whoever comes first after a kill rolls the unfinished commit back."""
+    mode = "rwc" if create else "rw"
+    file = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", timeout=30.0, uri=True)
+    # A power cut may lose the last commits, never the file; labels can be asked for again.
+    file.execute("PRAGMA journal_mode=TRUNCATE")
+    file.execute("PRAGMA synchronous=NORMAL")
+    return file
+
+
+def _to_row(label: StoredLabel) -> tuple[object, ...]:
+    slots = None if label.phrase is None else json.dumps(label.phrase, ensure_ascii=False)
+    hidden = None if label.hidden is None else label.hidden.astype("<f2").tobytes()
+    return label.text, label.status, slots, hidden, label.describer, label.source
+
+
+def _from_row(row: tuple[object, ...]) -> tuple[str, StoredLabel]:
+    """Check what was read: the file may come from anywhere.
+
+    Raises:
+        ValueError: A row does not hold a label.
+    """
+    key, text, status, slots, hidden, describer, source = row
+    phrase = None
+    if slots is not None:
+        values = json.loads(str(slots))
+        if not isinstance(values, list) or len(values) != len(SLOTS):
+            raise ValueError(f"label {key!r} has no five slots")
+        phrase = Phrase(*(str(value) for value in values))
+    if status not in get_args(Status):
+        raise ValueError(f"label {key!r} has the unknown status {status!r}")
+    vector = None
+    if hidden is not None:
+        vector = np.frombuffer(cast(bytes, hidden), "<f2").astype(np.float16)
+    kind = cast(Status, status)
+    return str(key), StoredLabel(str(text), kind, phrase, vector, str(describer), str(source))

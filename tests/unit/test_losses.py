@@ -1,0 +1,200 @@
+"""Every loss against an independent few-line computation, in float64 where the code allows it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Normal, kl_divergence
+
+from mapo_lightning.models.actor_critic import AgentConfig, DreamerAgent
+from mapo_lightning.models.distributions import (
+    TruncatedNormal,
+    balanced_kl,
+    categorical_kl,
+    one_hot_mode,
+    one_hot_sample,
+)
+from mapo_lightning.models.objective import weigh
+from mapo_lightning.models.returns import lambda_returns, step_weights
+from mapo_lightning.types import ConfigError
+
+
+def test_categorical_kl_equals_torch_distributions() -> None:
+    p, q = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    expected = kl_divergence(Categorical(logits=p), Categorical(logits=q)).sum(-1)
+    torch.testing.assert_close(categorical_kl(p, q), expected)
+    assert float(categorical_kl(p, p).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("free", [0.0, 0.5, 100.0])
+def test_balanced_kl_averages_before_the_maximum(free: float) -> None:
+    post = torch.randn(2, 3, 4, 5, requires_grad=True)
+    prior = torch.randn(2, 3, 4, 5, requires_grad=True)
+    loss = balanced_kl(post, prior, 0.8, free)
+    mean = float(categorical_kl(post, prior).mean().detach())
+    assert float(loss.detach()) == pytest.approx(max(mean, free), rel=1e-5)
+    loss.backward()
+    assert post.grad is not None
+    assert prior.grad is not None
+    if free == 100.0:
+        assert float(post.grad.abs().max()) == 0.0
+    else:
+        # The prior's share of the gradient is the balance, the posterior's the rest.
+        post2, prior2 = (x.detach().clone().requires_grad_() for x in (post, prior))
+        categorical_kl(post2, prior2).mean().backward()
+        assert post2.grad is not None
+        assert prior2.grad is not None
+        torch.testing.assert_close(prior.grad, 0.8 * prior2.grad)
+        torch.testing.assert_close(post.grad, 0.2 * post2.grad)
+
+
+def test_one_hot_samples_follow_the_probabilities_and_pass_their_gradient() -> None:
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0], requires_grad=True)
+    noise = (torch.arange(10_000) + 0.5) / 10_000  # every quantile once
+    sample = one_hot_sample(logits.expand(10_000, 4), noise)
+    torch.testing.assert_close(sample.mean(0), logits.softmax(0), atol=2e-4, rtol=0.0)
+    assert set(sample.unique().tolist()) == {0.0, 1.0}
+    weight = torch.randn(4)
+    (one_hot_sample(logits[None], torch.tensor([0.3])) * weight).sum().backward()
+    expected = torch.autograd.grad((logits.softmax(0) * weight).sum(), logits)[0]
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_one_hot_sample_has_one_class_at_the_edges_of_the_noise() -> None:
+    logits = torch.randn(2, 32)
+    for noise in (0.0, 1.0 - 2**-24):
+        assert one_hot_sample(logits, torch.full((2,), noise)).sum(-1).tolist() == [1.0, 1.0]
+    torch.testing.assert_close(one_hot_mode(logits).argmax(-1), logits.argmax(-1))
+
+
+def test_truncated_normal_moments_and_entropy_by_integration() -> None:
+    raw = torch.tensor([[0.3, -1.2, 0.5, -2.0]])
+    policy = TruncatedNormal.from_raw(raw)
+    mean, std = raw[0, :2].tanh(), 2 * torch.sigmoid(raw[0, 2:] / 2) + 0.1
+    grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
+    entropy = 0.0
+    for m, s in zip(mean.double(), std.double(), strict=True):
+        density = Normal(m, s).log_prob(grid).exp()
+        density = density / torch.trapezoid(density, grid)
+        entropy -= float(torch.trapezoid(torch.xlogy(density, density), grid))
+        noise = ((torch.arange(200_000) + 0.5) / 200_000)[:, None].expand(-1, 2)
+    assert float(policy.entropy()) == pytest.approx(entropy, abs=1e-4)
+    samples = TruncatedNormal(policy.mean.expand(200_000, 2), policy.std.expand(200_000, 2)).sample(
+        noise
+    )
+    assert float(samples.abs().max()) < 1.0
+    density = Normal(mean[0].double(), std[0].double()).log_prob(grid).exp()
+    first_moment = torch.trapezoid(density * grid, grid) / torch.trapezoid(density, grid)
+    assert float(samples[:, 0].mean()) == pytest.approx(float(first_moment), abs=1e-3)
+
+
+def test_truncated_normal_sample_is_reparameterised() -> None:
+    raw = torch.randn(1, 4, requires_grad=True)
+    TruncatedNormal.from_raw(raw).sample(torch.full((1, 2), 0.7)).sum().backward()
+    assert raw.grad is not None
+    assert bool((raw.grad != 0).all())
+
+
+def test_lambda_returns_against_the_recursion_in_float64() -> None:
+    g = torch.Generator().manual_seed(0)
+    reward, value, discount = (torch.rand(6, 3, generator=g, dtype=torch.float64) for _ in "rvd")
+    bootstrap = torch.rand(3, generator=g, dtype=torch.float64)
+    got = lambda_returns(reward, value, discount, bootstrap, 0.95)
+    target, values = bootstrap, [*value, bootstrap]
+    for i in reversed(range(6)):
+        target = reward[i] + discount[i] * (0.05 * values[i + 1] + 0.95 * target)
+        torch.testing.assert_close(got[i], target)
+
+
+def test_lambda_outside_the_unit_interval_is_refused() -> None:
+    x = torch.zeros(2, 1)
+    with pytest.raises(ValueError, match=r"lam must lie in \[0, 1\], got 1.5"):
+        lambda_returns(x, x, x, x[0], 1.5)
+
+
+def test_step_weights_are_the_product_of_discounts() -> None:
+    weights = step_weights(torch.full((4, 1), 0.9, dtype=torch.float64))
+    assert weights.flatten().tolist() == pytest.approx([1, 0.9, 0.81, 0.729])
+
+
+class LineWorld(torch.nn.Module):
+    """A world in one dimension: the state moves by the action, the reward is the state."""
+
+    heads: dict[str, object] = {}  # noqa: RUF012
+
+    def imagine(self, start: Tensor, act: object, steps: int) -> list[Tensor]:
+        states = [start]
+        for i in range(steps):
+            assert callable(act)
+            states.append(LineState(states[-1].feat + act(i, states[-1])))  # type: ignore[attr-defined]
+        return states
+
+    def head(self, name: str, feat: Tensor) -> Tensor:
+        return feat.squeeze(-1)
+
+
+class LineState:
+    def __init__(self, feat: Tensor) -> None:
+        self.feat = feat
+
+
+def test_actor_and_critic_losses_against_the_written_out_formulas() -> None:
+    """Facts 4: weights w_0..w_{H-2}, targets V_1..V_{H-1}, entropies of s_0..s_{H-2}."""
+    torch.manual_seed(0)
+    cfg = AgentConfig(horizon=4, discount=0.9, lam=0.8, entropy=0.01)
+    agent = DreamerAgent(cfg, feat=1, action_dim=1, layers=1, units=8)
+    with torch.no_grad():
+        for p in agent.target.parameters():
+            p.add_(0.1)  # the slow critic must be told from the fast one
+    start = LineState(torch.randn(3, 1))
+    torch.manual_seed(7)
+    loss = agent.losses(LineWorld(), start)  # type: ignore[arg-type]
+    torch.manual_seed(7)
+    feats, entropies = [start.feat], []
+    for _ in range(4):
+        policy = agent.policy(feats[-1])
+        entropies.append(policy.entropy())
+        feats.append(feats[-1] + policy.sample(torch.rand(3, 1)))
+    slow = [agent.target(f)[:, 0] for f in feats]
+    reward = [f[:, 0] for f in feats]
+    target = slow[4]
+    targets: list[Tensor] = []
+    for i in reversed(range(4)):
+        target = reward[i] + 0.9 * (0.2 * slow[i + 1] + 0.8 * target)
+        targets.insert(0, target)
+    gain = [0.9**i * (targets[i + 1] + 0.01 * entropies[i]) for i in range(3)]
+    assert float(loss.actor.detach()) == pytest.approx(-float(torch.stack(gain).mean().detach()), rel=1e-5)
+    error = [
+        0.9**i * 0.5 * (agent.critic(feats[i])[:, 0] - targets[i]) ** 2 for i in range(4)
+    ]
+    assert float(loss.critic.detach()) == pytest.approx(float(torch.stack(error).mean().detach()), rel=1e-5)
+    loss.actor.backward()
+    assert all(p.grad is None for p in agent.critic.parameters())
+    assert all(p.grad is not None for p in agent.actor.parameters())
+
+
+def test_the_slow_critic_is_a_hard_copy() -> None:
+    agent = DreamerAgent(AgentConfig(), feat=2, action_dim=1, layers=1, units=4)
+    with torch.no_grad():
+        next(agent.critic.parameters()).add_(1.0)
+    agent.update_target()
+    for slow, fast in zip(agent.target.parameters(), agent.critic.parameters(), strict=True):
+        assert torch.equal(slow, fast)
+        assert not slow.requires_grad
+
+
+def test_loss_terms_and_scales_must_have_the_same_names() -> None:
+    terms = {"image": torch.tensor(2.0), "kl_lower": torch.tensor(3.0)}
+    total, log = weigh(terms, {"image": 0.5, "kl_lower": 0.0})
+    assert float(total) == 1.0
+    assert log["kl_lower"] == 3.0
+    with pytest.raises(ConfigError, match=r"without a scale: \['kl_lower'\].*\['kl_lowr'\]"):
+        weigh(terms, {"image": 1.0, "kl_lowr": 1.0})
+
+
+def test_uniform_policy_entropy_is_below_that_of_the_uniform_distribution() -> None:
+    policy = TruncatedNormal(torch.zeros(1, 1), torch.full((1, 1), 50.0))
+    assert float(policy.entropy()) == pytest.approx(math.log(2.0), abs=1e-3)

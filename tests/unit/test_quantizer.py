@@ -1,0 +1,108 @@
+"""The codebook: nearest code, straight-through, moving averages, revival (facts O11-O16)."""
+
+from __future__ import annotations
+
+import torch
+
+from mapo_lightning.models.context import ContextConfig, FrameContext
+from mapo_lightning.models.encoder import ImageConfig
+from mapo_lightning.models.quantizer import Quantizer, QuantizerConfig
+
+
+def test_look_up_is_nearest_and_straight_through() -> None:
+    torch.manual_seed(0)
+    book = Quantizer(QuantizerConfig(codes=6), 3).eval()
+    rows = torch.randn(10, 3, requires_grad=True)
+    found = book(rows)
+    expected = torch.stack([((book.codes - r) ** 2).sum(1).argmin() for r in rows])
+    assert torch.equal(found.index, expected)
+    torch.testing.assert_close(found.code, book.codes[expected])
+    weight = torch.randn(10, 3)
+    (found.code * weight).sum().backward()
+    torch.testing.assert_close(rows.grad, weight)
+
+
+def test_commitment_pulls_the_rows_and_not_the_codes() -> None:
+    book = Quantizer(QuantizerConfig(codes=6), 3).eval()
+    rows = torch.randn(10, 3, requires_grad=True)
+    found = book(rows)
+    found.commitment.backward()
+    torch.testing.assert_close(rows.grad, 2 * (rows.detach() - found.code.detach()) / 30)
+    assert not book.codes.requires_grad
+
+
+def test_moving_averages_in_float64() -> None:
+    """N_i <- g N_i + (1-g) n_i; m_i <- g m_i + (1-g) sum; e_i = m_i / smoothed N_i."""
+    torch.manual_seed(0)
+    book = Quantizer(QuantizerConfig(codes=3, decay=0.9, dead_below=0.0), 2).double()
+    book._must_start = False
+    count0, sum0 = book.ema_count.clone(), book.ema_sum.clone()
+    rows = torch.randn(20, 2, dtype=torch.float64)
+    index = ((rows[:, None] - book.codes) ** 2).sum(-1).argmin(1)
+    n = torch.stack([(index == i).sum() for i in range(3)]).double()
+    m = torch.stack([rows[index == i].sum(0) for i in range(3)])
+    book.update(n, m, rows[:3])
+    count, total = 0.9 * count0 + 0.1 * n, 0.9 * sum0 + 0.1 * m
+    smooth = (count + 1e-5) / (count.sum() + 3e-5) * count.sum()
+    torch.testing.assert_close(book.codes, total / smooth[:, None])
+
+
+def test_evaluation_and_a_second_forward_do_not_move_the_codes() -> None:
+    book = Quantizer(QuantizerConfig(codes=4), 2)
+    book(torch.randn(50, 2))
+    codes = book.codes.clone()
+    book(torch.randn(50, 2))
+    book.eval()
+    book(torch.randn(50, 2))
+    assert torch.equal(book.codes, codes)
+    assert float(book.batch_count.sum()) == 100.0
+
+
+def test_dead_codes_are_revived_from_the_batch() -> None:
+    """Sixteen scenes, a codebook that starts on one of them: in the end every scene has codes."""
+    torch.manual_seed(0)
+    book = Quantizer(QuantizerConfig(codes=64, decay=0.9), 8)
+    centres = 5 * torch.randn(16, 8)
+    book(centres[0] + 0.01 * torch.randn(64, 8))
+    for _ in range(150):
+        rows = centres[torch.randint(16, (256,))] + 0.01 * torch.randn(256, 8)
+        book(rows)
+        use = book.update(book.batch_count, book.batch_sum, book.candidates)
+    assert float(use.perplexity) >= 12.0
+    assert float((torch.cdist(centres, book.codes).min(dim=1).values < 0.1).float().mean()) == 1.0
+
+
+def test_the_codebook_starts_from_the_first_batch() -> None:
+    torch.manual_seed(0)
+    book = Quantizer(QuantizerConfig(codes=8), 2)
+    rows = 100 + torch.randn(64, 2)
+    assert float(book(rows).commitment) < 1.0
+    resumed = Quantizer(QuantizerConfig(codes=8), 2)
+    resumed.load_state_dict(book.state_dict())
+    resumed(torch.randn(64, 2))
+    assert torch.equal(resumed.codes, book.codes)
+
+
+def test_both_shapes_give_the_decoder_maps_of_both_scales() -> None:
+    obs = torch.randint(0, 256, (3, 5, 64, 64, 3), dtype=torch.uint8)
+    image = ImageConfig(channels=[4, 8, 16], layers=1)
+    for shape, codes in (("spatial", {16: 256, 8: 64}), ("global", {16: 1, 8: 1})):
+        cfg = ContextConfig(kind="quantized", quantizer=QuantizerConfig(codes=4, shape=shape))
+        context = FrameContext(cfg, image)(obs)
+        assert {side: tuple(x.shape) for side, x in context.maps.items()} == {
+            16: (3, 8, 16, 16),
+            8: (3, 16, 8, 8),
+        }
+        assert {side: x.shape[1] for side, x in context.codes.items()} == codes
+        assert set(context.terms) == {"commitment"}
+
+
+def test_erasing_greys_out_one_rectangle_while_training_only() -> None:
+    torch.manual_seed(0)
+    image = ImageConfig(channels=[4, 8, 16], layers=1)
+    context = FrameContext(ContextConfig(kind="features", erase=1.0), image)
+    frame = torch.ones(64, 3, 64, 64)
+    erased = context._augment(frame)
+    share = (erased == 0).float().mean(dim=(1, 2, 3))
+    assert 0.0 < float(share.min()) <= float(share.max()) < 0.36
+    assert torch.equal(context.eval()._augment(frame), frame)

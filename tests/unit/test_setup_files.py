@@ -1,0 +1,135 @@
+"""What a newcomer types before any Python of ours runs: Makefile, constraints, pyproject."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+@pytest.fixture
+def checkout(root: Path, tmp_path: Path) -> Path:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(root / name, tmp_path)
+    return tmp_path
+
+
+def make(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    # MAKEFLAGS of a surrounding `make test` would leak in.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    return subprocess.run(
+        ["make", *words],
+        cwd=folder,
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def script(path: Path, body: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_pages_are_served_to_this_machine_only(checkout: Path) -> None:
+    commands = make(checkout, "-n", "ui").stdout
+    assert "--host 127.0.0.1" in commands
+    assert "0.0.0.0" not in commands
+
+
+def test_help_lists_every_target_a_user_may_type(checkout: Path) -> None:
+    out = make(checkout).stdout
+    for target in ("demo", "test", "ui", "setup", "doctor", "format", "clean", "help"):
+        assert f"make {target} " in out
+
+
+def test_a_python_without_venv_gets_one_clear_line(checkout: Path) -> None:
+    # Debian's python3 without python3-venv: runs, but cannot import ensurepip.
+    python = script(
+        checkout / "python3",
+        f'case "$2" in *ensurepip*) exit 1;; esac; exec {sys.executable} "$@"',
+    )
+    done = make(checkout, "setup", "GL=skip", f"PYTHON={python}")
+    assert done.returncode != 0
+    assert "sudo apt-get install -y python3-venv" in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_an_old_python_is_refused(checkout: Path) -> None:
+    python = script(checkout / "python3", 'case "$2" in *version_info*) exit 1;; esac')
+    done = make(checkout, "setup", "GL=skip", f"PYTHON={python}")
+    assert done.returncode != 0
+    assert "older than 3.11" in done.stderr
+
+
+def test_missing_gl_without_root_gives_the_line_to_type(checkout: Path) -> None:
+    tools = checkout / "tools"
+    tools.mkdir()
+    python = script(tools / "python3", "exit 1")  # cannot load libEGL
+    script(tools / "id", "echo 1000")
+    script(tools / "sudo", "exit 1")
+    script(tools / "apt-get", "echo called; exit 1")
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    done = make(checkout, "gl", f"PYTHON={python}", PATH=path)
+    assert done.returncode != 0
+    assert "sudo apt-get update && sudo apt-get install -y libegl1 libgl1" in done.stderr
+    assert "called" not in done.stdout
+    assert make(checkout, "gl", "GL=skip", f"PYTHON={python}", PATH=path).returncode == 0
+
+
+def test_missing_gl_is_installed_with_sudo_where_it_asks_nothing(checkout: Path) -> None:
+    tools = checkout / "tools"
+    tools.mkdir()
+    python = script(tools / "python3", "exit 1")
+    script(tools / "id", "echo 1000")
+    script(tools / "sudo", 'shift; [ "$1" = true ] || "$@"')
+    script(tools / "apt-get", 'echo "apt-get $*"')
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    done = make(checkout, "gl", f"PYTHON={python}", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "apt-get update -qq" in done.stdout
+    assert "libegl1 libgl1 libgl1-mesa-dri" in done.stdout
+
+
+def test_every_dependency_is_pinned_within_its_range(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = [text for group in project["optional-dependencies"].values() for text in group]
+    pins = {}
+    for line in (root / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, _, version = line.partition("==")
+            assert version, f"constraints.txt must pin exactly, got {line!r}"
+            pins[canonicalize_name(name)] = version
+    for text in [*project["dependencies"], *extras]:
+        wanted = Requirement(text)
+        if wanted.marker is None or wanted.marker.evaluate():
+            name = canonicalize_name(wanted.name)
+            assert name in pins, f"{name} is not pinned"
+            assert wanted.specifier.contains(pins[name]), f"{text}, but {pins[name]} is pinned"
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [
+        ("lightning", "2.6.2"),
+        ("lightning", "2.6.3"),
+        ("mujoco", "3.17.0"),
+        ("dm_control", "1.0.50"),
+        ("torch", "2.9.1"),
+        ("omegaconf", "2.3.1"),
+    ],
+)
+def test_versions_known_to_be_bad_are_excluded(root: Path, name: str, version: str) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = {r.name: r for r in map(Requirement, project["dependencies"])}
+    assert not wanted[name].specifier.contains(version)
