@@ -1,11 +1,11 @@
 """Trains MAPO and its baselines.
 
-    python train.py                                    the demo: pre-train, fine-tune, evaluate
-    python train.py env=toy                            a small world that needs no renderer
-    python train.py stage=pretrain data=folder data.root=DIR
-    python train.py stage=finetune env=dmc_walker_run init_from=runs/NAME/pretrain/last.ckpt
-    python train.py --help                             every group, file and field
-    python train.py ... --show                         print the resolved run and stop
+python train.py                                    the demo: pre-train, fine-tune, evaluate
+python train.py env=toy                            a small world that needs no renderer
+python train.py stage=pretrain data=folder data.root=DIR
+python train.py stage=finetune env=dmc_walker_run init_from=runs/NAME/pretrain/last.ckpt
+python train.py --help                             every group, file and field
+python train.py ... --show                         print the resolved run and stop
 """
 
 from __future__ import annotations
@@ -150,12 +150,18 @@ def pretrain(run: Run) -> Path:
     labels = RecordLabels(cfg.callbacks.phrases)
     extra = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
     trainer = _trainer(
-        run, "pretrain", cfg.pretrain.updates, extra, {"image": "train/image"},
+        run,
+        "pretrain",
+        cfg.pretrain.updates,
+        extra,
+        {"image": "train/image"},
         cfg.pretrain.validate_every,
     )
     trainer.fit(module, datamodule=data, ckpt_path=_resume(run, "pretrain"), weights_only=True)
     asked, windows = int(labels.total["asked"]), int(labels.total["windows"])
-    log.info("the describer was asked about %d of %d windows; the others were known", asked, windows)
+    log.info(
+        "the describer was asked about %d of %d windows; the others were known", asked, windows
+    )
     return run.folder / "pretrain" / "last.ckpt"
 
 
@@ -233,7 +239,9 @@ def _trainer(
     if cfg.callbacks.codebook:
         around.append(CodebookUpdate())
     if cfg.callbacks.progress:
-        around.append(PhaseProgress({"pretrain": "pre-training", "finetune": "fine-tuning"}[phase], watch))
+        around.append(
+            PhaseProgress({"pretrain": "pre-training", "finetune": "fine-tuning"}[phase], watch)
+        )
     return build.build_trainer(
         cfg, updates, run.folder / phase, around + extra, logger, validate_every
     )

@@ -56,7 +56,9 @@ class CollectExperience(L.Callback):
         due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if finished and due:
             pl_module.log("collect/return", sum(e.score for e in finished) / len(finished))
-            pl_module.log("collect/agent_steps", sum(e.agent_steps for e in finished) / len(finished))
+            pl_module.log(
+                "collect/agent_steps", sum(e.agent_steps for e in finished) / len(finished)
+            )
             finished.clear()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

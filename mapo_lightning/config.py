@@ -163,4 +163,6 @@ class RunConfig:
                 f"{self.env.size}"
             )
         if self.env.size != 64:
-            raise ConfigError(f"env.size must be 64, the side the networks have, got {self.env.size}")
+            raise ConfigError(
+                f"env.size must be 64, the side the networks have, got {self.env.size}"
+            )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from mapo_lightning.data.clips import ClipDataset, LabelExample
+from mapo_lightning.data.clips import Clip, ClipDataset, LabelExample
 from mapo_lightning.data.replay import Replay
 from mapo_lightning.data.windows import VideoDataConfig, VideoIndex, scan_videos
 from mapo_lightning.semantics.describer import VlmConfig
@@ -51,11 +51,9 @@ class VideoDataModule(L.LightningDataModule):
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         videos = self.index.train if split == "train" else self.index.holdout or self.index.train
-        return ClipDataset(
-            videos, self.data, self.vlm, self.root, self.seed, rank, world, split
-        )
+        return ClipDataset(videos, self.data, self.vlm, self.root, self.seed, rank, world, split)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Clip]:
         """Batches without end; the trainer's budget of updates stops them."""
         workers = self.data.workers
         return DataLoader(

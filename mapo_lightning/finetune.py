@@ -47,7 +47,9 @@ class FinetuneConfig:
     """Adam's other numbers."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Loss weights; the method's file names them, the environment's sets free nats."""
-    load: list[str] = field(default_factory=lambda: ["encoder", "context", "source", "lower", "decoder"])
+    load: list[str] = field(
+        default_factory=lambda: ["encoder", "context", "source", "lower", "decoder"]
+    )
     """Parts taken over from pre-training (O23); PreLAR drops its source."""
 
     def __post_init__(self) -> None:
@@ -89,9 +91,7 @@ class FinetuneModule(TrainedModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Eq. (3) on the replayed chunk, eq. (4) and (5) on dreams that start in all its states."""
         fit = self.world_model.loss(batch)
-        behaviour = self.agent.losses(
-            self.world_model, fit.belief.control.flatten().detach()
-        )
+        behaviour = self.agent.losses(self.world_model, fit.belief.control.flatten().detach())
         self.log_terms("train", fit.log | behaviour.log | {"world_model": fit.total.detach()})
         return fit.total + behaviour.actor + behaviour.critic
 
@@ -138,7 +138,8 @@ def _halves(world_model: WorldModel) -> tuple[list[nn.Parameter], list[nn.Parame
     early = {"encoder", "context", "source", "lower"} if world_model.lower is not None else set()
     if world_model.upper is None:
         early -= {"source"}  # PreLAR's action encoder is fresh in fine-tuning (facts 2.5)
-    lower, model = [], []
+    lower: list[nn.Parameter] = []
+    model: list[nn.Parameter] = []
     for name, parameter in world_model.named_parameters():
         (lower if name.split(".")[0] in early else model).append(parameter)
     return lower, model

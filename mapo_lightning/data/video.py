@@ -18,6 +18,9 @@ import numpy as np
 
 from mapo_lightning.types import Frames, VideoError
 
+# OpenCV's threads do not survive a fork: a DataLoader worker would wait for them for ever.
+cv2.setNumThreads(1)
+
 Reason = Literal[
     "missing",  # no such file, or not a file
     "empty",  # zero bytes

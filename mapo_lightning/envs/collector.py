@@ -113,7 +113,9 @@ class Collector:
         seed: Of the first episode of every environment.
     """
 
-    def __init__(self, envs: VectorEnv, tracker: SemanticTracker, replay: Replay, seed: int) -> None:
+    def __init__(
+        self, envs: VectorEnv, tracker: SemanticTracker, replay: Replay, seed: int
+    ) -> None:
         self.envs, self.tracker, self.replay, self.seed = envs, tracker, replay, seed
         self.finished: list[Episode] = []
         self._step: Step | None = None
@@ -224,7 +226,7 @@ def _play_batch(
     first, live = np.ones(count, bool), np.ones(count, bool)
     score, length = np.zeros(count), np.zeros(count, np.int64)
     success: list[float | None] = [None] * count
-    obs, _ = envs.reset(seed=seeds)
+    obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]  # Gymnasium takes one per environment
     reels: list[list[Frames]] = [[obs["image"][n].copy()] for n in range(film)]
     while live.any():
         step = {"obs": obs["image"], "is_first": first, **tracker.update(obs, first)}

@@ -7,6 +7,7 @@ in a child process. Sole door to the ``mujoco`` package.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import logging
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import weakref
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -206,10 +208,30 @@ class OffscreenCamera:
                 self._model.vis.global_, side, max(size, getattr(self._model.vis.global_, side))
             )
         renderer = self._renderers[size] = mujoco.Renderer(self._model, size, size)
+        _close_at_exit(self)
         if self._quality == "fast":
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         return renderer
+
+
+_drawing: weakref.WeakSet[OffscreenCamera] = weakref.WeakSet()
+
+
+def _close_at_exit(camera: OffscreenCamera) -> None:
+    """Free contexts before MuJoCo ends the display; later, Python would print their errors.
+
+    Called after the first context is made, because exit handlers run last in, first out.
+    """
+    if not _drawing:
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
+    _drawing.add(camera)
+
+
+def _close_all() -> None:
+    for camera in list(_drawing):
+        camera.close()
 
 
 def _camera_id(model: Any, camera: int | str) -> int:

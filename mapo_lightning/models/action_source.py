@@ -73,9 +73,7 @@ class NullAction(nn.Module):
     def forward(self, batch: Batch) -> Driven:
         """Zeros, (B, T, A)."""
         first_BT = batch["is_first"]
-        return Driven(
-            torch.zeros(*first_BT.shape, self.action_dim, device=first_BT.device), {}
-        )
+        return Driven(torch.zeros(*first_BT.shape, self.action_dim, device=first_BT.device), {})
 
 
 class SemanticAction(nn.Module):
@@ -113,9 +111,9 @@ class InverseAction(nn.Module):
     def forward(self, batch: Batch) -> Driven:
         """Sampled actions, (B, T, A), the first one zero; term ``latent_action_kl``."""
         obs = batch["obs"]
-        frame_BTCHW = normalised(obs).unflatten(0, obs.shape[:2])
-        pairs = frame_pairs(frame_BTCHW)
-        raw = self.infer(self.encoder(pairs.flatten(0, 1))).unflatten(0, pairs.shape[:2])
+        frame_NCHW = normalised(obs)
+        pairs = frame_pairs(frame_NCHW.view(*obs.shape[:2], *frame_NCHW.shape[1:]))
+        raw = self.infer(self.encoder(pairs.flatten(0, 1))).view(*pairs.shape[:2], -1)
         mean, raw_std = raw.float().chunk(2, dim=-1)
         std = 2.0 * torch.sigmoid(raw_std / 2.0)
         action = mean + std * torch.randn_like(std)

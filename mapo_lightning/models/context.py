@@ -117,7 +117,7 @@ class FrameContext(nn.Module):
             rows_RZ = map_BCHW.permute(0, 2, 3, 1).reshape(-1, width)
             found = self.quantizers[str(side)](rows_RZ)
             coded[side] = found.code.view(batch, side, side, width).permute(0, 3, 1, 2)
-            codes[side] = found.index.view(batch, -1)
+            codes[side] = found.chosen.view(batch, -1)
             commitment = commitment + found.commitment
         return Context(coded, {"commitment": commitment}, codes)
 
@@ -130,5 +130,5 @@ class FrameContext(nn.Module):
             side: part[:, :, None, None].expand(-1, -1, side, side)
             for side, part in zip(SCALES, parts, strict=True)
         }
-        codes = {side: found.index[:, None] for side in SCALES}
+        codes = {side: found.chosen[:, None] for side in SCALES}
         return Context(coded, {"commitment": found.commitment}, codes)

@@ -38,21 +38,23 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_NCHW: Tensor, scene_BCHW: Tensor) -> Tensor:
         """Decoder maps (N, C, s, s) and scene maps (B, C, s, s), N a multiple of B -> (N, C, s, s)."""
-        count, width, height, _ = x_NCHW.shape
-        query_weight, kv_weight = self.in_weight.split([width, 2 * width])
-        query_bias, kv_bias = self.in_bias.split([width, 2 * width])
+        count, width = x_NCHW.shape[:2]
+        query_weight, kv_weight = self.in_weight[:width], self.in_weight[width:]
+        query_bias, kv_bias = self.in_bias[:width], self.in_bias[width:]
         x_NLC = x_NCHW.flatten(2).transpose(1, 2)
         query_NLC = F.linear(x_NLC + self.query_position, query_weight, query_bias)
         scene_BLC = scene_BCHW.flatten(2).transpose(1, 2) + self.key_position
         scene_BLC = F.linear(scene_BLC, kv_weight, kv_bias)
         keys_NLC, values_NLC = self._draw(scene_BLC, count).chunk(2, dim=-1)
         out_NGLC = F.scaled_dot_product_attention(
-            *(self._headed(part) for part in (query_NLC, keys_NLC, values_NLC)),
+            self._headed(query_NLC),
+            self._headed(keys_NLC),
+            self._headed(values_NLC),
             dropout_p=self.dropout if self.training else 0.0,
         )
         out_NLC = self.out(out_NGLC.transpose(1, 2).flatten(2))
         out_NLC = F.dropout(out_NLC, self.dropout, self.training)
-        out_NCHW = out_NLC.transpose(1, 2).unflatten(2, (height, height))
+        out_NCHW = out_NLC.transpose(1, 2).reshape(x_NCHW.shape)
         return F.relu(x_NCHW + self.norm(out_NCHW))
 
     def _draw(self, scene_BLC: Tensor, count: int) -> Tensor:
@@ -66,7 +68,7 @@ class CrossAttention(nn.Module):
 
     def _headed(self, x_NLC: Tensor) -> Tensor:
         """(N, L, C) -> (N, heads, L, C / heads)."""
-        return x_NLC.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x_NLC.view(*x_NLC.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class ResNetDecoder(nn.Module):
@@ -100,7 +102,8 @@ class ResNetDecoder(nn.Module):
 
     def forward(self, feat_NF: Tensor, scene: dict[int, Tensor]) -> Tensor:
         """Features (N, F) and the scene's maps (B, C, s, s) -> mean frames (N, 3, 64, 64)."""
-        x = self.convin(feat_NF).unflatten(1, (-1, self.side, self.side))
+        x: Tensor = self.convin(feat_NF)
+        x = x.view(len(x), -1, self.side, self.side)
         x = x.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             x = F.interpolate(x, scale_factor=float(RESAMPLE), mode="nearest")
@@ -111,7 +114,8 @@ class ResNetDecoder(nn.Module):
                 attended = self.attention[side](x, scene[int(side)])
             for i, layer in enumerate(stage):
                 x = layer(x, attended) if i == 0 else layer(x)
-        return self.convout(x)
+        mean_NCHW: Tensor = self.convout(x)
+        return mean_NCHW
 
 
 class CNNDecoder(nn.Module):
@@ -129,10 +133,10 @@ class CNNDecoder(nn.Module):
 
     def forward(self, feat_NF: Tensor, scene: dict[int, Tensor]) -> Tensor:
         """Features (N, F) -> mean frames (N, 3, 64, 64); the scene is not used."""
-        x = self.dense(feat_NF)[:, :, None, None]
-        for layer in self.layers[:-1]:
-            x = F.elu(layer(x))
-        return self.layers[-1](x)
+        x: Tensor = self.dense(feat_NF)[:, :, None, None]
+        for i, layer in enumerate(self.layers):
+            x = layer(F.elu(x) if i else x)
+        return x
 
 
 def build_decoder(

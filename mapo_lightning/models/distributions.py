@@ -93,7 +93,8 @@ class TruncatedNormal(NamedTuple):
         low, _, mass = self._edges()
         quantile = (torch.special.ndtr(low) + noise * mass).clamp(1e-6, 1.0 - 1e-6)
         x = self.mean + self.std * torch.special.ndtri(quantile)
-        return x + (x.clamp(-EDGE, EDGE) - x).detach()
+        clipped: Tensor = x + (x.clamp(-EDGE, EDGE) - x).detach()
+        return clipped
 
     def mode(self) -> Tensor:
         """Most probable action, (..., A)."""

@@ -48,7 +48,7 @@ class Quantized(NamedTuple):
     """Result of a look-up."""
 
     code: Tensor  # (R, Z) nearest codes; gradients pass straight to what was quantised
-    index: Tensor  # (R,) which codes
+    chosen: Tensor  # (R,) which codes
     commitment: Tensor  # scalar: mean squared distance to the codes, moves only what was quantised
 
 

@@ -156,8 +156,12 @@ class RSSM(nn.Module):
             noise_BTS = torch.rand(batch, steps, self.cfg.stoch, device=embed_BTE.device)
         keep_BT1 = (~is_first_BT).float()[..., None]
         driven_BTU = self._drive(action_BTA * keep_BT1)
-        seen_weight, deter_weight = self._split(self.posterior[0], self.cfg.deter)
-        seen_BTU = F.linear(embed_BTE, seen_weight, self.posterior[0].bias)
+        correct = self.posterior[0]
+        assert isinstance(correct, nn.Linear)
+        deter_weight, seen_weight = correct.weight.split_with_sizes(
+            [self.cfg.deter, embed_BTE.shape[-1]], dim=1
+        )
+        seen_BTU = F.linear(embed_BTE, seen_weight, correct.bias)
         inp_weight, _ = self._input_weights()
         deter_BD, stoch_BSK = state.deter, state.stoch
         deters, stochs, logits = [], [], []
@@ -226,12 +230,6 @@ class RSSM(nn.Module):
         flat = self.cfg.stoch * self.cfg.classes
         return self.inp.weight[:, :flat], self.inp.weight[:, flat:]
 
-    @staticmethod
-    def _split(layer: nn.Module, first: int) -> tuple[Tensor, Tensor]:
-        """Weights of a layer over [deter, embed], as (embed part, deter part)."""
-        assert isinstance(layer, nn.Linear)
-        return layer.weight[:, first:], layer.weight[:, :first]
-
     def _grouped(self, flat: Tensor) -> Tensor:
         """(..., S*K) -> (..., S, K)."""
-        return flat.unflatten(-1, (self.cfg.stoch, self.cfg.classes))
+        return flat.view(*flat.shape[:-1], self.cfg.stoch, self.cfg.classes)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mapo_lightning.models.action_source import SourceConfig, build_action_source
+from mapo_lightning.models.action_source import Driven, SourceConfig, build_action_source
 from mapo_lightning.models.blocks import mlp
 from mapo_lightning.models.context import ContextConfig, FrameContext
 from mapo_lightning.models.decoder import build_decoder
@@ -165,7 +165,7 @@ class WorldModel(nn.Module):
             start: Belief before the first frame, axes (B,).
         """
         obs, first_BT = batch["obs"], batch["is_first"]
-        embed_BTE = self.encoder(normalised(obs)).unflatten(0, obs.shape[:2])
+        embed_BTE = self.encoder(normalised(obs)).view(*obs.shape[:2], -1)
         lower, upper = None, None
         prior: dict[str, tuple[RSSMState, Tensor]] = {}
         terms: dict[str, Tensor] = {}
@@ -267,7 +267,8 @@ class WorldModel(nn.Module):
         """What an environment action becomes before it drives the control dynamics."""
         if self.upper is not None or self.source is None:
             return action_BA
-        return self.source({"action": action_BA}).action
+        driven: Driven = self.source({"action": action_BA})
+        return driven.action
 
     @torch.no_grad()
     def open_loop(self, batch: Batch, seen: int) -> Tensor:
@@ -298,5 +299,5 @@ class WorldModel(nn.Module):
         feat_BTF = torch.cat([belief.control.feat, dreamt_BTF], dim=1)
         scene = self.context(shown["obs"]).maps if self.context is not None else {}
         mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), scene).float()
-        frame_NHWC = (mean_NCHW + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1)
-        return frame_NHWC.unflatten(0, feat_BTF.shape[:2])
+        frame_NHWC: Tensor = (mean_NCHW + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1)
+        return frame_NHWC.reshape(batch["obs"].shape)

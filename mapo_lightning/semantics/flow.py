@@ -19,6 +19,10 @@ from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.phrase import Phrase, format_phrase
 from mapo_lightning.types import DescriberError, Frames
 
+# One thread: the answer must not depend on the number of cores, and OpenCV's threads do not
+# survive the fork of a DataLoader worker, which would wait for them for ever.
+cv2.setNumThreads(1)
+
 Field = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
@@ -107,21 +111,16 @@ class FlowDescriber:
 
     def _accumulate(self, greys: Sequence[NDArray[np.uint8]]) -> Field:
         """Displacement (h, w, 2) of every pixel of the first frame up to the last, pixels."""
-        threads = cv2.getNumThreads()
-        cv2.setNumThreads(1)  # the answer must not depend on the machine's cores
-        try:
-            if self._flow is None:
-                self._flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-                self._flow.setFinestScale(1)
-            height, width = greys[0].shape
-            grid = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
-            total = np.zeros((height, width, 2), np.float32)
-            for before, after in itertools.pairwise(greys):
-                step = self._flow.calc(before, after, np.zeros_like(total))
-                total = total + _look_up(step, grid + total)
-            return total
-        finally:
-            cv2.setNumThreads(threads)
+        if self._flow is None:
+            self._flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+            self._flow.setFinestScale(1)
+        height, width = greys[0].shape
+        grid = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
+        total = np.zeros((height, width, 2), np.float32)
+        for before, after in itertools.pairwise(greys):
+            step = self._flow.calc(before, after, np.zeros_like(total))
+            total = total + _look_up(step, grid + total)
+        return total
 
 
 class _Scene:

@@ -89,6 +89,16 @@ def test_suites_without_opengl_never_import_mujoco(tmp_path: Path) -> None:
     assert ask(code, tmp_path, MUJOCO_GL="nonsense").stdout.strip() == "[]"
 
 
+def test_a_program_that_forgets_to_close_ends_in_silence(tmp_path: Path) -> None:
+    code = (
+        "from mapo_lightning.envs import EnvConfig, make_env\n"
+        "envs = [make_env(EnvConfig(kind='dmc', name='cartpole_balance'), i) for i in (0, 1)]\n"
+        "for env in envs: env.reset()\n"
+    )
+    done = ask(code, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("camera", ["upright", "hanging"])
 def test_a_ball_is_drawn_upright_where_project_says(camera: str) -> None:
     prepare_gl()

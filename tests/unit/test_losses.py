@@ -166,11 +166,13 @@ def test_actor_and_critic_losses_against_the_written_out_formulas() -> None:
         target = reward[i] + 0.9 * (0.2 * slow[i + 1] + 0.8 * target)
         targets.insert(0, target)
     gain = [0.9**i * (targets[i + 1] + 0.01 * entropies[i]) for i in range(3)]
-    assert float(loss.actor.detach()) == pytest.approx(-float(torch.stack(gain).mean().detach()), rel=1e-5)
-    error = [
-        0.9**i * 0.5 * (agent.critic(feats[i])[:, 0] - targets[i]) ** 2 for i in range(4)
-    ]
-    assert float(loss.critic.detach()) == pytest.approx(float(torch.stack(error).mean().detach()), rel=1e-5)
+    assert float(loss.actor.detach()) == pytest.approx(
+        -float(torch.stack(gain).mean().detach()), rel=1e-5
+    )
+    error = [0.9**i * 0.5 * (agent.critic(feats[i])[:, 0] - targets[i]) ** 2 for i in range(4)]
+    assert float(loss.critic.detach()) == pytest.approx(
+        float(torch.stack(error).mean().detach()), rel=1e-5
+    )
     loss.actor.backward()
     assert all(p.grad is None for p in agent.critic.parameters())
     assert all(p.grad is not None for p in agent.actor.parameters())

@@ -62,7 +62,9 @@ def test_fine_tuning_loss_reaches_every_part_it_should(method: str, env: str) ->
         if p.grad is not None and float(p.grad.abs().max()) > 0
     }
     parts = {name for name, part in module.world_model.named_children() if part is not None}
-    parts = {name for name in parts if any(True for _ in getattr(module.world_model, name).parameters())}
+    parts = {
+        name for name in parts if any(True for _ in getattr(module.world_model, name).parameters())
+    }
     assert parts | {"actor", "critic"} == moved
 
 

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mapo_lightning.models.action_source import EnvAction, InverseAction, SemanticAction, SourceConfig
+from mapo_lightning.models.action_source import (
+    EnvAction,
+    InverseAction,
+    SemanticAction,
+    SourceConfig,
+)
 from mapo_lightning.models.blocks import frozen, mlp, position_code
 from mapo_lightning.models.context import ContextConfig, FrameContext
 from mapo_lightning.models.decoder import build_decoder

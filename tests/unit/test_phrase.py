@@ -33,7 +33,8 @@ def test_prompt_asks_for_every_slot() -> None:
         '["hand", "opens", "door", "left", "10 cm"]',
         "[Executing body: hand][Action: opens][door][left][10 cm]",
         "\x1b[31m[hand]\x1b[0m[opens][do\x00or][left][10\u200b cm]",
-        '{"body":"hand","action":"opens","target":"door","direction":"left","displacement":"10 cm"}',
+        '{"body":"hand","action":"opens","target":"door","direction":"left",'
+        '"displacement":"10 cm"}',
         '```json\n{"Executing body": "hand", "Action": "opens", "Target object": "door",\n'
         '"Moving direction": "left", "Displacement generated": "10 cm"}\n```',
         "Executing body: hand\n- **Action**: opens\n- Target object: door\n"
@@ -84,8 +85,10 @@ def test_prose(reply: str, phrase: Phrase) -> None:
 
 @pytest.mark.parametrize(
     "reply",
-    ["null", "Null.", "[null]", "**null**", "`null`", "Example 3:null.", "[null]" * 5, "none"]
-    + ["There is no significant action in this video.", "[hand][null][][][]", '{"action": null}'],
+    [
+        *("null", "Null.", "[null]", "**null**", "`null`", "Example 3:null.", "[null]" * 5, "none"),
+        *("No significant action is seen.", "[hand][null][][][]", '{"action": null}'),
+    ],
 )
 def test_nothing_happens(reply: str) -> None:
     assert parse_reply(reply) == (None, "null")

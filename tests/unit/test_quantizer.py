@@ -15,7 +15,7 @@ def test_look_up_is_nearest_and_straight_through() -> None:
     rows = torch.randn(10, 3, requires_grad=True)
     found = book(rows)
     expected = torch.stack([((book.codes - r) ** 2).sum(1).argmin() for r in rows])
-    assert torch.equal(found.index, expected)
+    assert torch.equal(found.chosen, expected)
     torch.testing.assert_close(found.code, book.codes[expected])
     weight = torch.randn(10, 3)
     (found.code * weight).sum().backward()
