@@ -27,13 +27,13 @@ START_DISTANCE = 0.36
 """From disc to pad at the beginning of every episode, so that all have one optimum."""
 FRAMES = 50
 """Frames of an episode."""
-_REACH = 0.40  # distance at which the reward has fallen to 0
+_REACH = 0.55  # distance at which the reward has fallen to 0
 
 DISC_COLOUR, PAD_COLOUR = (240.0, 60.0, 50.0), (250.0, 250.0, 250.0)
 
 
 def reward_at(distance: float) -> float:
-    """Reward of one frame, in [0, 1]: 1 on the pad's middle, falling to 0 at 0.4 image sides."""
+    """Reward of one frame, in [0, 1]: 1 on the pad's middle, falling to 0 at 0.55 image sides."""
     return max(0.0, 1.0 - distance / _REACH) ** 2
 
 

@@ -56,6 +56,10 @@ class Context(NamedTuple):
     codes: dict[int, Tensor]  # side -> (B, L) code indices; empty without a codebook
 
 
+NO_CONTEXT = Context({}, {}, {})
+"""What a decoder without cross-attention is told."""
+
+
 class FrameContext(nn.Module):
     """Features of one frame per clip, at 16x16 and 8x8, quantised if the method says so.
 

@@ -155,22 +155,29 @@ class RSSM(nn.Module):
         if noise_BTS is None:
             noise_BTS = torch.rand(batch, steps, self.cfg.stoch, device=embed_BTE.device)
         keep_BT1 = (~is_first_BT).float()[..., None]
-        driven_BTU = self._drive(action_BTA * keep_BT1)
         correct = self.posterior[0]
         assert isinstance(correct, nn.Linear)
         deter_weight, seen_weight = correct.weight.split_with_sizes(
             [self.cfg.deter, embed_BTE.shape[-1]], dim=1
         )
-        seen_BTU = F.linear(embed_BTE, seen_weight, correct.bias)
+        hoisted = (
+            self._drive(action_BTA * keep_BT1),
+            F.linear(embed_BTE, seen_weight, correct.bias),
+            keep_BT1,
+            noise_BTS,
+        )
+        post = self._scan(state, hoisted, deter_weight)
+        return post, self._grouped(self.prior(post.deter))
+
+    def _scan(
+        self, state: RSSMState, hoisted: tuple[Tensor, ...], deter_weight: Tensor
+    ) -> RSSMState:
+        """The recurrence itself, over (driven, seen, keep, noise), each (B, T, ...)."""
         inp_weight, _ = self._input_weights()
         deter_BD, stoch_BSK = state.deter, state.stoch
         deters, stochs, logits = [], [], []
         for driven_BU, seen_BU, keep_B1, noise_BS in zip(
-            driven_BTU.unbind(1),
-            seen_BTU.unbind(1),
-            keep_BT1.unbind(1),
-            noise_BTS.unbind(1),
-            strict=True,
+            *(x.unbind(1) for x in hoisted), strict=True
         ):
             kept_BX = stoch_BSK.flatten(-2) * keep_B1
             x_BU = F.elu(driven_BU + F.linear(kept_BX, inp_weight))
@@ -181,8 +188,7 @@ class RSSM(nn.Module):
             deters.append(deter_BD)
             stochs.append(stoch_BSK)
             logits.append(logits_BSK)
-        post = RSSMState(*(torch.stack(parts, 1) for parts in (deters, stochs, logits)))
-        return post, self._grouped(self.prior(post.deter))
+        return RSSMState(*(torch.stack(parts, 1) for parts in (deters, stochs, logits)))
 
     def imagine_step(self, prev: RSSMState, action_BA: Tensor, noise_BS: Tensor) -> RSSMState:
         """Predict one step: p(s_t | s_{t-1}, a_{t-1})."""

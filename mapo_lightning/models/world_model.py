@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mapo_lightning.models.action_source import Driven, SourceConfig, build_action_source
 from mapo_lightning.models.blocks import mlp
-from mapo_lightning.models.context import ContextConfig, FrameContext
+from mapo_lightning.models.context import NO_CONTEXT, ContextConfig, FrameContext
 from mapo_lightning.models.decoder import build_decoder
 from mapo_lightning.models.encoder import ImageConfig, build_encoder, normalised
 from mapo_lightning.models.intrinsic import BonusConfig, VideoBonus
@@ -150,11 +150,9 @@ class WorldModel(nn.Module):
             wanted = {"reward": True, "aux_reward": cfg.aux_reward, "discount": cfg.discount_head}
             for name in (name for name, want in wanted.items() if want):
                 self.heads[name] = mlp(feat, cfg.head_units, cfg.head_layers, 1)
-        self.bonus = None
-        if controls and cfg.bonus.beta > 0.0 and cfg.lower is not None:
-            # PreLAR compares embeddings, the stacked systems compare lower states.
-            width = cfg.lower.feat if self.upper is not None else embed
-            self.bonus = VideoBonus(cfg.bonus, width)
+        # PreLAR's bonus compares embeddings, that of the stacked systems lower states.
+        compared = cfg.lower.feat if cfg.lower is not None and self.upper is not None else embed
+        self.bonus = VideoBonus(cfg.bonus, compared) if controls and cfg.bonus.beta else None
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def observe(self, batch: Batch, start: Belief | None = None) -> Observed:
@@ -194,12 +192,9 @@ class WorldModel(nn.Module):
             assert dynamics is not None
             terms[f"kl_{name}"] = dynamics.kl(post.logits, prior_BTSK, self.objective.free_nats)
         feat_BTF = seen.belief.control.feat
-        scene: dict[int, Tensor] = {}
-        if self.context is not None:
-            context = self.context(batch["obs"])
-            scene = context.maps
-            terms |= context.terms
-        mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), scene).float()
+        context = self.context(batch["obs"]) if self.context is not None else NO_CONTEXT
+        terms |= context.terms
+        mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), context.maps).float()
         error_NCHW = mean_NCHW - normalised(batch["obs"])
         # -ln p(o_t | s_t, e_i): unit-variance Gaussian without its constant, summed over the pixels.
         terms["image"] = 0.5 * error_NCHW.pow(2).sum(dim=(1, 2, 3)).mean()
@@ -297,7 +292,7 @@ class WorldModel(nn.Module):
         )
         dreamt_BTF = torch.stack([state.feat for state in dream], dim=1)
         feat_BTF = torch.cat([belief.control.feat, dreamt_BTF], dim=1)
-        scene = self.context(shown["obs"]).maps if self.context is not None else {}
-        mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), scene).float()
+        context = self.context(shown["obs"]) if self.context is not None else NO_CONTEXT
+        mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), context.maps).float()
         frame_NHWC: Tensor = (mean_NCHW + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1)
         return frame_NHWC.reshape(batch["obs"].shape)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_UNSIGNED_SECONDS = 60.0  # a claim whose owner died before writing its name
+_UNSIGNED_SECONDS = 5.0  # a claim whose owner died between making it and signing it
 _FOREIGN_SECONDS = 1800.0  # a claim of another machine, whose processes we cannot see
 
 

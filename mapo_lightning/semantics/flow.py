@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from mapo_lightning.semantics.describer import Reply
+from mapo_lightning.semantics.motion import Similarity, colour_name, fit, put_into_words
 from mapo_lightning.semantics.phrase import Phrase, format_phrase
 from mapo_lightning.types import DescriberError, Frames
 
@@ -31,24 +32,6 @@ _CELLS = 8  # the camera must be seen to move in most cells of a grid this wide 
 _TEXTURE = 1.5  # grey levels per pixel from which a place can be tracked at all
 _TRACKED = 12  # textured pixels from which a region's motion is taken from them alone
 _CANDIDATES = 3  # regions looked at, largest first
-_COLOURS = {0: "red", 20: "orange", 33: "yellow", 45: "green", 85: "cyan", 100: "blue"}
-_COLOURS |= {130: "purple", 150: "pink", 172: "red"}  # first hue of each, of 180
-_WAYS = ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right")
-
-
-class Similarity(NamedTuple):
-    """Motion of a patch of the picture: shift, growth and turn about its centre."""
-
-    shift: NDArray[np.float64]  # (2,) pixels of the working size, x right and y down
-    growth: float  # 0.1: a tenth larger
-    turn: float  # radians, positive clockwise on the screen
-    centre: NDArray[np.float64]  # (2,) pixels
-
-    def at(self, points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Displacement (N, 2) that this motion gives to points (N, 2)."""
-        away = points_N2 - self.centre
-        across = np.stack([-away[:, 1], away[:, 0]], axis=1)
-        return self.shift + self.growth * away + self.turn * across
 
 
 class FlowDescriber:
@@ -104,10 +87,12 @@ class FlowDescriber:
             mask, motion = region
             size = float(np.sqrt(mask.sum()))
             body = _name_region(clip[0], mask)
-            return _words(motion, body, "scene background", least, size, width)
+            return put_into_words(motion, body, "scene background", least, size, width)
         if camera is None:
             return None
-        return _words(camera, "whole scene (camera)", "scene background", least, width, width)
+        return put_into_words(
+            camera, "whole scene (camera)", "scene background", least, width, width
+        )
 
     def _accumulate(self, greys: Sequence[NDArray[np.uint8]]) -> Field:
         """Displacement (h, w, 2) of every pixel of the first frame up to the last, pixels."""
@@ -145,7 +130,7 @@ class _Scene:
         flow = self.field[2::4, 2::4][there].astype(np.float64)
         if len(points) < 16:
             return None
-        motion, agree = _fit(points, flow)
+        motion, agree = fit(points, flow)
         moves = np.linalg.norm(motion.at(points), axis=1)
         if np.median(moves[agree]) < least if agree.any() else True:
             return None
@@ -185,7 +170,7 @@ class _Scene:
             if np.count_nonzero(sure) < _TRACKED:
                 sure = mask
             points = self.grid[sure].astype(np.float64)
-            motion, _ = _fit(points, rest[sure])
+            motion, _ = fit(points, rest[sure])
             if np.percentile(np.linalg.norm(motion.at(points), axis=1), 75) > floor:
                 return mask, motion
         return None
@@ -224,72 +209,6 @@ def _planes(clip: Frames) -> list[NDArray[np.uint8]]:
     return [np.asarray(cv2.GaussianBlur(plane, (0, 0), 1.0), np.uint8) for plane in planes]
 
 
-def _fit(
-    points_N2: NDArray[np.float64], flow_N2: NDArray[np.float64]
-) -> tuple[Similarity, NDArray[np.bool_]]:
-    """Robust similarity motion of points, and which of them agree with it."""
-    centre = points_N2.mean(axis=0)
-    motion = Similarity(np.median(flow_N2, axis=0), 0.0, 0.0, centre)
-    weight_N = np.ones(len(points_N2))
-    for _ in range(6):
-        error_N = np.linalg.norm(flow_N2 - motion.at(points_N2), axis=1)
-        scale = max(0.25, 1.48 * float(np.median(error_N)))
-        weight_N = 1.0 / (1.0 + (error_N / scale) ** 2) ** 2
-        share_N1 = (weight_N / weight_N.sum())[:, None]
-        middle, shift = (share_N1 * points_N2).sum(0), (share_N1 * flow_N2).sum(0)
-        away_N2, moved_N2 = points_N2 - middle, flow_N2 - shift
-        spread = float((share_N1 * away_N2**2).sum()) + 1e-6
-        growth = float((share_N1 * away_N2 * moved_N2).sum()) / spread
-        cross_N = away_N2[:, 0] * moved_N2[:, 1] - away_N2[:, 1] * moved_N2[:, 0]
-        turn = float((share_N1[:, 0] * cross_N).sum()) / spread
-        at = Similarity(shift, growth, turn, middle)
-        motion = Similarity(at.at(centre[None])[0], growth, turn, centre)
-    error_N = np.linalg.norm(flow_N2 - motion.at(points_N2), axis=1)
-    size = float(np.median(np.linalg.norm(motion.at(points_N2), axis=1)))
-    return motion, error_N < max(0.5, 0.3 * size)
-
-
-def _words(
-    motion: Similarity, body: str, target: str, least: float, size: float, width: float
-) -> Phrase:
-    """Put a motion into words: its shift, its growth or its turn, whichever moves pixels most."""
-    shift = float(np.linalg.norm(motion.shift))
-    arm = 0.38 * size  # mean distance of a square's points from its centre
-    grown, turned = abs(motion.growth) * arm, abs(motion.turn) * arm
-    scene = body.startswith("whole")
-    if max(grown, turned) > max(1.2 * shift, least):
-        if grown >= turned:
-            closer = motion.growth > 0
-            action = (
-                ("zooms in" if closer else "zooms out")
-                if scene
-                else ("approaches" if closer else "recedes")
-            )
-            way = "towards the camera" if closer else "away from the camera"
-            return Phrase(
-                body,
-                action,
-                target,
-                way,
-                f"{_number(100 * abs(motion.growth))} percent of its size",
-            )
-        way = "clockwise" if motion.turn > 0 else "counter-clockwise"
-        return Phrase(
-            body, "turns", target, way, f"{_number(np.degrees(abs(motion.turn)))} degrees"
-        )
-    angle = np.arctan2(motion.shift[1], motion.shift[0])
-    way = _WAYS[round(float(angle) / (np.pi / 4)) % 8]
-    percent = 100.0 * shift / width
-    action = (
-        "shifts" if scene else "slides" if percent < 3 else "moves" if percent < 8 else "sweeps"
-    )
-    return Phrase(body, action, target, way, f"{_number(percent)} percent of the frame width")
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}" if value < 2 else f"{value:.0f}"
-
-
 def _name_region(frame: NDArray[np.uint8], mask: Mask) -> str:
     """Colour, size and place of a region, such as ``small red region at the upper left``."""
     height, width = mask.shape
@@ -305,14 +224,4 @@ def _name_region(frame: NDArray[np.uint8], mask: Mask) -> str:
     place = {"upper": "top", "lower": "bottom"}.get(place, place)
     share = mask.mean()
     size = "small" if share < 0.03 else "large" if share > 0.15 else "medium"
-    return f"{size} {_colour(int(hue), int(saturation), int(value))} region at the {place}"
-
-
-def _colour(hue: int, saturation: int, value: int) -> str:
-    if value < 50:
-        return "black"
-    if saturation < 45:
-        return "white" if value > 190 else "grey"
-    name = [word for first, word in _COLOURS.items() if hue >= first][-1]
-    dull = value < 140 and saturation < 200
-    return "brown" if dull and name in ("red", "orange", "yellow") else name
+    return f"{size} {colour_name(int(hue), int(saturation), int(value))} region at the {place}"

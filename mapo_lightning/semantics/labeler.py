@@ -203,5 +203,6 @@ def build_labeler(cfg: VlmConfig, root: Path, writer: str) -> Labeler:
         root: The run's work folder; a relative ``cfg.store`` lies inside it.
         writer: Name of this process in the store, such as ``rank0-worker1``.
     """
-    store = LabelStore(Path(root) / cfg.store, writer)
+    # Flow is asked again for less than a wait for the disk costs; a model's answers are dear.
+    store = LabelStore(Path(root) / cfg.store, writer, durable=cfg.kind != "flow")
     return Labeler(build_describer(cfg), store, HashedSlots())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -119,6 +119,3 @@ def cases(count: int) -> Iterator[tuple[int, float]]:
     """(way, percent) pairs: all ways in turn, distances from 2 to 12 percent of the width."""
     for number in range(count):
         yield number % 8, 2.0 + 10.0 * (number * 0.618 % 1.0)
-
-
-Film = Callable[..., Frames]

@@ -1,0 +1,123 @@
+"""Motion of a patch of the picture: fitted to the flow of its points, and put into words."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mapo_lightning.semantics.phrase import Phrase
+
+_COLOURS = {0: "red", 20: "orange", 33: "yellow", 45: "green", 85: "cyan", 100: "blue"}
+_COLOURS |= {130: "purple", 150: "pink", 172: "red"}  # first hue of each, of 180
+_WAYS = ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right")
+
+
+class Similarity(NamedTuple):
+    """Motion of a patch of the picture: shift, growth and turn about its centre."""
+
+    shift: NDArray[np.float64]  # (2,) pixels of the working size, x right and y down
+    growth: float  # 0.1: a tenth larger
+    turn: float  # radians, positive clockwise on the screen
+    centre: NDArray[np.float64]  # (2,) pixels
+
+    def at(self, points_N2: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Displacement (N, 2) that this motion gives to points (N, 2)."""
+        away = points_N2 - self.centre
+        across = np.stack([-away[:, 1], away[:, 0]], axis=1)
+        return self.shift + self.growth * away + self.turn * across
+
+
+def fit(
+    points_N2: NDArray[np.float64], flow_N2: NDArray[np.float64]
+) -> tuple[Similarity, NDArray[np.bool_]]:
+    """Fit the motion that most points share.
+
+    Args:
+        points_N2: Places (x, y) before the motion, (N, 2), pixels.
+        flow_N2: Displacement of each, (N, 2), pixels.
+
+    Returns:
+        The motion, and which points agree with it, (N,).
+    """
+    centre = points_N2.mean(axis=0)
+    motion = Similarity(np.median(flow_N2, axis=0), 0.0, 0.0, centre)
+    weight_N = np.ones(len(points_N2))
+    for _ in range(6):
+        error_N = np.linalg.norm(flow_N2 - motion.at(points_N2), axis=1)
+        scale = max(0.25, 1.48 * float(np.median(error_N)))
+        weight_N = 1.0 / (1.0 + (error_N / scale) ** 2) ** 2
+        share_N1 = (weight_N / weight_N.sum())[:, None]
+        middle, shift = (share_N1 * points_N2).sum(0), (share_N1 * flow_N2).sum(0)
+        away_N2, moved_N2 = points_N2 - middle, flow_N2 - shift
+        spread = float((share_N1 * away_N2**2).sum()) + 1e-6
+        growth = float((share_N1 * away_N2 * moved_N2).sum()) / spread
+        cross_N = away_N2[:, 0] * moved_N2[:, 1] - away_N2[:, 1] * moved_N2[:, 0]
+        turn = float((share_N1[:, 0] * cross_N).sum()) / spread
+        at = Similarity(shift, growth, turn, middle)
+        motion = Similarity(at.at(centre[None])[0], growth, turn, centre)
+    error_N = np.linalg.norm(flow_N2 - motion.at(points_N2), axis=1)
+    size = float(np.median(np.linalg.norm(motion.at(points_N2), axis=1)))
+    return motion, error_N < max(0.5, 0.3 * size)
+
+
+def put_into_words(
+    motion: Similarity, body: str, target: str, least: float, size: float, width: float
+) -> Phrase:
+    """Say a motion in the five slots: shift, growth or turn, whichever moves pixels most.
+
+    Args:
+        motion: What the patch does.
+        body: Its name; starts with ``whole`` if it is the whole scene.
+        target: What it moves against.
+        least: Smallest growth or turn that counts, as mean displacement in pixels.
+        size: Side of a square as large as the patch, pixels.
+        width: Width of the frame, pixels.
+    """
+    shift = float(np.linalg.norm(motion.shift))
+    arm = 0.38 * size  # mean distance of a square's points from its centre
+    grown, turned = abs(motion.growth) * arm, abs(motion.turn) * arm
+    scene = body.startswith("whole")
+    if max(grown, turned) > max(1.2 * shift, least):
+        if grown >= turned:
+            closer = motion.growth > 0
+            action = (
+                ("zooms in" if closer else "zooms out")
+                if scene
+                else ("approaches" if closer else "recedes")
+            )
+            way = "towards the camera" if closer else "away from the camera"
+            return Phrase(
+                body,
+                action,
+                target,
+                way,
+                f"{_number(100 * abs(motion.growth))} percent of its size",
+            )
+        way = "clockwise" if motion.turn > 0 else "counter-clockwise"
+        return Phrase(
+            body, "turns", target, way, f"{_number(np.degrees(abs(motion.turn)))} degrees"
+        )
+    angle = np.arctan2(motion.shift[1], motion.shift[0])
+    way = _WAYS[round(float(angle) / (np.pi / 4)) % 8]
+    percent = 100.0 * shift / width
+    action = (
+        "shifts" if scene else "slides" if percent < 3 else "moves" if percent < 8 else "sweeps"
+    )
+    return Phrase(body, action, target, way, f"{_number(percent)} percent of the frame width")
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 2 else f"{value:.0f}"
+
+
+def colour_name(hue: int, saturation: int, value: int) -> str:
+    """Name a colour given as hue in [0, 180), saturation and value in [0, 255]."""
+    if value < 50:
+        return "black"
+    if saturation < 45:
+        return "white" if value > 190 else "grey"
+    name = [word for first, word in _COLOURS.items() if hue >= first][-1]
+    dull = value < 140 and saturation < 200
+    return "brown" if dull and name in ("red", "orange", "yellow") else name

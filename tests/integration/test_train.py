@@ -1,0 +1,198 @@
+"""The real program in its own process: what a user types, and what must be there afterwards."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mapo_lightning.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).parents[2]
+METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
+SMALL = ["trainer=debug", "env=toy", "world_model.image.channels=[4,8,16]"]
+
+
+def train(folder: Path, *words: str, code: int = 0) -> str:
+    """Run train.py in ``folder``; returns what it said."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env.pop("MAPO_RUN_DIR", None)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    said = result.stdout + result.stderr
+    assert result.returncode == code, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def toy_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight short videos of the toy world, rendered by the program itself."""
+    folder = tmp_path_factory.mktemp("videos")
+    train(
+        folder, *SMALL, "stage=pretrain", f"data.root={folder}/toy", "demo.clips_per_scene=8",
+        "demo.frames=30", "run_dir=first",
+    )  # fmt: skip
+    return folder
+
+
+def with_videos(folder: Path) -> list[str]:
+    return [*SMALL, f"data.root={folder}/toy", "demo.clips_per_scene=8", "demo.frames=30"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_all_stages(method: str, toy_videos: Path, tmp_path: Path) -> None:
+    said = train(tmp_path, *with_videos(toy_videos), f"method={method}", "run_dir=run")
+    assert "random policy" in said
+    if method == "dreamerv2":
+        assert "nothing to pre-train" in said
+    else:
+        assert "fresh upper, heads" in said or "fresh heads" in said
+    card = read_checkpoint(tmp_path / "run/finetune/last.ckpt")["mapo"]
+    assert (card["method"], card["stage"], card["action_dim"]) == (method, "finetune", 2)
+
+
+def test_a_second_run_asks_the_describer_nothing(toy_videos: Path, tmp_path: Path) -> None:
+    words = [*with_videos(toy_videos), "stage=pretrain", f"work_dir={tmp_path}/work", "data.workers=2"]
+    words += ["pretrain.updates=12"]
+    first = train(tmp_path, *words, "run_dir=one")
+    assert "asked about 0 of" not in first
+    # The same seed draws the same clips, so every window of the second run is known.
+    assert "asked about 0 of" in train(tmp_path, *words, "run_dir=two")
+
+
+def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path: Path) -> None:
+    train(tmp_path, *with_videos(toy_videos), "tracking.enabled=true", "run_dir=run")
+    db = sqlite3.connect(tmp_path / "runs/mlflow.db")
+    runs = dict(db.execute("select name, status from runs"))
+    assert runs == {"run": "FINISHED", "pretrain": "FINISHED", "finetune": "FINISHED"}
+    keys = {key for (key,) in db.execute("select distinct key from metrics")}
+    expected = {
+        "train/image", "train/kl_lower", "train/kl_upper", "train/commitment", "train/reward", "train/actor",
+        "train/critic", "val/image", "codebook/perplexity_8", "codebook/perplexity_16", "env_frames",
+        "eval/return", "eval/return_random", "eval/success", "vlm/asked", "vlm/null_rate",
+        "grad_norm/lower", "grad_norm/actor", "rollout/psnr_1", "rollout/ssim_5",
+    }  # fmt: skip
+    assert expected <= keys
+    frames = [s for (s,) in db.execute("select step from metrics where key='eval/return'")]
+    assert max(frames) >= 130  # the x-axis of fine-tuning counts environment frames
+    artifacts = [p.name for p in (tmp_path / "runs/artifacts").rglob("*") if p.is_file()]
+    assert "last.ckpt" in artifacts
+    assert "config.yaml" in artifacts
+    assert any(name.endswith(".mp4") for name in artifacts)
+    assert any(name.endswith(".png") for name in artifacts)
+
+
+def test_evaluate_plays_a_checkpoint(toy_videos: Path, tmp_path: Path) -> None:
+    words = with_videos(toy_videos)
+    train(tmp_path, *words, "stage=finetune", "run_dir=run")
+    checkpoint = "checkpoint=run/finetune/last.ckpt"
+    said = [train(tmp_path, *words, "stage=evaluate", checkpoint) for _ in range(2)]
+    scores = [[line for line in text.splitlines() if line.startswith("  mapo")] for text in said]
+    assert scores[0]
+    assert scores[0] == scores[1]
+
+
+def test_two_processes_make_one_run_and_end_cleanly(toy_videos: Path, tmp_path: Path) -> None:
+    words = [*with_videos(toy_videos), "stage=pretrain", "trainer.devices=2", "trainer.strategy=ddp"]
+    for attempt in range(3):  # gloo used to abort at exit now and then
+        train(tmp_path, *words, "tracking.enabled=true", f"run_dir=run{attempt}")
+    db = sqlite3.connect(tmp_path / "runs/mlflow.db")
+    runs = sorted(name for (name,) in db.execute("select name from runs"))
+    assert runs == ["pretrain", "pretrain", "pretrain", "run0", "run1", "run2"]
+    assert (tmp_path / "run2/pretrain/last.ckpt").is_file()
+
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+import lightning as L, torch
+from callbacks.codebook import CodebookUpdate
+from mapo_lightning import build
+from mapo_lightning.compose import compose
+from mapo_lightning.config import RunConfig
+
+class Digest(L.Callback):
+    def on_train_end(self, trainer, module):
+        codes = module.world_model.context.quantizers["8"].codes
+        weight = module.world_model.encoder.convin.weight
+        text = repr((codes.tolist(), weight.flatten().tolist()))
+        Path(f"rank{trainer.global_rank}.txt").write_text(text)
+
+if __name__ == "__main__":
+    cfg = compose(sys.argv[1:], RunConfig, Path(CONF)).config
+    L.seed_everything(0)
+    torch.set_num_threads(1)
+    trainer = build.build_trainer(cfg, 4, Path("ckpt"), [CodebookUpdate(), Digest()], None)
+    trainer.fit(build.build_pretrain(cfg), datamodule=build.build_videos(cfg))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_end_with_the_same_codebook(toy_videos: Path, tmp_path: Path) -> None:
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS.replace("CONF", repr(str(ROOT / "conf"))))
+    words = [*with_videos(toy_videos), "trainer.devices=2", "trainer.strategy=ddp"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, str(script), *words], cwd=tmp_path, env=env, check=True, timeout=300
+    )
+    first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["method=mapoo"], "mapo"),
+        (["world_model.lowr.deter=3"], "lower"),
+        (["agent.horizon=1"], "agent.horizon must be at least 2, got 1"),
+        (["agent.horizon=far"], "agent.horizon"),
+        (["--amp"], "--amp"),
+        (["data=folder", "stage=pretrain"], "data.root=DIR"),
+        (["data=folder", "stage=pretrain", "data.root=nowhere"], "nowhere"),
+        (["stage=evaluate"], "checkpoint=PATH"),
+        (["stage=evaluate", "checkpoint=nothing.ckpt"], "no checkpoint at 'nothing.ckpt'"),
+        (["method=dreamerv2", "stage=pretrain"], "nothing to pre-train"),
+        (["stage=finetune", "env.name=dsic"], "disc"),
+        (["stage=finetune", "finetune.objective.scales.kl_uper=1"], "kl_uper"),
+    ],
+)
+def test_wrong_input_gets_one_clear_sentence(
+    words: list[str], sentence: str, tmp_path: Path
+) -> None:
+    said = train(tmp_path, *SMALL, *words, code=2)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, said
+    assert sentence in errors[0]
+    assert "Traceback" not in said
+
+
+def test_help_and_show_answer_without_running(tmp_path: Path) -> None:
+    assert "world_model.lower.deter" in train(tmp_path, "--help")
+    shown = train(tmp_path, "env=toy", "seed=3", "--show")
+    assert "seed: 3" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_pretrained_checkpoint_of_another_method_is_refused(
+    toy_videos: Path, tmp_path: Path
+) -> None:
+    given = f"init_from={toy_videos}/first/pretrain/last.ckpt"
+    said = train(tmp_path, *SMALL, "stage=finetune", "method=contextwm", given, code=2)
+    assert "method=mapo" in said
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes((toy_videos / "first/pretrain/last.ckpt").read_bytes()[:1000])
+    said = train(tmp_path, *SMALL, "stage=finetune", f"init_from={broken}", code=2)
+    assert f"'{broken}' is damaged" in said
