@@ -12,8 +12,9 @@ from mapo_lightning.finetune import ActingPolicy, FinetuneModule
 
 
 class CollectExperience(L.Callback):
-    """Prefill in ``on_fit_start`` (the first batch is drawn before ``on_train_start``), then
-    ``train_every`` agent steps after each update.
+    """Play at random before training, then ``train_every`` agent steps after each update.
+
+    The prefill belongs into ``on_fit_start``: the first batch is drawn before ``on_train_start``.
 
     Args:
         collector: Plays and writes; every rank has its own environments and replay.
@@ -42,7 +43,8 @@ class CollectExperience(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Act with the newest policy."""
-        assert isinstance(pl_module, FinetuneModule) and self.policy is not None
+        assert isinstance(pl_module, FinetuneModule)
+        assert self.policy is not None
         if trainer.global_step <= pl_module.cfg.initial_updates:
             return
         started = time.perf_counter()

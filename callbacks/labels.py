@@ -19,7 +19,7 @@ class _HasExamples(Protocol):
 
 
 class RecordLabels(L.Callback):
-    """Log ``vlm/...`` counts while training, and a picture of phrases next to their frames at the end.
+    """Log ``vlm/...`` counts while training, and phrases next to their frames at the end.
 
     Args:
         examples: Windows in the picture; 0 draws none.

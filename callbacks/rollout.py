@@ -72,8 +72,8 @@ class ImaginationRollout(L.Callback):
 def drift(truth: Tensor, dream: Tensor, seen: int) -> dict[str, float]:
     """PSNR (dB) and SSIM of the dream at each horizon, for frames (B, T, H, W, 3) in [0, 1].
 
-    ``rollout/psnr_still_*`` is what repeating the last shown frame would score: a dream that does not
-    beat it has only learned that things stay.
+    ``rollout/psnr_still_*`` is what repeating the last shown frame would score: a dream that does
+    not beat it has only learned that things stay.
     """
     metrics: dict[str, float] = {}
     still = truth[:, seen - 1].permute(0, 3, 1, 2)

@@ -111,7 +111,7 @@ def restore(module: FinetuneModule, content: Mapping[str, Any], path: Path) -> N
     try:
         module.load_state_dict(content["state_dict"])
     except RuntimeError as error:
-        first = [line.strip() for line in str(error).splitlines() if line.startswith("\t")][0]
+        first = next(line.strip() for line in str(error).splitlines() if line.startswith("\t"))
         raise CheckpointError(
             f"'{path}' was made with method={content['mapo']['method']} and does not fit this "
             f"model: {first} Use the same method=, size= and env="

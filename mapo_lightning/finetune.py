@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ class FinetuneConfig:
     """Learning in an environment (facts 6.1; the suites' numbers stand in conf/env/)."""
 
     agent_steps: int = 502_000
-    """Agent steps to collect in all, prefill included; times the action repeat gives frames (O30)."""
+    """Agent steps in all, prefill included; times the action repeat gives frames (O30)."""
     prefill: int = 1000
     """Agent steps of uniformly random behaviour before learning starts."""
     initial_updates: int = 100
@@ -39,6 +40,9 @@ class FinetuneConfig:
     """Learning rate of encoder, context and lower dynamics."""
     hold_lower: int = 0
     """First updates in which the lower learning rate is zero: 100 on Meta-World (facts 2.5)."""
+    hold_actor: int = 0
+    """First updates in which the actor's learning rate is zero: an actor that trusts a model which
+    has seen nothing yet saturates. 0 as published, with its low learning rate."""
     lr_actor: float = 8e-5
     """Learning rate of the actor."""
     lr_critic: float = 8e-5
@@ -56,8 +60,9 @@ class FinetuneConfig:
         for name in ("agent_steps", "prefill", "train_every", "batch_size", "chunk_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.initial_updates < 0 or self.hold_lower < 0:
-            raise ConfigError("initial_updates and hold_lower must not be negative")
+        for name in ("initial_updates", "hold_lower", "hold_actor"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("lr_model", "lr_lower", "lr_actor", "lr_critic"):
             if getattr(self, name) <= 0.0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
@@ -113,21 +118,22 @@ class FinetuneModule(TrainedModule):
             },
             self.optimizer_cfg,
         )
-        if not cfg.hold_lower:
+        holds = {"lower": cfg.hold_lower, "actor": cfg.hold_actor}
+        if not any(holds.values()):
             return optimizer
-
-        def waiting(update: int) -> float:
-            return float(update >= cfg.hold_lower)
-
-        factors = [
-            waiting if group["name"] == "lower" else (lambda _: 1.0)
-            for group in optimizer.param_groups
-        ]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        waits = [holds.get(group["name"], 0) for group in optimizer.param_groups]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, [partial(_waiting, wait) for wait in waits]
+        )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+def _waiting(wait: int, update: int) -> float:
+    """Factor of a learning rate that is zero for the first ``wait`` updates."""
+    return float(update >= wait)
 
 
 def _halves(world_model: WorldModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -148,7 +154,7 @@ def _halves(world_model: WorldModel) -> tuple[list[nn.Parameter], list[nn.Parame
 class ActingPolicy:
     """The agent in an environment: keeps a belief per environment and acts on it.
 
-    Both posteriors are sampled, in evaluation too; only the action is the mode there (facts 2.4, 7).
+    Both posteriors are sampled, in evaluation too; only the action is the mode there (facts 2.4).
 
     Args:
         world_model: Trained model; used in evaluation mode, whatever mode it is in.

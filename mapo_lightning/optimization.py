@@ -1,4 +1,4 @@
-"""What both Lightning modules share: named optimiser groups, clipped one by one, and a light log."""
+"""What both Lightning modules share: named optimiser groups, clipped one by one, a light log."""
 
 from __future__ import annotations
 

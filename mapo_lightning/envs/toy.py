@@ -20,7 +20,7 @@ from mapo_lightning.types import EnvironmentSetupError, Frames
 
 Point = NDArray[np.float64]
 
-DISC_RADIUS, PAD_RADIUS = 0.09, 0.14
+DISC_RADIUS, PAD_RADIUS = 0.12, 0.16
 SPEED = 0.06
 """Distance covered in one frame by an action of length 1."""
 START_DISTANCE = 0.36
@@ -126,14 +126,15 @@ class ToyDisc:
 
 
 class Floor:
-    """A soft random pattern of two dark colours; one of four families, drawn at any size."""
+    """A soft random pattern of two like, dark colours; one of four families, drawn at any size."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self._colours = rng.uniform(20.0, 150.0, (2, 3)).astype(np.float32)
+        base = rng.uniform(20.0, 110.0, 3)
+        self._colours = np.stack([base, base + rng.uniform(-30.0, 30.0, 3)]).astype(np.float32)
         # Red is the disc's: a floor of the same hue would hide it.
         self._colours[:, 0] *= 0.6
         self._family = int(rng.integers(4))
-        self._wave = rng.uniform(2.0, 6.0, 3) * rng.choice([-1.0, 1.0], 3)
+        self._wave = rng.uniform(1.0, 3.0, 3) * rng.choice([-1.0, 1.0], 3)
         self._phase = rng.uniform(0.0, 2.0 * np.pi, 3)
         self._drawn: dict[int, NDArray[np.float32]] = {}
 

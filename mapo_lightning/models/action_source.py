@@ -29,15 +29,15 @@ class SourceConfig:
     """Where the lower dynamics takes its actions from."""
 
     kind: Literal["null", "semantic", "inverse"] = "semantic"
-    """Zeros (APV, ContextWM), the embedded phrase (MAPO), or inferred from two frames (PreLAR; the
-    environment's action takes its place in fine-tuning)."""
+    """Zeros (APV, ContextWM), the embedded phrase (MAPO), or inferred from two frames (PreLAR,
+    where the environment's action takes its place in fine-tuning)."""
     width: int = 64
     """Width of the action vector: d_a = 64 (O1); APV and ContextWM give zeros of width 50."""
     position: bool = True
     """Add the sine-cosine position code to the phrase vector (O9)."""
     prior_std: float = 1.2449
-    """PreLAR: standard deviation of the action prior. Published: 2·sigmoid(1/2) = 1.245, because the
-    released code transforms the prior's 1 as well; intended: 1 (facts 7.4)."""
+    """PreLAR: standard deviation of the action prior. Published: 2·sigmoid(1/2) = 1.245, because
+    the released code transforms the prior's 1 as well; intended: 1 (facts 7.4)."""
 
     def __post_init__(self) -> None:
         if self.width < 1:

@@ -1,7 +1,8 @@
 """Layers that more than one network is made of.
 
 Initialisation follows the published code: Xavier-uniform weights and zero biases for layers that a
-network creates directly, PyTorch's defaults inside residual stacks, attention and the GRU (facts 3.5).
+network creates directly, PyTorch's defaults inside residual stacks, attention and the GRU
+(facts 3.5).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -40,8 +42,6 @@ def mlp(inputs: int, units: int, layers: int, outputs: int) -> nn.Sequential:
 class ResidualLayer(nn.Module):
     """Two 3x3 convolutions with batch norm; (N, Cin, H, W) -> (N, Cout, H, W).
 
-    ``forward`` adds ``extra`` (what cross-attention found) to the residual branch's input.
-
     Source: facts 3.1.
     """
 
@@ -61,6 +61,7 @@ class ResidualLayer(nn.Module):
             )
 
     def forward(self, x_NCHW: Tensor, attended_NCHW: Tensor | None = None) -> Tensor:
+        """Skip of ``x_NCHW`` plus residual of what attention made of it, if there was any."""
         inner_NCHW = x_NCHW if attended_NCHW is None else attended_NCHW
         return F.relu(self.skip(x_NCHW) + self.residual(inner_NCHW))
 
@@ -68,9 +69,7 @@ class ResidualLayer(nn.Module):
 def residual_stack(inputs: int, outputs: int, layers: int, change_last: bool) -> nn.ModuleList:
     """``layers`` residual layers; the channels change in the first one, or in the last one."""
     widths = [inputs] * layers + [outputs] if change_last else [inputs] + [outputs] * layers
-    return nn.ModuleList(
-        ResidualLayer(before, after) for before, after in zip(widths, widths[1:], strict=False)
-    )
+    return nn.ModuleList(ResidualLayer(before, after) for before, after in pairwise(widths))
 
 
 def position_code(position: Tensor, width: int) -> Tensor:

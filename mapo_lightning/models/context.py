@@ -28,9 +28,9 @@ class ContextConfig:
     frame: Literal["random", "first", "last"] = "random"
     """Which frame of the clip is looked at; the published choice is a random one (O17)."""
     erase: float = 0.0
-    """Probability to grey out a random rectangle of the frame: ContextWM's 0.5 on Meta-World, else 0."""
+    """Probability to grey out a random rectangle: ContextWM has 0.5 on Meta-World, else 0."""
     key_mask: float = 0.75
-    """Share of context tokens hidden from the decoder, drawn anew for every frame and call (O15)."""
+    """Share of context tokens hidden from the decoder, drawn anew for every frame (O15)."""
     heads: int = 4
     """Attention heads; must divide the channels at 16x16 and 8x8."""
     dropout: float = 0.1
@@ -126,7 +126,7 @@ class FrameContext(nn.Module):
         return Context(coded, {"commitment": commitment}, codes)
 
     def _per_frame(self, maps: dict[int, Tensor]) -> Context:
-        """Quantise the pooled features of both scales as one vector; spread the code over the maps."""
+        """Quantise the pooled features of both scales as one vector, spread over the maps."""
         pooled = [maps[side].mean(dim=(2, 3)) for side in SCALES]
         found = self.quantizers["frame"](torch.cat(pooled, dim=1))
         parts = found.code.split([p.shape[1] for p in pooled], dim=1)

@@ -5,6 +5,8 @@ Shapes: B clips, T frames of each, N = B*T, C channels, G heads, L tokens.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +39,7 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x_NCHW: Tensor, scene_BCHW: Tensor) -> Tensor:
-        """Decoder maps (N, C, s, s) and scene maps (B, C, s, s), N a multiple of B -> (N, C, s, s)."""
+        """Decoder maps (N, C, s, s), scene maps (B, C, s, s), N a multiple of B -> (N, C, s, s)."""
         count, width = x_NCHW.shape[:2]
         query_weight, kv_weight = self.in_weight[:width], self.in_weight[width:]
         query_bias, kv_bias = self.in_bias[:width], self.in_bias[width:]
@@ -85,7 +87,7 @@ class ResNetDecoder(nn.Module):
         widths = [first, second, third, third // 2]
         self.stages = nn.ModuleList(
             residual_stack(before, after, cfg.layers, change_last=True)
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in pairwise(widths)
         )
         self.attention = nn.ModuleDict()
         if context.kind != "none":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -90,8 +91,7 @@ class CNNEncoder(nn.Module):
         base = cfg.channels[0]
         widths = [CHANNELS, base, 2 * base, 4 * base, 8 * base]
         self.layers = nn.ModuleList(
-            xavier(nn.Conv2d(before, after, 4, stride=2))
-            for before, after in zip(widths, widths[1:], strict=False)
+            xavier(nn.Conv2d(before, after, 4, stride=2)) for before, after in pairwise(widths)
         )
         self.embed_dim = widths[-1] * 4
 

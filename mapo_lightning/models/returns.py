@@ -14,8 +14,8 @@ def lambda_returns(
 ) -> Tensor:
     """Compute the λ-target V^λ of each imagined step.
 
-    ``V_i = r_i + γ_i · ((1 - λ) · v_{i+1} + λ · V_{i+1})`` with ``V_I = v_I = bootstrap``: λ = 0 gives
-    one-step targets, λ = 1 discounted Monte-Carlo returns.
+    ``V_i = r_i + γ_i · ((1 - λ) · v_{i+1} + λ · V_{i+1})`` with ``V_I = v_I = bootstrap``: λ = 0
+    gives one-step targets, λ = 1 discounted Monte-Carlo returns.
 
     Args:
         reward_IN: Predicted reward of state i, (I, N), in units of the environment's reward.

@@ -1,6 +1,6 @@
 """Recurrent state-space model: one class for the lower (video) and the upper (control) dynamics.
 
-Shapes: B batch, T time, D deter, S groups, K classes, U hidden, A action, E embed, I imagined steps.
+Shapes: B batch, T time, D deter, S groups, K classes, U hidden, A action, E embed, I imagined.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class NormedGRU(nn.Module):
         self.norm = nn.LayerNorm(3 * deter, eps=1e-3)
 
     def forward(self, x_BU: Tensor, deter_BD: Tensor) -> Tensor:
+        """Next state (B, D) from the input (B, U) and the last one."""
         gates = self.norm(self.linear(torch.cat([x_BU, deter_BD.to(x_BU.dtype)], dim=-1)))
         reset_BD, candidate_BD, update_BD = gates.float().chunk(3, dim=-1)
         candidate_BD = torch.tanh(torch.sigmoid(reset_BD) * candidate_BD)
@@ -90,8 +91,8 @@ class NormedGRU(nn.Module):
 class RSSM(nn.Module):
     """Latent dynamics that any action vector can drive: real, semantic, inferred or null.
 
-    ``observe`` hoists everything out of the recurrence that does not depend on it: the products with
-    actions and embeddings are taken for all steps at once, and the prior is computed afterwards.
+    ``observe`` hoists everything out of the recurrence that does not depend on it: the products
+    with actions and embeddings are taken for all steps at once, and the prior comes afterwards.
 
     Args:
         cfg: Sizes.

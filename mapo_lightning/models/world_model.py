@@ -37,7 +37,7 @@ class WorldModelConfig:
     lower: RSSMConfig | None = field(default_factory=RSSMConfig)
     """Semantic-action network φ, learned from videos; null leaves it out (DreamerV2)."""
     upper: RSSMConfig | None = field(default_factory=RSSMConfig)
-    """Environment-action network θ, added at fine-tuning; null lets the lower one continue (PreLAR)."""
+    """Environment-action network θ, new in fine-tuning; null lets the lower one go on (PreLAR)."""
     concat_embed: bool = False
     """The upper dynamics sees the frame's embedding beside the lower state: true on DMC (O24)."""
     head_layers: int = 4
@@ -47,7 +47,7 @@ class WorldModelConfig:
     aux_reward: bool = False
     """Second reward head, trained on the reward without bonus (O25)."""
     discount_head: bool = False
-    """Predict whether an episode goes on; the published systems do without on DMC and Meta-World."""
+    """Predict whether an episode goes on; the published systems do without."""
     bonus: BonusConfig = field(default_factory=BonusConfig)
     """Intrinsic bonus."""
 
@@ -196,12 +196,12 @@ class WorldModel(nn.Module):
         terms |= context.terms
         mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), context.maps).float()
         error_NCHW = mean_NCHW - normalised(batch["obs"])
-        # -ln p(o_t | s_t, e_i): unit-variance Gaussian without its constant, summed over the pixels.
+        # -ln p(o_t | s_t, e_i): unit-variance Gaussian without its constant, summed over pixels.
         terms["image"] = 0.5 * error_NCHW.pow(2).sum(dim=(1, 2, 3)).mean()
         if self.heads:
             reward_terms, log = self._reward_terms(batch, seen, feat_BTF)
             terms |= reward_terms
-        total, weighed = weigh(terms, self.objective.scales)
+        total, weighed = weigh(terms, self.objective.weights)
         return Fit(total, log | weighed, seen.belief)
 
     def _reward_terms(

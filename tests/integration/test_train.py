@@ -63,8 +63,8 @@ def test_every_method_runs_all_stages(method: str, toy_videos: Path, tmp_path: P
 
 
 def test_a_second_run_asks_the_describer_nothing(toy_videos: Path, tmp_path: Path) -> None:
-    words = [*with_videos(toy_videos), "stage=pretrain", f"work_dir={tmp_path}/work", "data.workers=2"]
-    words += ["pretrain.updates=12"]
+    words = [*with_videos(toy_videos), "stage=pretrain", f"work_dir={tmp_path}/work"]
+    words += ["data.workers=2", "pretrain.updates=12"]
     first = train(tmp_path, *words, "run_dir=one")
     assert "asked about 0 of" not in first
     # The same seed draws the same clips, so every window of the second run is known.
@@ -78,8 +78,9 @@ def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path:
     assert runs == {"run": "FINISHED", "pretrain": "FINISHED", "finetune": "FINISHED"}
     keys = {key for (key,) in db.execute("select distinct key from metrics")}
     expected = {
-        "train/image", "train/kl_lower", "train/kl_upper", "train/commitment", "train/reward", "train/actor",
-        "train/critic", "val/image", "codebook/perplexity_8", "codebook/perplexity_16", "env_frames",
+        "train/image", "train/kl_lower", "train/kl_upper", "train/commitment", "train/reward",
+        "train/actor", "train/critic", "val/image", "codebook/perplexity_8",
+        "codebook/perplexity_16", "env_frames",
         "eval/return", "eval/return_random", "eval/success", "vlm/asked", "vlm/null_rate",
         "grad_norm/lower", "grad_norm/actor", "rollout/psnr_1", "rollout/ssim_5",
     }  # fmt: skip
@@ -104,7 +105,8 @@ def test_evaluate_plays_a_checkpoint(toy_videos: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_make_one_run_and_end_cleanly(toy_videos: Path, tmp_path: Path) -> None:
-    words = [*with_videos(toy_videos), "stage=pretrain", "trainer.devices=2", "trainer.strategy=ddp"]
+    words = [*with_videos(toy_videos), "stage=pretrain"]
+    words += ["trainer.devices=2", "trainer.strategy=ddp"]
     for attempt in range(3):  # gloo used to abort at exit now and then
         train(tmp_path, *words, "tracking.enabled=true", f"run_dir=run{attempt}")
     db = sqlite3.connect(tmp_path / "runs/mlflow.db")

@@ -205,7 +205,7 @@ def test_frozen_lets_gradients_through_but_not_in() -> None:
 
 
 def test_bonus_is_the_mean_distance_to_the_nearest_in_the_queue() -> None:
-    """Facts 4.1 written out: window mean, projection, push first, k nearest, moving-average scale."""
+    """Facts 4.1 written out: window mean, projection, push first, k nearest, running scale."""
     torch.manual_seed(0)
     cfg = BonusConfig(beta=1.0, window=2, width=4, queue=12, neighbours=3, momentum=0.9)
     bonus = VideoBonus(cfg, feat=5)
