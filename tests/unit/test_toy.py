@@ -38,8 +38,8 @@ def test_optimal_actions_earn_the_documented_return_in_every_episode(name: str) 
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_random_actions_earn_less_than_a_fifth_of_it(name: str) -> None:
-    assert np.mean(play(name, "random", 50)) < OPTIMAL_RETURN / 5
+def test_random_actions_earn_less_than_a_quarter_of_it(name: str) -> None:
+    assert np.mean(play(name, "random", 50)) < OPTIMAL_RETURN / 4
 
 
 def test_no_action_is_better_than_the_optimal_one() -> None:
@@ -54,7 +54,7 @@ def test_no_action_is_better_than_the_optimal_one() -> None:
 
 
 def test_reward_falls_with_distance_from_one_to_zero() -> None:
-    rewards = [reward_at(d) for d in np.linspace(0.0, 0.5, 30)]
+    rewards = [reward_at(d) for d in np.linspace(0.0, 0.6, 30)]
     assert rewards[0] == 1.0
     assert rewards[-1] == 0.0
     assert rewards == sorted(rewards, reverse=True)
