@@ -63,27 +63,31 @@ class Groups:
         """Settle the file of every group.
 
         Args:
-            picked: Choices of the command line; these win.
+            picked: Choices of the command line; these win over the ``defaults`` of the experiment,
+                those over the ``defaults`` of a chosen group file, and those over the next.
             defaults: Whether the ``defaults`` of ``config.yaml`` count.
 
         Returns:
             Group -> file or None, in the order of merging: the experiment comes last.
         """
         chosen = self._defaults(self.folder / "config.yaml") if defaults else {}
-        chosen |= picked
-        experiment = chosen.pop(EXPERIMENT, None)
+        fixed = dict(picked)
+        experiment = {**chosen, **picked}.get(EXPERIMENT)
         if experiment is not None:
-            wanted = self._defaults(self.path(EXPERIMENT, experiment))
-            chosen |= {group: name for group, name in wanted.items() if group not in picked}
+            fixed = self._defaults(self.path(EXPERIMENT, experiment)) | fixed
+        chosen |= fixed
+        chosen.pop(EXPERIMENT, None)
+        for group, name in list(chosen.items()):
+            wanted = self._defaults(self.path(group, name)) if name is not None else {}
+            chosen |= {other: file for other, file in wanted.items() if other not in fixed}
         if EXPERIMENT in self.files:
             chosen[EXPERIMENT] = experiment
         return chosen
 
     def values(self, path: Path) -> dict[str, Any]:
-        """Return the keys that a file sets; only two kinds of file may have ``defaults``."""
+        """Return the keys that a file sets, without the groups that its ``defaults`` choose."""
         content = self._load(path)
-        if path.parent == self.folder or path.parent.name == EXPERIMENT:
-            content.pop("defaults", None)
+        content.pop("defaults", None)
         return content
 
     def _defaults(self, path: Path) -> dict[str, str | None]:

@@ -100,6 +100,14 @@ def test_an_experiment_chooses_groups_unless_the_command_line_does(conf: Path) -
     assert mixed.seed == 9
 
 
+def test_a_group_file_may_choose_another_group_unless_anyone_else_does(conf: Path) -> None:
+    (conf / "env/far.yaml").write_text("defaults: {size: big}\nenv: {kind: dmc}\n")
+    assert compose(["env=far"], Run, conf).groups["size"] == "big"
+    assert compose(["env=far", "size=small"], Run, conf).groups["size"] == "small"
+    (conf / "experiment/near.yaml").write_text("defaults: {env: far, size: small}\n")
+    assert compose(["experiment=near"], Run, conf).groups["size"] == "small"
+
+
 def test_null_chooses_no_file_and_empties_a_section_that_may_be_empty(conf: Path) -> None:
     assert compose(["size=null"], Run, conf).config.train.sizes == [8, 16]
     assert compose(["logger=mlflow"], Run, conf).config.logger is not None
@@ -184,7 +192,7 @@ def test_every_mistake_gets_one_clear_sentence(conf: Path, words: list[str], mes
         ("env/toy.yaml", "env: null", "'env' must be a section of keys, got None."),
         ("env/toy.yaml", "- 3", "must hold named keys at its root"),
         ("env/toy.yaml", "env: [", "cannot read the configuration file"),
-        ("env/toy.yaml", "defaults: {size: big}", "unknown configuration key 'defaults'"),
+        ("env/toy.yaml", "defaults: {sizes: big}", "unknown configuration group 'sizes'"),
         ("config.yaml", "defaults: {envs: toy}", "unknown configuration group 'envs'"),
         ("config.yaml", "defaults: [toy]", "must map groups to files"),
         ("config.yaml", "defaults: {env: gone}", "there is no 'env=gone'."),
