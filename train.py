@@ -39,6 +39,7 @@ from mapo_lightning.datamodule import ReplayDataModule
 from mapo_lightning.envs.collector import RandomPolicy
 from mapo_lightning.finetune import ActingPolicy
 from mapo_lightning.optimization import TrainedModule
+from mapo_lightning.runtime import keep_freed_memory
 from mapo_lightning.types import ConfigError, MapoError
 
 HERE = Path(__file__).resolve().parent
@@ -78,6 +79,8 @@ def start(composed: Composed[RunConfig]) -> Run:
             "installed package has the same name; uninstall it"
         )
     cfg = composed.config
+    if cfg.trainer.keep_memory:
+        keep_freed_memory()
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)

@@ -28,6 +28,7 @@ ABOVE: dict[str, set[str]] = {
     "pretrain": {"optimization", "checkpoint"},
     "finetune": {"optimization", "checkpoint"},
     "redact": {"types"},
+    "runtime": set(),
     "schema": {"types"},
     "command_line": {"types"},
     "conf_groups": {"schema"},
