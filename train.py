@@ -26,7 +26,7 @@ from tqdm import tqdm
 import callbacks
 from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
-from callbacks.evaluate import EvaluatePolicy, Score
+from callbacks.evaluate import EvaluatePolicy, Score, floors
 from callbacks.labels import RecordLabels
 from callbacks.progress import PhaseProgress
 from callbacks.recorder import MLflowRecorder
@@ -36,7 +36,6 @@ from mapo_lightning.checkpoint import read_checkpoint
 from mapo_lightning.compose import Composed, compose
 from mapo_lightning.config import RunConfig
 from mapo_lightning.datamodule import ReplayDataModule
-from mapo_lightning.envs.collector import RandomPolicy
 from mapo_lightning.finetune import ActingPolicy
 from mapo_lightning.optimization import TrainedModule
 from mapo_lightning.runtime import keep_freed_memory
@@ -179,12 +178,9 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
         log.info("from %s: %s", init_from, report)
     _stamp(run, module, "finetune", action_dim=stage.action_dim)
     play = partial(build.play_episodes, cfg)
-    log.info("playing %d episodes at random, for comparison", cfg.evaluate.episodes)
-    at_random, _ = play(lambda: RandomPolicy(stage.action_dim, cfg.evaluate.seed), 0)
     repeat = cfg.env.frames_per_step
-    evaluation = EvaluatePolicy(
-        play, Score(tuple(at_random)), cfg.evaluate.every, fps=max(5, 50 // repeat)
-    )
+    unlearned = floors(play, stage.action_dim, cfg.evaluate.seed)
+    evaluation = EvaluatePolicy(play, unlearned, cfg.evaluate.every, fps=max(5, 50 // repeat))
     extra = [
         CollectExperience(stage.collector, repeat, cfg.seed + rank),
         ImaginationRollout(cfg.callbacks.rollout_every),
@@ -199,7 +195,7 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
     )
     trainer.fit(module, datamodule=data, ckpt_path=_resume(run, "finetune"), weights_only=True)
     if trainer.is_global_zero and evaluation.score is not None:
-        summary(run, evaluation.random, evaluation.score, module.env_frames or 0)
+        summary(run, evaluation.floors, evaluation.score, module.env_frames or 0)
 
 
 def evaluate(run: Run) -> None:
@@ -215,9 +211,9 @@ def evaluate(run: Run) -> None:
     module, _ = build.build_finetune(cfg, action_dim, None)
     build.restore(module, content, Path(cfg.checkpoint or ""))
     play = partial(build.play_episodes, cfg)
-    at_random, _ = play(lambda: RandomPolicy(action_dim, cfg.evaluate.seed), 0)
     episodes, _ = play(lambda: ActingPolicy(module.world_model, module.agent, explore=False), 0)
-    summary(run, Score(tuple(at_random)), Score(tuple(episodes)), content["mapo"]["env_frames"])
+    unlearned = floors(play, action_dim, cfg.evaluate.seed)
+    summary(run, unlearned, Score(tuple(episodes)), content["mapo"]["env_frames"])
 
 
 def _trainer(
@@ -274,14 +270,14 @@ def _show(bar: tqdm[None], done: int, total: int) -> None:
     bar.update(done - bar.n)
 
 
-def summary(run: Run, before: Score, after: Score, env_frames: int) -> None:
+def summary(run: Run, before: dict[str, Score], after: Score, env_frames: int) -> None:
     """Print what came out of it."""
     cfg = run.cfg
     count = cfg.evaluate.episodes
     print(f"\n{cfg.env.kind}/{cfg.env.name} after {env_frames:,} frames, {count} episodes:")
-    for name, score in (("random policy", before), (cfg.method, after)):
+    for name, score in (before | {cfg.method: after}).items():
         success = "" if score.success is None else f", success {score.success:.0%}"
-        print(f"  {name:<15} return {score.mean:8.1f} ± {score.spread:.1f}{success}")
+        print(f"  {name:<12} return {score.mean:8.1f} ± {score.spread:.1f}{success}")
     print(f"Checkpoints: {run.folder}")
     if cfg.tracking.enabled:
         print("Videos of the dreams, curves and phrases: make ui, then open http://127.0.0.1:5000")

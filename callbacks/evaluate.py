@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,12 @@ import lightning as L
 import numpy as np
 
 from callbacks.recorder import recorder_of
-from mapo_lightning.envs.collector import Episode, Policy
+from mapo_lightning.envs.collector import Episode, Policy, RandomPolicy, StillPolicy
 from mapo_lightning.finetune import ActingPolicy, FinetuneModule
+from mapo_lightning.tracking import is_main_process
 from mapo_lightning.types import Frames
+
+log = logging.getLogger(__name__)
 
 Play = Callable[[Callable[[], Policy], int], tuple[list[Episode], list[Frames]]]
 """Plays the evaluation's episodes with a policy and films the given number of them."""
@@ -48,18 +52,28 @@ class Score:
         return values
 
 
+def floors(play: Play, action_dim: int, seed: int) -> dict[str, Score]:
+    """What policies that learn nothing score on the evaluation's episodes; empty off rank 0."""
+    if not is_main_process():
+        return {}
+    log.info("playing the test episodes at random and without acting")
+    at_random, _ = play(lambda: RandomPolicy(action_dim, seed), 0)
+    still, _ = play(lambda: StillPolicy(action_dim), 0)
+    return {"random": Score(tuple(at_random)), "still": Score(tuple(still))}
+
+
 class EvaluatePolicy(L.Callback):
     """Play greedy episodes now and then, and at the end.
 
     Args:
         play: Plays the episodes.
-        random: Score of the random policy on the same reset seeds, the floor of the curve.
+        floors: Scores of policies that learn nothing, on the same reset seeds, by name.
         every: Updates between evaluations; one more is made at the end.
         fps: Frames per second of the filmed episode.
     """
 
-    def __init__(self, play: Play, random: Score, every: int, fps: int) -> None:
-        self.play, self.random, self.every, self.fps = play, random, every, fps
+    def __init__(self, play: Play, floors: dict[str, Score], every: int, fps: int) -> None:
+        self.play, self.floors, self.every, self.fps = play, floors, every, fps
         self.score: Score | None = None
 
     def on_train_batch_end(
@@ -85,7 +99,8 @@ class EvaluatePolicy(L.Callback):
         if recorder is None or trainer.logger is None:
             return
         assert pl_module.env_frames is not None
-        metrics = self.score.metrics() | {"eval/return_random": self.random.mean}
+        metrics = self.score.metrics()
+        metrics |= {f"eval/return_{name}": score.mean for name, score in self.floors.items()}
         trainer.logger.log_metrics(metrics, pl_module.env_frames)
         if films:
             recorder.log_video(trainer, "episode", films[0], self.fps, pl_module.env_frames)

@@ -48,8 +48,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "numbers; take an intact checkpoint of this package"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"'{path}' is damaged or not a checkpoint ({str(error).splitlines()[0]}); take an "
+            f"'{path}' is damaged or not a checkpoint ({reason}); take an "
             "earlier one from the same folder"
         ) from error
     if not isinstance(content, dict) or "mapo" not in content or "state_dict" not in content:

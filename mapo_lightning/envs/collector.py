@@ -48,6 +48,17 @@ class RandomPolicy:
         return self.rng.uniform(-1.0, 1.0, shape).astype(np.float32)
 
 
+class StillPolicy:
+    """Zero actions: some tasks begin where it is best to stay, and then random is no floor."""
+
+    def __init__(self, action_dim: int) -> None:
+        self.action_dim = action_dim
+
+    def __call__(self, step: Step) -> NDArray[np.float32]:
+        """Zeros (N, A)."""
+        return np.zeros((len(step["is_first"]), self.action_dim), np.float32)
+
+
 class SemanticTracker:
     """Labels the newest frames of N environments and holds each label until the next one.
 

@@ -32,6 +32,9 @@ class AgentConfig:
     """λ of the critic's target."""
     entropy: float = 1e-4
     """Weight η of the policy's entropy in eq. (5), per nat."""
+    explore_noise: float = 0.0
+    """Standard deviation of normal noise added to actions while collecting, in units of the action
+    range [-1, 1]; the published systems rely on the policy's own samples."""
     target_every: int = 100
     """Updates between hard copies of the critic into the slow critic."""
 
@@ -41,6 +44,8 @@ class AgentConfig:
         for name in ("discount", "lam"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.explore_noise < 0.0:
+            raise ConfigError(f"explore_noise must not be negative, got {self.explore_noise}")
         if self.target_every < 1:
             raise ConfigError(f"target_every must be at least 1, got {self.target_every}")
 
@@ -75,7 +80,11 @@ class DreamerAgent(nn.Module):
     def act(self, feat_BF: Tensor, explore: bool) -> Tensor:
         """Action (B, A) in [-1, 1]: a sample while exploring, the mode in evaluation."""
         policy = self.policy(feat_BF)
-        return policy.sample(torch.rand_like(policy.mean)) if explore else policy.mode()
+        if not explore:
+            return policy.mode()
+        action = policy.sample(torch.rand_like(policy.mean))
+        noise = self.cfg.explore_noise * torch.randn_like(action)
+        return (action + noise).clamp(-1.0, 1.0)
 
     def losses(self, world_model: WorldModel, start: RSSMState) -> AgentLoss:
         """Dream from every given state and learn from it.

@@ -107,8 +107,8 @@ def test_the_toy_world_is_learned(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     scores = {
         name: float(line.split("return")[1].split("±")[0])
-        for name in ("random policy", "mapo")
+        for name in ("random", "mapo")
         for line in lines
         if line.startswith(f"  {name}")
     }
-    assert scores["mapo"] >= 3 * scores["random policy"]
+    assert scores["mapo"] >= 3 * scores["random"]

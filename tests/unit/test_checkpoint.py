@@ -1,0 +1,111 @@
+"""Checkpoints: exact hand-over, a report, and no code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mapo_lightning.build import build_finetune, build_pretrain
+from mapo_lightning.checkpoint import load_pretrained, read_checkpoint
+from mapo_lightning.compose import compose
+from mapo_lightning.config import RunConfig
+from mapo_lightning.types import CheckpointError
+
+CONF = Path(__file__).parents[2] / "conf"
+PARTS = ["encoder", "context", "source", "lower", "decoder"]
+
+
+def configured(*words: str) -> RunConfig:
+    return compose(
+        ["env=toy", "world_model.image.channels=[4,8,16]", *words], RunConfig, CONF
+    ).config
+
+
+def pretrained(*words: str) -> dict[str, Any]:
+    torch.manual_seed(1)
+    module = build_pretrain(configured(*words))
+    return {"state_dict": module.state_dict(), "mapo": {"method": "mapo"}}
+
+
+def test_hand_over_takes_every_tensor_and_says_so() -> None:
+    torch.manual_seed(2)
+    content = pretrained()
+    module, _ = build_finetune(configured(), 2, None)
+    report = load_pretrained(module.world_model, content, PARTS)
+    assert report.loaded == tuple(PARTS)
+    assert report.fresh == ("upper", "heads")
+    assert report.ignored == ()
+    assert str(report) == (
+        "loaded encoder, context, source, lower, decoder; fresh upper, heads; ignored nothing"
+    )
+    state = module.state_dict()
+    for key, tensor in content["state_dict"].items():
+        assert torch.equal(state[key], tensor), key
+
+
+def test_parts_that_are_not_asked_for_stay_fresh() -> None:
+    module, _ = build_finetune(configured(), 2, None)
+    report = load_pretrained(module.world_model, pretrained(), ["encoder"])
+    assert report.loaded == ("encoder",)
+    assert "lower" in report.fresh
+    assert "lower" in report.ignored
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["world_model.lower.deter=64"], r"is \(.*\) in the checkpoint and \(.*\) in the model"),
+        (["method=contextwm"], r"the model has no|in the checkpoint and"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(words: list[str], sentence: str) -> None:
+    module, _ = build_finetune(configured(*words), 2, None)
+    with pytest.raises(CheckpointError, match=sentence) as error:
+        load_pretrained(module.world_model, pretrained(), PARTS)
+    assert "use the same method= and size=" in str(error.value)
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_checkpoint_that_holds_code_is_refused(tmp_path: Path) -> None:
+    path, target = tmp_path / "bomb.ckpt", tmp_path / "went_off"
+    torch.save({"state_dict": {}, "mapo": Bomb(target)}, path)
+    with pytest.raises(CheckpointError, match="is refused"):
+        read_checkpoint(path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "no checkpoint at"),
+        (b"", "is damaged"),
+        (b"not a checkpoint at all", "is refused|is damaged"),
+    ],
+)
+def test_files_that_are_no_checkpoints(
+    content: bytes | None, sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "some.ckpt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=sentence):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="no 'mapo' card"):
+        read_checkpoint(tmp_path / "other.ckpt")

@@ -1,0 +1,160 @@
+"""Collection and evaluation, on an environment that shows its own clock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from numpy.typing import NDArray
+
+from mapo_lightning.data.replay import Replay, ReplayConfig, ReplaySpec
+from mapo_lightning.datamodule import chunk_batch
+from mapo_lightning.envs.collector import (
+    Collector,
+    RandomPolicy,
+    SemanticTracker,
+    Step,
+    run_episodes,
+)
+from mapo_lightning.semantics.describer import Reply, VlmConfig
+from mapo_lightning.semantics.embed import HashedSlots
+from mapo_lightning.semantics.labeler import Labeler
+from mapo_lightning.semantics.store import LabelStore
+from mapo_lightning.types import POSITIONS
+
+LENGTH = 30
+
+
+class Clock(gym.Env[Any, Any]):
+    """Its picture is the number of actions taken; its reward the same; it lasts LENGTH of them."""
+
+    observation_space = spaces.Dict({"image": spaces.Box(0, 255, (8, 8, 3), np.uint8)})
+    action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self) -> None:
+        self.time = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.time = 0
+        return self._obs(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.time += 1
+        done = self.time == LENGTH
+        return self._obs(), float(self.time), False, done, {"success": float(self.time == 7)}
+
+    def _obs(self) -> dict[str, NDArray[np.uint8]]:
+        return {"image": np.full((8, 8, 3), self.time, np.uint8)}
+
+
+class ReadsClocks:
+    """A describer of such pictures: says when the window began and ended."""
+
+    name, in_worker = "clocks", True
+
+    def __init__(self) -> None:
+        self.windows: list[list[int]] = []
+
+    def describe(self, clips: Any) -> list[Reply]:
+        times = [[int(frame[0, 0, 0]) for frame in clip] for clip in clips]
+        self.windows += times
+        return [Reply(f"[clock][ticks][time][up][{t[-1]} ticks]") for t in times]
+
+
+def tracker(folder: Path, envs: int, **vlm: int) -> tuple[SemanticTracker, ReadsClocks]:
+    describer = ReadsClocks()
+    labeler = Labeler(describer, LabelStore(folder / "labels", "test"), HashedSlots())
+    return SemanticTracker(labeler, VlmConfig(**vlm), envs, "clock"), describer  # type: ignore[arg-type]
+
+
+def clocks(count: int) -> SyncVectorEnv:
+    return SyncVectorEnv([Clock] * count, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+
+@pytest.fixture
+def collected(tmp_path: Path) -> tuple[Collector, Replay]:
+    watch, _ = tracker(tmp_path, 2)
+    replay = Replay(tmp_path / "replay", ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
+    collector = Collector(clocks(2), watch, replay, seed=0)
+    assert collector.collect(RandomPolicy(2, 0), 4 * LENGTH) == 4 * LENGTH
+    return collector, replay
+
+
+def test_replay_holds_consecutive_clocks_aligned_with_their_rewards(
+    collected: tuple[Collector, Replay],
+) -> None:
+    _, replay = collected
+    batch = chunk_batch(replay, np.random.default_rng(0), 40, 10)
+    time = batch["obs"][:, :, 0, 0, 0].long()
+    assert bool((time.diff(dim=1) == 1).all())  # never across an episode's end
+    assert bool((batch["reward"] == time.float()).all())  # received on reaching the frame
+    begins = time == 0
+    assert bool((batch["action"][begins] == 0).all())
+    assert bool((batch["action"][~begins].abs().sum(-1) > 0).all())
+    assert bool((batch["position"] == time % POSITIONS).all())
+    assert bool(batch["is_first"][:, 0].all())
+    assert not bool(batch["is_terminal"].any())  # the clock ran out, the task did not end
+
+
+def test_finished_episodes_are_counted_once(collected: tuple[Collector, Replay]) -> None:
+    collector, replay = collected
+    total = LENGTH * (LENGTH + 1) / 2
+    assert [tuple(e) for e in collector.finished] == [(total, LENGTH, 1.0)] * 4
+    assert replay.episodes == 4
+    assert replay.steps == 4 * LENGTH
+
+
+def test_labels_lie_on_the_grid_and_are_held(tmp_path: Path) -> None:
+    watch, describer = tracker(tmp_path, 1)
+    known, changes, last = [], [], None
+    for time in range(12):
+        frame = {"image": np.full((1, 8, 8, 3), time, np.uint8)}
+        step = watch.update(frame, np.array([time == 0]))
+        known.append(bool(step["has_semantic"][0]))
+        if last is not None and not np.array_equal(step["semantic"], last):
+            changes.append(time)
+        last = step["semantic"]
+    assert describer.windows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert known == [False] * 3 + [True] * 9
+    assert changes == [3, 7, 11]
+
+
+def test_an_offset_keeps_a_label_from_the_frame_it_has_seen(tmp_path: Path) -> None:
+    watch, _ = tracker(tmp_path, 1, offset=1)
+    known = []
+    for time in range(5):
+        frame = {"image": np.full((1, 8, 8, 3), time, np.uint8)}
+        known.append(bool(watch.update(frame, np.array([time == 0]))["has_semantic"][0]))
+    assert known == [False, False, False, False, True]
+
+
+def test_a_new_episode_forgets_the_label(tmp_path: Path) -> None:
+    watch, describer = tracker(tmp_path, 1)
+    for time in (0, 1, 2, 3, 0, 1):
+        frame = {"image": np.full((1, 8, 8, 3), time, np.uint8)}
+        step = watch.update(frame, np.array([time == 0]))
+    assert not step["has_semantic"][0]
+    assert not step["semantic"].any()
+    assert describer.windows == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_evaluation_plays_every_seed_once(count: int, tmp_path: Path) -> None:
+    watch, _ = tracker(tmp_path, count)
+    seen: list[NDArray[np.bool_]] = []
+
+    def policy(step: Step) -> NDArray[np.float32]:
+        seen.append(step["is_first"])
+        return np.zeros((count, 2), np.float32)
+
+    episodes, films = run_episodes(clocks(count), watch, lambda: policy, [5, 6, 7], film=2)
+    total = LENGTH * (LENGTH + 1) / 2
+    assert [tuple(e) for e in episodes] == [(total, LENGTH, 1.0)] * 3
+    assert [film[:, 0, 0, 0].tolist() for film in films] == [list(range(LENGTH + 1))] * 2
+    assert sum(bool(first.any()) for first in seen) == -(-3 // count)

@@ -1,0 +1,45 @@
+"""The picture of a dream, and its numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from callbacks.evaluate import Score
+from callbacks.rollout import drift, strip
+from mapo_lightning.envs.collector import Episode
+
+
+def test_strip_has_three_rows_a_column_per_clip_and_coloured_edges() -> None:
+    truth = torch.full((4, 6, 64, 64, 3), 0.5)
+    dream = torch.full((4, 6, 64, 64, 3), 0.75)
+    frames = strip(truth, dream, seen=2)
+    assert frames.shape == (6, 3 * 68 * 2, 4 * 68 * 2, 3)
+    assert frames.dtype == np.uint8
+    middle = frames[3, 68, 68]
+    assert middle.tolist() == [128, 128, 128]
+    assert frames[3, 3 * 68, 68].tolist() == [191, 191, 191]
+    assert frames[3, 5 * 68, 68].tolist() == [64, 64, 64]
+    shown, dreamt = frames[1, 2 * 68, 0], frames[2, 2 * 68, 0]
+    assert shown[1] > shown[0]  # green while the truth is shown
+    assert dreamt[0] > dreamt[1]  # red while it dreams
+
+
+def test_drift_against_written_out_psnr() -> None:
+    torch.manual_seed(0)
+    truth = torch.rand(2, 12, 64, 64, 3)
+    dream = (truth + 0.1 * torch.randn_like(truth)).clamp(0, 1)
+    metrics = drift(truth, dream, seen=3)
+    mse = float((truth[:, 7] - dream[:, 7]).pow(2).mean())
+    assert metrics["rollout/psnr_5"] == pytest.approx(-10 * np.log10(mse), rel=1e-4)
+    still = float((truth[:, 2] - truth[:, 7]).pow(2).mean())
+    assert metrics["rollout/psnr_still_5"] == pytest.approx(-10 * np.log10(still), rel=1e-4)
+    assert 0.0 < metrics["rollout/ssim_5"] < 1.0
+    assert "rollout/psnr_10" not in metrics  # the clip is too short for it
+
+
+def test_a_score_is_mean_spread_and_success() -> None:
+    score = Score((Episode(1.0, 5, 1.0), Episode(3.0, 5, 0.0)))
+    assert score.metrics() == {"eval/return": 2.0, "eval/return_std": 1.0, "eval/success": 0.5}
+    assert Score((Episode(1.0, 5, None),)).success is None
