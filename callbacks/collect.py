@@ -24,7 +24,7 @@ class CollectExperience(L.Callback):
 
     def __init__(self, collector: Collector, action_repeat: int, seed: int) -> None:
         self.collector, self.action_repeat = collector, action_repeat
-        self.random = RandomPolicy(collector.replay.spec.action_dim, seed)
+        self.seed = seed
         self.policy: ActingPolicy | None = None
         self.seconds = 0.0
         self._owed = 0
@@ -34,9 +34,12 @@ class CollectExperience(L.Callback):
         assert isinstance(pl_module, FinetuneModule)
         self.policy = ActingPolicy(pl_module.world_model, pl_module.agent, explore=True)
         share = -(-pl_module.cfg.prefill // trainer.world_size)
+        random = RandomPolicy(
+            self.collector.replay.spec.action_dim, self.seed, pl_module.cfg.prefill_hold
+        )
         taken = 0
         while taken < share or not self.collector.replay.can_sample(pl_module.cfg.chunk_length):
-            taken += self.collector.collect(self.random, self.collector.envs.num_envs)
+            taken += self.collector.collect(random, self.collector.envs.num_envs)
         self._count(trainer, pl_module, taken)
 
     def on_train_batch_end(

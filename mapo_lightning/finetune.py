@@ -26,6 +26,9 @@ class FinetuneConfig:
     """Agent steps in all, prefill included; times the action repeat gives frames (O30)."""
     prefill: int = 1000
     """Agent steps of uniformly random behaviour before learning starts."""
+    prefill_hold: int = 1
+    """Agent steps for which each random action of the prefill is held; 1 as published. Sustained
+    actions show what single ones, which cancel out, do not."""
     initial_updates: int = 100
     """Updates on the prefill before the agent acts."""
     train_every: int = 5
@@ -57,9 +60,11 @@ class FinetuneConfig:
     """Parts taken over from pre-training (O23); PreLAR drops its source."""
 
     def __post_init__(self) -> None:
-        for name in ("agent_steps", "prefill", "train_every", "batch_size", "chunk_length"):
+        for name in ("agent_steps", "prefill", "prefill_hold", "train_every", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.chunk_length < 2:
+            raise ConfigError(f"chunk_length must be at least 2, got {self.chunk_length}")
         for name in ("initial_updates", "hold_lower", "hold_actor"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")

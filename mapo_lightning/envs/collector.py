@@ -37,15 +37,27 @@ class Episode(NamedTuple):
 
 
 class RandomPolicy:
-    """Uniform actions: the prefill, and the floor that learning is measured against."""
+    """Uniform actions: the prefill, and the floor that learning is measured against.
 
-    def __init__(self, action_dim: int, seed: int) -> None:
-        self.action_dim, self.rng = action_dim, np.random.default_rng(seed)
+    Args:
+        action_dim: Width A of an action.
+        seed: Of the draws.
+        hold: Agent steps for which an action is repeated before the next is drawn.
+    """
+
+    def __init__(self, action_dim: int, seed: int, hold: int = 1) -> None:
+        self.action_dim, self.hold = action_dim, hold
+        self.rng = np.random.default_rng(seed)
+        self._age = 0
+        self._action = np.zeros((0, action_dim), np.float32)
 
     def __call__(self, step: Step) -> NDArray[np.float32]:
-        """Draw actions (N, A)."""
-        shape = (len(step["is_first"]), self.action_dim)
-        return self.rng.uniform(-1.0, 1.0, shape).astype(np.float32)
+        """Draw actions (N, A), or repeat the last ones."""
+        if self._age % self.hold == 0:
+            shape = (len(step["is_first"]), self.action_dim)
+            self._action = self.rng.uniform(-1.0, 1.0, shape).astype(np.float32)
+        self._age += 1
+        return self._action.copy()
 
 
 class StillPolicy:

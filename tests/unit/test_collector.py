@@ -158,3 +158,11 @@ def test_evaluation_plays_every_seed_once(count: int, tmp_path: Path) -> None:
     assert [tuple(e) for e in episodes] == [(total, LENGTH, 1.0)] * 3
     assert [film[:, 0, 0, 0].tolist() for film in films] == [list(range(LENGTH + 1))] * 2
     assert sum(bool(first.any()) for first in seen) == -(-3 // count)
+
+
+def test_random_actions_are_held_as_long_as_asked() -> None:
+    policy, step = RandomPolicy(2, seed=0, hold=3), {"is_first": np.zeros(4, bool)}
+    drawn = np.stack([policy(step) for _ in range(6)])
+    assert np.array_equal(drawn[0], drawn[2])
+    assert np.array_equal(drawn[3], drawn[5])
+    assert not np.array_equal(drawn[2], drawn[3])
