@@ -116,3 +116,15 @@ def test_the_published_sizes_in_both_stages() -> None:
     assert counts["upper"] == 16_842_752
     assert counts["decoder"] == 7_779_003
     assert counts["heads"] == 2 * 1_301_201
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONF.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}"
+)
+def test_every_shipped_file_composes_and_says_what_it_is(path: Path) -> None:
+    words = [f"{path.parent.name}={path.stem}"]
+    if words == ["stage=evaluate"]:
+        words.append("checkpoint=some.ckpt")
+    cfg = configured(*words)
+    assert cfg.finetune.updates(1) > 0
+    assert path.read_text().startswith("# ")
