@@ -44,12 +44,17 @@ class VideoDataModule(L.LightningDataModule):
             self.index = scan_videos(self.data, self.root)
 
     def clips(self, split: str) -> ClipDataset:
-        """Endless random clips of the ``train`` or the ``holdout`` videos."""
+        """Endless random clips of the ``train`` videos, of the ``holdout`` ones, or of ``all``."""
         self.setup("fit")
         assert self.index is not None
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        videos = self.index.train if split == "train" else self.index.holdout or self.index.train
+        index = self.index
+        videos = {
+            "train": index.train,
+            "holdout": index.holdout or index.train,
+            "all": index.videos,
+        }[split]
         return ClipDataset(videos, self.data, self.vlm, self.root, self.seed, rank, world, split)
 
     def train_dataloader(self) -> DataLoader[Clip]:
@@ -75,8 +80,8 @@ class VideoDataModule(L.LightningDataModule):
         return {key: value for key, value in batch.items() if not key.startswith("vlm_")}
 
     def label_examples(self, count: int) -> list[LabelExample]:
-        """Windows with their phrases, for pictures."""
-        return self.clips("train").label_examples(count)
+        """Windows of all videos with their phrases, for pictures."""
+        return self.clips("all").label_examples(count)
 
 
 class _Chunks(IterableDataset[Batch]):
