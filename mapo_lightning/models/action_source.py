@@ -57,6 +57,8 @@ class ActionSource(Protocol):
     """Turns a batch into the action sequence that drives one dynamics model."""
 
     action_dim: int
+    terms: tuple[str, ...]
+    """Names of the loss terms that it adds."""
 
     def __call__(self, batch: Batch) -> Driven:
         """Actions (B, T, A) that led to each frame of the batch, and loss terms."""
@@ -65,6 +67,8 @@ class ActionSource(Protocol):
 
 class NullAction(nn.Module):
     """APV and ContextWM: the video model is told nothing."""
+
+    terms: tuple[str, ...] = ()
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -82,6 +86,8 @@ class SemanticAction(nn.Module):
     Frames without a significant action are the zero vector before the code is added (O4).
     Source: Sec. 4.1 (1) and Algorithm 1, line 10; facts O1, O4, O9.
     """
+
+    terms: tuple[str, ...] = ()
 
     def __init__(self, semantic_dim: int, cfg: SourceConfig) -> None:
         super().__init__()
@@ -101,6 +107,8 @@ class InverseAction(nn.Module):
 
     Source: facts 7.4.
     """
+
+    terms: tuple[str, ...] = ("latent_action_kl",)
 
     def __init__(self, image: ImageConfig, cfg: SourceConfig, hidden: int) -> None:
         super().__init__()
@@ -124,6 +132,8 @@ class InverseAction(nn.Module):
 
 class EnvAction(nn.Module):
     """PreLAR in fine-tuning: the robot's action, encoded to the width of the latent action."""
+
+    terms: tuple[str, ...] = ()
 
     def __init__(self, env_action_dim: int, cfg: SourceConfig, hidden: int) -> None:
         super().__init__()

@@ -72,6 +72,7 @@ class FrameContext(nn.Module):
         self.encoder = ResNetEncoder(image)
         widths = {16: image.channels[1], 8: image.channels[2]}
         self.quantizers = nn.ModuleDict()
+        self.terms = ("commitment",) if cfg.kind == "quantized" else ()
         if cfg.kind == "quantized" and cfg.quantizer.shape == "spatial":
             self.quantizers.update({str(s): Quantizer(cfg.quantizer, widths[s]) for s in SCALES})
         elif cfg.kind == "quantized":

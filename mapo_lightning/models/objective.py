@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -54,13 +54,22 @@ def weigh(
         ConfigError: A term has no scale, or a scale has no term. Either is a typo that would
             otherwise train another objective without a word.
     """
-    if terms.keys() != scales.keys():
-        raise ConfigError(
-            f"objective.scales must name every loss term of the model: terms without a scale: "
-            f"{sorted(terms.keys() - scales.keys())}, scales without a term: "
-            f"{sorted(scales.keys() - terms.keys())}"
-        )
+    check_scales(terms, scales)
     # A term of weight 0 stays in the sum, as in the published code (APV's lower KL, facts 2.3): its
     # parameters keep getting a zero gradient, hence their weight decay, on every rank alike.
     total = torch.stack([scales[name] * term for name, term in terms.items()]).sum()
     return total, {name: term.detach() for name, term in terms.items()}
+
+
+def check_scales(terms: Iterable[str], scales: Iterable[str]) -> None:
+    """Hold the names of loss terms against those of their weights.
+
+    Raises:
+        ConfigError: A term has no scale, or a scale has no term.
+    """
+    missing, unknown = sorted(set(terms) - set(scales)), sorted(set(scales) - set(terms))
+    if missing or unknown:
+        raise ConfigError(
+            f"objective.scales must name every loss term of the model: terms without a scale: "
+            f"{missing}, scales without a term: {unknown}"
+        )

@@ -19,7 +19,7 @@ from mapo_lightning.models.context import NO_CONTEXT, ContextConfig, FrameContex
 from mapo_lightning.models.decoder import build_decoder
 from mapo_lightning.models.encoder import ImageConfig, build_encoder, normalised
 from mapo_lightning.models.intrinsic import BonusConfig, VideoBonus
-from mapo_lightning.models.objective import ObjectiveConfig, weigh
+from mapo_lightning.models.objective import ObjectiveConfig, check_scales, weigh
 from mapo_lightning.models.rssm import RSSM, RSSMConfig, RSSMState
 from mapo_lightning.types import Batch, ConfigError
 
@@ -153,14 +153,17 @@ class WorldModel(nn.Module):
         # PreLAR's bonus compares embeddings, that of the stacked systems lower states.
         compared = cfg.lower.feat if cfg.lower is not None and self.upper is not None else embed
         self.bonus = VideoBonus(cfg.bonus, compared) if controls and cfg.bonus.beta else None
+        names = {"image", *self.heads, *(f"kl_{n}" for n in ("lower", "upper") if getattr(self, n))}
+        for part in (self.source, self.context):
+            names |= set(part.terms if part is not None else ())
+        check_scales(names, objective.scales)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def observe(self, batch: Batch, start: Belief | None = None) -> Observed:
         """Follow a sequence of frames with every dynamics in use.
 
-        Args:
-            batch: Keys of ``mapo_lightning.types``; ``action`` only if there is an upper dynamics.
-            start: Belief before the first frame, axes (B,).
+        ``batch`` needs ``action`` only for an upper dynamics; ``start`` is the belief before the
+        first frame, axes (B,).
         """
         obs, first_BT = batch["obs"], batch["is_first"]
         embed_BTE = self.encoder(normalised(obs)).view(*obs.shape[:2], -1)
