@@ -277,8 +277,7 @@ class WorldModel(nn.Module):
             seen: Number of frames that are shown.
 
         Returns:
-            Frames (B, T, H, W, 3) in [0, 1]: reconstructions of what was seen, then the dream. The
-            scene context comes from the frames that were shown.
+            Frames (B, T, H, W, 3) in [0, 1]; the scene's context comes from what was shown.
         """
         shown = {key: value[:, :seen] for key, value in batch.items()}
         belief = self.observe(shown).belief
