@@ -129,12 +129,17 @@ class Stage2(NamedTuple):
 def build_collection(cfg: RunConfig, folder: Path, rank: int) -> Stage2:
     """Environments, labels and replay of one rank, seeded from (seed, rank)."""
     seed = cfg.seed + 10_007 * rank
-    envs = make_vector_env(cfg.env, seed)
+    envs = make_vector_env(labelled_env(cfg), seed)
     action_dim = int(envs.single_action_space.shape[0])  # type: ignore[index]
     spec = ReplaySpec((cfg.env.size, cfg.env.size, 3), action_dim, semantic_dim(cfg.vlm))
     replay = Replay(folder / f"rank{rank}", cfg.replay, spec)
     tracker = build_tracker(cfg, envs.num_envs, f"collect-{rank}")
     return Stage2(Collector(envs, tracker, replay, seed), replay, action_dim)
+
+
+def labelled_env(cfg: RunConfig) -> EnvConfig:
+    """The task, with a second picture for the describer if it wants one of another size (O10)."""
+    return replace(cfg.env, label_size=cfg.vlm.env_frame_size or cfg.env.label_size)
 
 
 def build_tracker(cfg: RunConfig, envs: int, writer: str) -> SemanticTracker:
@@ -150,7 +155,7 @@ def play_episodes(
     """Play the evaluation's episodes: the same reset seeds whoever plays."""
     count = min(cfg.evaluate.num_envs, cfg.evaluate.episodes)
     seeds = [cfg.evaluate.seed + i for i in range(cfg.evaluate.episodes)]
-    envs = make_vector_env(cfg.env, cfg.evaluate.seed, count)
+    envs = make_vector_env(labelled_env(cfg), cfg.evaluate.seed, count)
     try:
         # Posteriors are sampled in evaluation too: the same agent must get the same score twice.
         with torch.random.fork_rng(devices=[]):
