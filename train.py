@@ -262,6 +262,11 @@ def _resume(run: Run, phase: str) -> str | None:
     if run.cfg.resume is None:
         return None
     stage = read_checkpoint(Path(run.cfg.resume))["mapo"]["stage"]
+    if stage == "finetune":
+        raise ConfigError(
+            "resume= takes pre-training checkpoints only: the replay of a fine-tuning run is not "
+            "saved with its checkpoint yet, and going on without it would unlearn"
+        )
     return run.cfg.resume if stage == phase else None
 
 

@@ -95,7 +95,7 @@ class TrainerConfig:
     threads: int = 0
     """Torch threads of each process; 0 leaves torch's choice. Tiny models want 1 or 2."""
     keep_memory: bool = True
-    """Keep freed blocks in the process instead of returning them: a fifth off a tiny update on a
+    """Keep freed blocks in the process instead of returning them: no page faults in an update on a
     CPU, for the peak of one update in resident memory."""
     deterministic: bool = False
     """Refuse operations whose result depends on the order of threads."""
@@ -129,7 +129,7 @@ class RunConfig:
     checkpoint: str | None = None
     """Fine-tuning checkpoint that stage=evaluate plays."""
     resume: str | None = None
-    """Checkpoint whose training goes on, with its optimiser and counters."""
+    """Pre-training checkpoint whose training goes on, with its optimiser and counters."""
     data: VideoDataConfig = field(default_factory=VideoDataConfig)
     """Videos."""
     demo: DemoConfig = field(default_factory=DemoConfig)

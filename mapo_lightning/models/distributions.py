@@ -35,11 +35,6 @@ def one_hot_sample(logits_K: Tensor, noise: Tensor) -> Tensor:
     return hard_K + (probs_K - probs_K.detach())
 
 
-def one_hot_mode(logits_K: Tensor) -> Tensor:
-    """Most probable class as a one-hot vector, (..., K), without gradient."""
-    return F.one_hot(logits_K.argmax(dim=-1), logits_K.shape[-1]).float()
-
-
 def categorical_kl(p_logits_SK: Tensor, q_logits_SK: Tensor) -> Tensor:
     """KL(p || q) in nats, summed over the S independent categoricals; (..., S, K) -> (...)."""
     p_log_SK = p_logits_SK.float().log_softmax(dim=-1)

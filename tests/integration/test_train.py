@@ -188,12 +188,30 @@ def test_help_and_show_answer_without_running(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_pretrained_checkpoint_of_another_method_is_refused(
+def test_a_pretrained_checkpoint_resumes_and_is_refused_where_it_does_not_fit(
     toy_videos: Path, tmp_path: Path
 ) -> None:
     given = f"init_from={toy_videos}/first/pretrain/last.ckpt"
     said = train(tmp_path, *SMALL, "stage=finetune", "method=contextwm", given, code=2)
     assert "method=mapo" in said
+    said = train(
+        tmp_path,
+        *with_videos(toy_videos),
+        "stage=pretrain",
+        "pretrain.updates=6",
+        f"resume={toy_videos}/first/pretrain/last.ckpt",
+        "run_dir=on",
+        "seed=5",  # a fresh start would have other weights
+    )
+    before = read_checkpoint(toy_videos / "first/pretrain/last.ckpt")
+    content = read_checkpoint(tmp_path / "on/pretrain/last.ckpt")
+    state = content["optimizer_states"][0]["state"]
+    # Six updates in all: Adam's moments went on where the four of the first run ended.
+    assert {int(moments["step"]) for moments in state.values()} == {6}
+    assert content["global_step"] == 6
+    key = "world_model.encoder.convin.weight"
+    moved = (content["state_dict"][key] - before["state_dict"][key]).abs().max()
+    assert 0.0 < float(moved) < 0.01  # two updates of 0.001
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes((toy_videos / "first/pretrain/last.ckpt").read_bytes()[:1000])
     said = train(tmp_path, *SMALL, "stage=finetune", f"init_from={broken}", code=2)

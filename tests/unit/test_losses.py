@@ -14,7 +14,6 @@ from mapo_lightning.models.distributions import (
     TruncatedNormal,
     balanced_kl,
     categorical_kl,
-    one_hot_mode,
     one_hot_sample,
 )
 from mapo_lightning.models.objective import weigh
@@ -67,7 +66,6 @@ def test_one_hot_sample_has_one_class_at_the_edges_of_the_noise() -> None:
     logits = torch.randn(2, 32)
     for noise in (0.0, 1.0 - 2**-24):
         assert one_hot_sample(logits, torch.full((2,), noise)).sum(-1).tolist() == [1.0, 1.0]
-    torch.testing.assert_close(one_hot_mode(logits).argmax(-1), logits.argmax(-1))
 
 
 def test_truncated_normal_moments_and_entropy_by_integration() -> None:
