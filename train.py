@@ -11,9 +11,7 @@ python train.py ... --show                         print the resolved run and st
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,14 +19,13 @@ from typing import NamedTuple
 import lightning as L
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import callbacks
 from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
-from callbacks.evaluate import EvaluatePolicy, Score, floors
+from callbacks.evaluate import EvaluatePolicy
 from callbacks.labels import RecordLabels
-from callbacks.progress import PhaseProgress
+from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
 from mapo_lightning import build, tracking
@@ -36,9 +33,10 @@ from mapo_lightning.checkpoint import read_checkpoint
 from mapo_lightning.compose import Composed, compose
 from mapo_lightning.config import RunConfig
 from mapo_lightning.datamodule import ReplayDataModule
+from mapo_lightning.evaluation import Score, floors, table
 from mapo_lightning.finetune import ActingPolicy
 from mapo_lightning.optimization import TrainedModule
-from mapo_lightning.runtime import keep_freed_memory
+from mapo_lightning.runtime import keep_freed_memory, rank, run_folder
 from mapo_lightning.types import ConfigError, MapoError
 
 HERE = Path(__file__).resolve().parent
@@ -84,23 +82,11 @@ def start(composed: Composed[RunConfig]) -> Run:
         torch.set_num_threads(cfg.trainer.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     name = f"{cfg.method}-{cfg.env.name}" if cfg.stage != "pretrain" else f"{cfg.method}-videos"
-    folder = Path(cfg.run_dir or _run_folder(name)).absolute()
-    os.environ["MAPO_RUN_DIR"] = str(folder)  # ranks that this process starts share it
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = run_folder(name, cfg.run_dir)
     if tracking.is_main_process():
         composed.save(folder / "config.yaml")
     tags = {"method": cfg.method, "stage": cfg.stage, "run_dir": str(folder)}
     return Run(cfg, composed, folder, tracking.start_parent(cfg.tracking, folder.name, tags))
-
-
-def _run_folder(name: str) -> str:
-    """Folder of this run; the same on every rank, whoever starts the ranks."""
-    given = os.environ.get("MAPO_RUN_DIR")
-    if given:
-        return given
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    stamp = f"job{job}" if job and job != "none" else time.strftime("%Y%m%d-%H%M%S")
-    return f"runs/{stamp}-{name}"
 
 
 def play(run: Run) -> int:
@@ -135,8 +121,8 @@ def pretrain(run: Run) -> Path:
     """Stage 1; returns the last checkpoint."""
     cfg = run.cfg
     if cfg.data.kind == "demo" and tracking.is_main_process():
-        with tqdm(desc="rendering videos", unit="video") as bar:
-            build.render_demo(cfg, partial(_show, bar))
+        with counting("rendering videos", "video") as show:
+            build.render_demo(cfg, show)
     data = build.build_videos(cfg)
     data.setup("fit")
     assert data.index is not None
@@ -171,8 +157,8 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
     """Stage 2, with an evaluation before and after, and a summary."""
     cfg = run.cfg
     init_from = init_from or (Path(cfg.init_from) if cfg.init_from else None)
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-    stage = build.build_collection(cfg, run.folder / "replay", rank)
+    seed = cfg.seed + rank()
+    stage = build.build_collection(cfg, run.folder / "replay", rank())
     module, report = build.build_finetune(cfg, stage.action_dim, init_from)
     if report is not None:
         log.info("from %s: %s", init_from, report)
@@ -182,7 +168,7 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
     unlearned = floors(play, stage.action_dim, cfg.evaluate.seed)
     evaluation = EvaluatePolicy(play, unlearned, cfg.evaluate.every, fps=max(5, 50 // repeat))
     extra = [
-        CollectExperience(stage.collector, repeat, cfg.seed + rank),
+        CollectExperience(stage.collector, repeat, seed),
         ImaginationRollout(cfg.callbacks.rollout_every),
         evaluation,
     ]
@@ -190,9 +176,7 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
     updates = cfg.finetune.updates(ranks)
     watch = {"return": "collect/return", "reward": "train/imagined_reward"}
     trainer = _trainer(run, "finetune", updates, extra, watch)
-    data = ReplayDataModule(
-        stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, cfg.seed + rank
-    )
+    data = ReplayDataModule(stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, seed)
     trainer.fit(module, datamodule=data, ckpt_path=_resume(run, "finetune"), weights_only=True)
     if trainer.is_global_zero and evaluation.score is not None:
         summary(run, evaluation.floors, evaluation.score, module.env_frames or 0)
@@ -201,19 +185,11 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
 def evaluate(run: Run) -> None:
     """Play a trained agent's test episodes."""
     cfg = run.cfg
-    content = read_checkpoint(Path(cfg.checkpoint or ""))
-    action_dim = content["mapo"].get("action_dim")
-    if action_dim is None:
-        raise ConfigError(
-            f"'{cfg.checkpoint}' is a pre-training checkpoint and holds no agent; give one that "
-            "stage=finetune made"
-        )
-    module, _ = build.build_finetune(cfg, action_dim, None)
-    build.restore(module, content, Path(cfg.checkpoint or ""))
+    module, card = build.load_finetuned(cfg, Path(cfg.checkpoint or ""))
     play = partial(build.play_episodes, cfg)
     episodes, _ = play(lambda: ActingPolicy(module.world_model, module.agent, explore=False), 0)
-    unlearned = floors(play, action_dim, cfg.evaluate.seed)
-    summary(run, unlearned, Score(tuple(episodes)), content["mapo"]["env_frames"])
+    unlearned = floors(play, card["action_dim"], cfg.evaluate.seed)
+    summary(run, unlearned, Score(tuple(episodes)), card["env_frames"])
 
 
 def _trainer(
@@ -270,19 +246,12 @@ def _resume(run: Run, phase: str) -> str | None:
     return run.cfg.resume if stage == phase else None
 
 
-def _show(bar: tqdm[None], done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
-
-
 def summary(run: Run, before: dict[str, Score], after: Score, env_frames: int) -> None:
     """Print what came out of it."""
     cfg = run.cfg
     count = cfg.evaluate.episodes
     print(f"\n{cfg.env.kind}/{cfg.env.name} after {env_frames:,} frames, {count} episodes:")
-    for name, score in (before | {cfg.method: after}).items():
-        success = "" if score.success is None else f", success {score.success:.0%}"
-        print(f"  {name:<12} return {score.mean:8.1f} ± {score.spread:.1f}{success}")
+    print(*table(before | {cfg.method: after}), sep="\n")
     print(f"Checkpoints: {run.folder}")
     if cfg.tracking.enabled:
         print("Videos of the dreams, curves and phrases: make ui, then open http://127.0.0.1:5000")

@@ -118,6 +118,24 @@ def restore(module: FinetuneModule, content: Mapping[str, Any], path: Path) -> N
         ) from error
 
 
+def load_finetuned(cfg: RunConfig, path: Path) -> tuple[FinetuneModule, Mapping[str, Any]]:
+    """A trained agent with its world model, and its checkpoint's card.
+
+    Raises:
+        CheckpointError: The file is no checkpoint, holds no agent, or does not fit ``cfg``.
+    """
+    content = read_checkpoint(path)
+    card: Mapping[str, Any] = content["mapo"]
+    if "action_dim" not in card:
+        raise CheckpointError(
+            f"'{path}' is a pre-training checkpoint and holds no agent; give one that "
+            "stage=finetune made"
+        )
+    module, _ = build_finetune(cfg, card["action_dim"], None)
+    restore(module, content, path)
+    return module, card
+
+
 class Stage2(NamedTuple):
     """What one rank needs to collect experience."""
 

@@ -39,6 +39,7 @@ ABOVE: dict[str, set[str]] = {
     "tracking": {"mlflow_store", "outbox"},
     "artifacts": {"tracking", "data"},
     "doctor": {"tracking", "envs"},
+    "evaluation": {"tracking", "envs"},
 }
 # Above all rooms: they put the parts together and may import every one of them.
 FRONT = {"config", "build"}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from callbacks.evaluate import Score
 from callbacks.rollout import drift, strip
 from mapo_lightning.envs.collector import Episode
+from mapo_lightning.evaluation import Score
 
 
 def test_strip_has_three_rows_a_column_per_clip_and_coloured_edges() -> None:
