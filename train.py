@@ -4,6 +4,8 @@ python train.py                                    the demo: pre-train, fine-tun
 python train.py env=toy                            a small world that needs no renderer
 python train.py stage=pretrain data=folder data.root=DIR
 python train.py stage=finetune env=dmc_walker_run init_from=runs/NAME/pretrain/last.ckpt
+python train.py stage=evaluate checkpoint=runs/NAME/finetune/last.ckpt
+python train.py resume=runs/NAME                   go on where a run was interrupted
 python train.py --help                             every group, file and field
 python train.py ... --show                         print the resolved run and stop
 """
@@ -14,7 +16,7 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -29,16 +31,17 @@ from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
 from mapo_lightning import build, tracking
-from mapo_lightning.checkpoint import read_checkpoint
-from mapo_lightning.compose import Composed, compose
+from mapo_lightning.checkpoint import check_fit, read_checkpoint
+from mapo_lightning.compose import Composed
 from mapo_lightning.config import RunConfig
 from mapo_lightning.datamodule import ReplayDataModule
-from mapo_lightning.evaluation import Score, floors, table
-from mapo_lightning.finetune import ActingPolicy
+from mapo_lightning.evaluation import Evaluation, Score, floors
 from mapo_lightning.optimization import TrainedModule
+from mapo_lightning.origin import Resumed, configure, resumed
 from mapo_lightning.runtime import keep_freed_memory, rank, run_folder
 from mapo_lightning.types import ConfigError, MapoError
 
+NAMES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("mapo")
 
@@ -50,6 +53,7 @@ class Run(NamedTuple):
     composed: Composed[RunConfig]
     folder: Path
     parent: str | None  # MLflow run that holds those of the phases
+    resumed: Resumed
 
 
 def main(argv: list[str]) -> int:
@@ -57,7 +61,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
-        composed = compose(argv, RunConfig, HERE / "conf")
+        composed = configure(argv, HERE / "conf")
         if composed.text is not None:
             print(composed.text)
             return 0
@@ -85,8 +89,10 @@ def start(composed: Composed[RunConfig]) -> Run:
     folder = run_folder(name, cfg.run_dir)
     if tracking.is_main_process():
         composed.save(folder / "config.yaml")
+    earlier = resumed(cfg)
     tags = {"method": cfg.method, "stage": cfg.stage, "run_dir": str(folder)}
-    return Run(cfg, composed, folder, tracking.start_parent(cfg.tracking, folder.name, tags))
+    parent = tracking.start_parent(cfg.tracking, folder.name, tags, earlier.tracked("parent"))
+    return Run(cfg, composed, folder, parent, earlier)
 
 
 def play(run: Run) -> int:
@@ -110,7 +116,9 @@ def play(run: Run) -> int:
 def train_all(run: Run) -> None:
     """Pre-train where the method does, fine-tune from it, and sum up."""
     checkpoint = None
-    if run.cfg.world_model.lower is not None:
+    if run.resumed.phase == "finetune":
+        log.info("pre-training was finished before; fine-tuning goes on")
+    elif run.cfg.world_model.lower is not None:
         checkpoint = pretrain(run)
     else:
         log.info("%s learns from scratch: there is nothing to pre-train.", run.cfg.method)
@@ -120,6 +128,8 @@ def train_all(run: Run) -> None:
 def pretrain(run: Run) -> Path:
     """Stage 1; returns the last checkpoint."""
     cfg = run.cfg
+    if run.resumed.finished("pretrain", cfg.pretrain.updates):
+        return run.resumed.path
     if cfg.data.kind == "demo" and tracking.is_main_process():
         with counting("rendering videos", "video") as show:
             build.render_demo(cfg, show)
@@ -134,18 +144,9 @@ def pretrain(run: Run) -> Path:
         data.root / "quarantine.jsonl",
     )
     module = build.build_pretrain(cfg)
-    _stamp(run, module, "pretrain")
     labels = RecordLabels(cfg.callbacks.phrases)
     extra = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
-    trainer = _trainer(
-        run,
-        "pretrain",
-        cfg.pretrain.updates,
-        extra,
-        {"image": "train/image"},
-        cfg.pretrain.validate_every,
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=_resume(run, "pretrain"), weights_only=True)
+    fit(run, "pretrain", module, data, cfg.pretrain.updates, extra, {"image": "train/image"})
     asked, windows = int(labels.total["asked"]), int(labels.total["windows"])
     log.info(
         "the describer was asked about %d of %d windows; the others were known", asked, windows
@@ -155,54 +156,82 @@ def pretrain(run: Run) -> Path:
 
 def finetune(run: Run, init_from: Path | None = None) -> None:
     """Stage 2, with an evaluation before and after, and a summary."""
-    cfg = run.cfg
+    cfg, seed = run.cfg, run.cfg.seed + rank()
+    updates = cfg.finetune.updates(cfg.trainer.devices * cfg.trainer.num_nodes)
+    if run.resumed.finished("finetune", updates):
+        return
     init_from = init_from or (Path(cfg.init_from) if cfg.init_from else None)
-    seed = cfg.seed + rank()
+    if run.resumed.phase == "finetune":
+        init_from = None  # its own checkpoint holds all parts
     stage = build.build_collection(cfg, run.folder / "replay", rank())
     module, report = build.build_finetune(cfg, stage.action_dim, init_from)
     if report is not None:
         log.info("from %s: %s", init_from, report)
-    _stamp(run, module, "finetune", action_dim=stage.action_dim)
     play = partial(build.play_episodes, cfg)
     repeat = cfg.env.frames_per_step
-    unlearned = floors(play, stage.action_dim, cfg.evaluate.seed)
-    evaluation = EvaluatePolicy(play, unlearned, cfg.evaluate.every, fps=max(5, 50 // repeat))
+    evaluation = EvaluatePolicy(
+        play,
+        floors(play, stage.action_dim),
+        cfg.evaluate.seeds,
+        cfg.about,
+        cfg.evaluate.every,
+        cfg.env.fps,
+    )
     extra = [
         CollectExperience(stage.collector, repeat, seed),
         ImaginationRollout(cfg.callbacks.rollout_every),
         evaluation,
     ]
-    ranks = cfg.trainer.devices * cfg.trainer.num_nodes
-    updates = cfg.finetune.updates(ranks)
     watch = {"return": "collect/return", "reward": "train/imagined_reward"}
-    trainer = _trainer(run, "finetune", updates, extra, watch)
     data = ReplayDataModule(stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, seed)
-    trainer.fit(module, datamodule=data, ckpt_path=_resume(run, "finetune"), weights_only=True)
-    if trainer.is_global_zero and evaluation.score is not None:
-        summary(run, evaluation.floors, evaluation.score, module.env_frames or 0)
+    fit(run, "finetune", module, data, updates, extra, watch, action_dim=stage.action_dim)
+    if evaluation.newest is not None:
+        summary(run, evaluation.newest)
 
 
 def evaluate(run: Run) -> None:
     """Play a trained agent's test episodes."""
     cfg = run.cfg
-    module, card = build.load_finetuned(cfg, Path(cfg.checkpoint or ""))
+    if not tracking.is_main_process():
+        return
+    path = Path(cfg.checkpoint or "")
+    module, card = build.load_finetuned(cfg, path)
+    module.to(build.best_device(cfg.trainer.accelerator))
     play = partial(build.play_episodes, cfg)
-    episodes, _ = play(lambda: ActingPolicy(module.world_model, module.agent, explore=False), 0)
-    unlearned = floors(play, card["action_dim"], cfg.evaluate.seed)
-    summary(run, unlearned, Score(tuple(episodes)), card["env_frames"])
+    episodes, films = play(build.greedy(module), cfg.evaluate.videos)
+    about = cfg.about | {"checkpoint": str(path), "env_frames": card["env_frames"]}
+    unlearned = floors(play, card["action_dim"])
+    found = Evaluation(Score(tuple(episodes)), unlearned, cfg.evaluate.seeds, about)
+    found.save_films(run.folder / "videos", films, cfg.env.fps)
+    summary(run, found)
+    found.record(tracking.make_logger(cfg.tracking, "evaluate", run.parent), films, cfg.env.fps)
 
 
-def _trainer(
+def fit(
     run: Run,
-    phase: str,
+    phase: Literal["pretrain", "finetune"],
+    module: TrainedModule,
+    data: L.LightningDataModule,
     updates: int,
     extra: list[L.Callback],
     watch: dict[str, str],
-    validate_every: int | None = None,
-) -> L.Trainer:
-    """Trainer of one phase with its MLflow run."""
+    **widths: int,
+) -> None:
+    """Train one phase in its own MLflow run, from the start or from a checkpoint."""
     cfg = run.cfg
-    logger = tracking.make_logger(cfg.tracking, phase, run.parent)
+    earlier = run.resumed.path if run.resumed.phase == phase else None
+    if earlier is not None:
+        check_fit(module, read_checkpoint(earlier, mapped=True), earlier)
+    identity = run.resumed.tracked(phase)
+    logger = tracking.make_logger(cfg.tracking, phase, run.parent, run_id=identity)
+    module.card = {  # what a checkpoint tells about itself
+        "stage": phase,
+        "method": cfg.method,
+        "config": run.composed.redacted_yaml,
+        "mlflow_parent": run.parent or "",
+        "mlflow_run": (logger.run_id if logger else None) or "",
+        **widths,
+    }
     around: list[L.Callback] = [
         MLflowRecorder(
             run.composed.redacted_yaml,
@@ -214,46 +243,19 @@ def _trainer(
     if cfg.callbacks.codebook:
         around.append(CodebookUpdate())
     if cfg.callbacks.progress:
-        around.append(
-            PhaseProgress({"pretrain": "pre-training", "finetune": "fine-tuning"}[phase], watch)
-        )
-    return build.build_trainer(
-        cfg, updates, run.folder / phase, around + extra, logger, validate_every
-    )
+        around.append(PhaseProgress(NAMES[phase], watch))
+    validate_every = cfg.pretrain.validate_every if phase == "pretrain" else None
+    folder = run.folder / phase
+    trainer = build.build_trainer(cfg, updates, folder, around + extra, logger, validate_every)
+    trainer.fit(module, datamodule=data, ckpt_path=earlier, weights_only=True)
 
 
-def _stamp(run: Run, module: TrainedModule, phase: str, **widths: int) -> None:
-    """Write down in every checkpoint what it is."""
-    module.card = {
-        "stage": phase,
-        "method": run.cfg.method,
-        "config": run.composed.redacted_yaml,
-        "mlflow_parent": run.parent or "",
-        **widths,
-    }
-
-
-def _resume(run: Run, phase: str) -> str | None:
-    """Checkpoint to go on from, if it belongs to this phase."""
-    if run.cfg.resume is None:
-        return None
-    stage = read_checkpoint(Path(run.cfg.resume))["mapo"]["stage"]
-    if stage == "finetune":
-        raise ConfigError(
-            "resume= takes pre-training checkpoints only: the replay of a fine-tuning run is not "
-            "saved with its checkpoint yet, and going on without it would unlearn"
-        )
-    return run.cfg.resume if stage == phase else None
-
-
-def summary(run: Run, before: dict[str, Score], after: Score, env_frames: int) -> None:
-    """Print what came out of it."""
-    cfg = run.cfg
-    count = cfg.evaluate.episodes
-    print(f"\n{cfg.env.kind}/{cfg.env.name} after {env_frames:,} frames, {count} episodes:")
-    print(*table(before | {cfg.method: after}), sep="\n")
-    print(f"Checkpoints: {run.folder}")
-    if cfg.tracking.enabled:
+def summary(run: Run, found: Evaluation) -> None:
+    """Print what came out of it, and write it down."""
+    found.save(run.folder / "evaluation.json")
+    print("", *found.lines(), sep="\n")
+    print(f"Everything of this run: {run.folder}")
+    if run.cfg.tracking.enabled:
         print("Videos of the dreams, curves and phrases: make ui, then open http://127.0.0.1:5000")
 
 

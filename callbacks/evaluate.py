@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 
 from callbacks.recorder import recorder_of
-from mapo_lightning.evaluation import Play, Score
-from mapo_lightning.finetune import ActingPolicy, FinetuneModule
+from mapo_lightning.build import greedy
+from mapo_lightning.evaluation import Evaluation, Play, Score
+from mapo_lightning.finetune import FinetuneModule
 
 
 class EvaluatePolicy(L.Callback):
@@ -17,13 +19,24 @@ class EvaluatePolicy(L.Callback):
     Args:
         play: Plays the episodes.
         floors: Scores of policies that learn nothing, on the same reset seeds, by name.
+        seeds: Reset seed of every episode.
+        about: What is played: task and method.
         every: Updates between evaluations; one more is made at the end.
         fps: Frames per second of the filmed episode.
     """
 
-    def __init__(self, play: Play, floors: dict[str, Score], every: int, fps: int) -> None:
-        self.play, self.floors, self.every, self.fps = play, floors, every, fps
-        self.score: Score | None = None
+    def __init__(
+        self,
+        play: Play,
+        floors: Mapping[str, Score],
+        seeds: tuple[int, ...],
+        about: Mapping[str, Any],
+        every: int,
+        fps: float,
+    ) -> None:
+        self.play, self.floors, self.seeds, self.about = play, floors, seeds, about
+        self.every, self.fps = every, fps
+        self.newest: Evaluation | None = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
@@ -34,22 +47,21 @@ class EvaluatePolicy(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate the trained agent."""
-        if self.score is None or trainer.global_step % self.every:
+        if self.newest is None or trainer.global_step % self.every:
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, FinetuneModule)
-        world_model, agent = pl_module.world_model, pl_module.agent
-        episodes, films = self.play(lambda: ActingPolicy(world_model, agent, explore=False), 1)
-        self.score = Score(tuple(episodes))
+        assert pl_module.env_frames is not None
+        episodes, films = self.play(greedy(pl_module), 1)
+        about = {"env_frames": pl_module.env_frames, "updates": trainer.global_step}
+        about = {**self.about, **about}
+        self.newest = Evaluation(Score(tuple(episodes)), self.floors, self.seeds, about)
         recorder = recorder_of(trainer)
         if recorder is None or trainer.logger is None:
             return
-        assert pl_module.env_frames is not None
-        metrics = self.score.metrics()
-        metrics |= {f"eval/return_{name}": score.mean for name, score in self.floors.items()}
-        trainer.logger.log_metrics(metrics, pl_module.env_frames)
+        trainer.logger.log_metrics(self.newest.metrics(), pl_module.env_frames)
         if films:
             recorder.log_video(trainer, "episode", films[0], self.fps, pl_module.env_frames)
