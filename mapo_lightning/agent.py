@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from mapo_lightning.build import build_tracker, load_finetuned
 from mapo_lightning.compose import from_base
 from mapo_lightning.config import RunConfig
-from mapo_lightning.envs.collector import SemanticTracker
 from mapo_lightning.finetune import ActingPolicy, FinetuneModule
 from mapo_lightning.origin import agent_settings
 from mapo_lightning.types import ConfigError, MapoError
+
+Arrays = dict[str, NDArray[Any]]
 
 
 class ObservationError(MapoError):
@@ -88,8 +90,8 @@ class Agent:
         if device.type == "cuda":
             self._random["cuda"] = torch.Generator(device).manual_seed(start).get_state()
         self._policy = ActingPolicy(self._module.world_model, self._module.agent, explore=False)
-        self._tracker: SemanticTracker | None = None
         self._batch: int | None = None
+        self._label: Callable[[Arrays, NDArray[np.bool_]], Arrays] | None = None
 
     def act(
         self,
@@ -117,7 +119,7 @@ class Agent:
         envs = len(frames)
         if self._batch is None:
             self._batch = envs
-            self._tracker = build_tracker(self._private, envs, "agent")
+            self._label = build_tracker(self._private, envs, "agent").update
             is_first = np.ones(envs, bool)
         if envs != self._batch:
             raise ObservationError(
@@ -127,8 +129,8 @@ class Agent:
         if first.shape != (envs,):
             raise ObservationError(f"is_first must be ({envs},), got {first.shape}")
         shown = {"image": frames} | self._label_frames(label_obs, single)
-        assert self._tracker is not None
-        step = {"obs": frames, "is_first": first, **self._tracker.update(shown, first)}
+        assert self._label is not None
+        step = {"obs": frames, "is_first": first, **self._label(shown, first)}
         action = self._drawn_from_own_stream(step)
         return action[0] if single else action
 
@@ -151,7 +153,7 @@ class Agent:
     def _device(self) -> torch.device:
         return next(self._module.agent.parameters()).device
 
-    def _drawn_from_own_stream(self, step: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def _drawn_from_own_stream(self, step: Arrays) -> NDArray[np.float32]:
         """Ask the policy without touching the program's random numbers."""
         device = self._device
         cuda = [device] if device.type == "cuda" else []
