@@ -87,9 +87,11 @@ class VideoDataModule(L.LightningDataModule):
 class _Chunks(IterableDataset[Batch]):
     """Chunks drawn from replay, batch after batch without end."""
 
-    def __init__(self, replay: Replay, batch_size: int, length: int, seed: int) -> None:
+    def __init__(
+        self, replay: Replay, batch_size: int, length: int, rng: np.random.Generator
+    ) -> None:
         self.replay, self.batch_size, self.length = replay, batch_size, length
-        self.rng = np.random.default_rng(seed)
+        self.rng = rng
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -114,10 +116,12 @@ class ReplayDataModule(L.LightningDataModule):
     def __init__(self, replay: Replay, batch_size: int, length: int, seed: int) -> None:
         super().__init__()
         self.replay, self.batch_size, self.length, self.seed = replay, batch_size, length, seed
+        self.rng = np.random.default_rng(seed)
+        """Draws the chunks; its state belongs into a checkpoint."""
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches without end; the trainer's budget of updates stops them."""
-        chunks = _Chunks(self.replay, self.batch_size, self.length, self.seed)
+        chunks = _Chunks(self.replay, self.batch_size, self.length, self.rng)
         return DataLoader(chunks, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def rollout_batch(self, count: int) -> Batch:

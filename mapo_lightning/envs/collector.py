@@ -6,17 +6,19 @@ Shapes: N environments side by side, H W image, V semantic vector, A action.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
-from mapo_lightning.data.replay import Replay
+from mapo_lightning.data.replay import Replay, ReplayError
 from mapo_lightning.semantics.describer import VlmConfig
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.types import POSITIONS, Frames
+
+_MAY_BE_LOST = 0.1  # share of a replay without which a run still resumes
 
 Step = dict[str, NDArray[Any]]
 """One step of N environments; keys as in ``mapo_lightning.types``, leading axis (N,)."""
@@ -147,6 +149,27 @@ class Collector:
         self._length = np.zeros(envs.num_envs, np.int64)
         self._success: list[float | None] = [None] * envs.num_envs
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the experience of an earlier process, from fresh episodes.
+
+        Args:
+            state: What ``replay.state`` returned. The episodes under way then end where they were:
+                no simulator can be put back into the middle of one.
+
+        Raises:
+            ReplayError: The replay is gone, or a good part of it is.
+        """
+        lost = self.replay.restore(state)
+        if lost > _MAY_BE_LOST * (lost + self.replay.steps):
+            raise ReplayError(
+                f"{lost} agent steps of the checkpoint's replay are missing in "
+                f"'{self.replay.root}', and going on without them would unlearn; resuming needs "
+                "the folder that the checkpoint was written beside, as it was"
+            )
+        # Not the episodes that the run began with once more.
+        begun = np.random.SeedSequence([self.seed, self.replay.begun])
+        self.seed = int(begun.generate_state(1)[0])
+
     def collect(self, policy: Policy, agent_steps: int) -> int:
         """Play until at least ``agent_steps`` more actions are taken; returns how many were."""
         taken = 0
@@ -212,7 +235,7 @@ class Collector:
 def run_episodes(
     envs: VectorEnv,
     tracker: SemanticTracker,
-    policy_of: Callable[[], Policy],
+    policy_of: Callable[[int], Policy],
     seeds: Sequence[int],
     film: int = 0,
 ) -> tuple[list[Episode], list[Frames]]:
@@ -221,7 +244,8 @@ def run_episodes(
     Args:
         envs: N environments; the seeds are played N at a time.
         tracker: Labels of what the environments show.
-        policy_of: Makes the policy for one batch of episodes, without memory of earlier ones.
+        policy_of: Makes the policy for one batch of episodes, without memory of earlier ones, from
+            the batch's first reset seed: what a batch does depends on nothing played before it.
         seeds: Reset seed of every episode.
         film: Number of episodes whose frames are kept.
 
@@ -235,7 +259,7 @@ def run_episodes(
         kept = max(0, min(film - start, len(batch)))
         # A short last batch plays its last seed more than once and counts it once.
         padded = batch + [batch[-1]] * (envs.num_envs - len(batch))
-        played, filmed = _play_batch(envs, tracker, policy_of(), padded, kept)
+        played, filmed = _play_batch(envs, tracker, policy_of(batch[0]), padded, kept)
         episodes += played[: len(batch)]
         films += filmed
     return episodes, films
