@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mapo_lightning.models.actor_critic import DreamerAgent
+from mapo_lightning.models.belief import Belief
 from mapo_lightning.models.objective import ObjectiveConfig
-from mapo_lightning.models.world_model import Belief, WorldModel
+from mapo_lightning.models.world_model import WorldModel
 from mapo_lightning.optimization import OptimizerConfig, TrainedModule, named_adam
 from mapo_lightning.types import Batch, ConfigError
 
