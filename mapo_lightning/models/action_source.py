@@ -32,9 +32,9 @@ class SourceConfig:
     kind: Literal["null", "semantic", "inverse"] = "semantic"
     """Zeros (APV, ContextWM), the embedded phrase (MAPO), or inferred from two frames (PreLAR).
     Without upper dynamics the environment's action takes their place in fine-tuning: encoded where
-    it was inferred, padded with zeros where it was null."""
+    it was inferred, padded with zeros where it was null (O36)."""
     width: int = 64
-    """Width of the action vector: d_a = 64 (O1); APV and ContextWM give zeros of width 50."""
+    """Width of the action vector: d_a = 64 (O1); APV and ContextWM give zeros of width 50 (O37)."""
     position: bool = True
     """Add the sine-cosine position code to the phrase vector (O9)."""
     prior_std: float = 1.2449
