@@ -31,7 +31,7 @@ _CACHE_VERSION = 1
 
 @dataclass
 class VideoDataConfig:
-    """Which videos are watched, and how clips are cut from them."""
+    """Which videos are watched, and how clips are cut from them (O28, O29)."""
 
     kind: Literal["demo", "folder"] = "demo"
     """demo: videos rendered from simulators on this machine. folder: your own, from `root`."""

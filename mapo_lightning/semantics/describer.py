@@ -53,7 +53,7 @@ class NullDescriber:
 
 @dataclass
 class VlmConfig:
-    """Who describes the frames, which frames it is shown, and where its answers are kept."""
+    """Who describes which frames, and where its answers are kept (O1, O2, O5-O7, O10)."""
 
     kind: Literal["flow", "none"] = "flow"
     """flow: optical flow, no weights and no network. none: nobody is asked, all labels null."""
