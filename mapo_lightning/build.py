@@ -31,6 +31,7 @@ from mapo_lightning.models.actor_critic import DreamerAgent
 from mapo_lightning.models.world_model import WorldModel
 from mapo_lightning.pretrain import PretrainModule
 from mapo_lightning.semantics.labeler import build_labeler, semantic_dim
+from mapo_lightning.semantics.marks import read_marks
 from mapo_lightning.types import CheckpointError, ConfigError, Frames
 
 
@@ -61,6 +62,7 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
     """
     if not cfg.data.root:
         raise ConfigError("data=folder needs data.root=DIR, the folder that holds your videos")
+    read_marks(cfg.vlm.marks)  # here, where its complaint is one sentence and not a worker's
     corpus = hashlib.blake2b(str(Path(cfg.data.root).absolute()).encode(), digest_size=4)
     name = f"{Path(cfg.data.root).name}-{corpus.hexdigest()}"
     work = Path(cfg.work_dir).absolute()
