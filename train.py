@@ -149,7 +149,7 @@ def pretrain(run: Run) -> Path:
     )
     module = build.build_pretrain(cfg)
     _stamp(run, module, "pretrain")
-    labels = RecordLabels(cfg.callbacks.phrases)
+    labels = RecordLabels(cfg.callbacks)
     extra = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
     trainer = _trainer(
         run,

@@ -152,9 +152,7 @@ def answers_late(cfg: RunConfig) -> bool:
     return cfg.vlm.kind not in ("flow", "none") and not cfg.trainer.deterministic
 
 
-def build_tracker(
-    cfg: RunConfig, envs: int, writer: str, late: bool = False
-) -> SemanticTracker:
+def build_tracker(cfg: RunConfig, envs: int, writer: str, late: bool = False) -> SemanticTracker:
     """Labels of what ``envs`` environments show; ``late``: without waiting for them."""
     vlm = shared_store(cfg)
     labeler = build_labeler(vlm, Path(cfg.work_dir).absolute(), writer)

@@ -144,7 +144,7 @@ def _judge(example: LabelExample, truth: Truth) -> Judged:
         example.status,
         example.phrase,
         dominant_motion(example.frames),
-        None if moved is None else clear_shift(moved.shift_P2),
+        None if moved is None else clear_shift(moved.shifts),
     )
 
 

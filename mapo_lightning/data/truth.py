@@ -27,7 +27,7 @@ class Moved(NamedTuple):
     """Where the parts of a scene went within a window, on the screen."""
 
     parts: tuple[str, ...]
-    shift_P2: NDArray[np.float64]
+    shifts: NDArray[np.float64]
     """Displacement (right, down) from the first frame to the last, (P, 2), in percent of the frame
     width."""
 

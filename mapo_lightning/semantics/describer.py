@@ -91,7 +91,8 @@ class VlmConfig:
         Raises:
             ConfigError: A value is out of range.
         """
-        for field, least in (("window", 2), ("stride", 1), ("offset", 0), ("env_every", 1), ("env_queue", 1)):
+        least_of = {"window": 2, "stride": 1, "offset": 0, "env_every": 1, "env_queue": 1}
+        for field, least in least_of.items():
             if getattr(self, field) < least:
                 raise ConfigError(f"{field} must be at least {least}, got {getattr(self, field)}")
         for field in ("frame_size", "env_frame_size"):

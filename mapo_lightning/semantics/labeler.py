@@ -127,10 +127,10 @@ class Labeler:
                     )
                 time.sleep(_POLL_SECONDS)
         rejected = self.marks.rejected
-        labels = [
-            self._embed(known[k]._replace(phrase=None, status="null") if k in rejected else known[k])
-            for k in keys
-        ]
+        known |= {
+            key: known[key]._replace(phrase=None, status="null") for key in keys if key in rejected
+        }
+        labels = [self._embed(known[key]) for key in keys]
         count = sum(key in rejected for key in keys)
         self._count(labels, asked=asked, hits=len(labels) - asked, rejected=count)
         return labels
@@ -151,8 +151,7 @@ class Labeler:
         self.store.close()
 
     def _key(self, identity: str) -> str:
-        text = f"{self.describer.name}\x00{identity}"
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return label_key(self.describer.name, identity)
 
     def _ask(self, todo: dict[str, WindowRequest]) -> dict[str, StoredLabel]:
         if not todo:
@@ -166,12 +165,10 @@ class Labeler:
         fresh = {}
         for (key, request), reply in zip(todo.items(), replies, strict=True):
             phrase, status = parse_reply(reply.text)
-            text = clean_text(reply.text, MAX_TEXT)
+            text, source = (clean_text(x, MAX_TEXT) for x in (reply.text, request.source))
             if status == "unreadable":
-                log.warning(
-                    "unreadable reply about %s, counts as null: %.80r", request.source, text
-                )
-            name, source = self.describer.name, clean_text(request.source, MAX_TEXT)
+                log.warning("unreadable reply about %s, counts as null: %.80r", source, text)
+            name = self.describer.name
             fresh[key] = StoredLabel(text, status, phrase, reply.hidden, name, source)
         self.store.put(fresh)
         return fresh
@@ -183,9 +180,7 @@ class Labeler:
             vector = self.encoder.encode(label.phrase, label.hidden)
         return Label(vector, label.phrase is not None, label.text, label.status, label.phrase)
 
-    def _count(
-        self, labels: Sequence[Label], *, asked: int, hits: int, rejected: int = 0
-    ) -> None:
+    def _count(self, labels: Sequence[Label], *, asked: int, hits: int, rejected: int = 0) -> None:
         self.stats = LabelStats(
             asked=self.stats.asked + asked,
             hits=self.stats.hits + hits,
@@ -193,6 +188,11 @@ class Labeler:
             unreadable=self.stats.unreadable + sum(x.status == "unreadable" for x in labels),
             rejected=self.stats.rejected + rejected,
         )
+
+
+def label_key(describer: str, identity: str) -> str:
+    """Return the key under which a describer's answer about a window is kept."""
+    return hashlib.blake2b(f"{describer}\x00{identity}".encode(), digest_size=16).hexdigest()
 
 
 def frames_identity(frames: Frames) -> str:
