@@ -147,7 +147,8 @@ def _rank_correlation(pairs_N2: NDArray[np.float64]) -> float:
         ranks.append((np.cumsum(count) - (count - 1) / 2.0)[which])
     if min(np.ptp(rank) for rank in ranks) == 0.0:
         return float("nan")
-    return float(np.corrcoef(np.stack(ranks)).item(1))
+    one, two = (rank - rank.mean() for rank in ranks)
+    return float(one @ two / np.sqrt((one @ one) * (two @ two)))
 
 
 def jittered(clip: Frames) -> dict[str, Frames]:
