@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from mapo_lightning.semantics.reference import dominant_motion
 from mapo_lightning.types import ConfigError, Frames, MapoError
 
 _AT_ONCE = 16  # windows asked about at once
+_WORST = 40  # videos listed by name
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Quality:
     """Share of windows whose phrase stays the same, word for word, by kind of jitter."""
     direction_kept: dict[str, float]
     """Share of windows whose direction stays the same, by kind of jitter."""
+    by_video: dict[str, Agreement]
+    """Against the simulator, or the followed points where there is none; by name of the video."""
 
     def row(self) -> dict[str, object]:
         """Return the measures as one row of a table."""
@@ -118,6 +121,7 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
         still_null=sum(not label.known for label in still) / count,
         words_kept=words,
         direction_kept=directions,
+        by_video=_by_video(examples, judged),
     )
 
 
@@ -129,13 +133,29 @@ def measure_clips(clips: ClipDataset, windows: int) -> Quality:
 
 
 def markdown(found: Sequence[Quality]) -> str:
-    """Return one table: a row per measure, a column per describer."""
+    """Return a table with a row per measure and a column per describer, and the worst videos."""
     rows = [quality.row() for quality in found]
     head = "| |" + "".join(f" `{_cell(row['describer'])}` |" for row in rows)
     lines = [head, "|---|" + "---|" * len(rows)]
     for name in list(rows[0])[1:]:
         lines.append(f"| {name} |" + "".join(f" {_cell(row[name])} |" for row in rows))
+    for quality in found:
+        told = {video: one for video, one in quality.by_video.items() if one.told}
+        worst = sorted(told.items(), key=lambda pair: (pair[1].share, pair[0]))[:_WORST]
+        lines += ["", "| video | direction right |", "|---|---|"]
+        lines += [f"| {_cell(video)} | {one.agree} of {one.told} |" for video, one in worst]
     return "\n".join(lines) + "\n"
+
+
+def _by_video(examples: Sequence[LabelExample], judged: Sequence[Judged]) -> dict[str, Agreement]:
+    groups: dict[str, list[Judged]] = {}
+    for example, one in zip(examples, judged, strict=True):
+        groups.setdefault(example.video, []).append(one)
+    known = any(one.by_truth is not None for one in judged)
+    return {
+        video: agreement(ones, [one.by_truth if known else one.by_flow for one in ones])
+        for video, ones in sorted(groups.items())
+    }
 
 
 def _judge(example: LabelExample, truth: Truth) -> Judged:
@@ -185,15 +205,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     folder = Path(cfg.run_dir or "runs/quality")
     folder.mkdir(parents=True, exist_ok=True)
-    plain: dict[str, Any] = asdict(found) | {"data": cfg.data.root, "row": found.row()}
-    for name in ("flow", "truth"):
-        plain[name] = getattr(found, name)._asdict()
     table = markdown([found])
     (folder / f"{cfg.vlm.kind}.md").write_text(table, encoding="utf-8")
-    text = json.dumps(plain, indent=1, ensure_ascii=False)
+    plain = _plain(vars(found)) | {"data": Path(cfg.data.root).name, "row": found.row()}
+    text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / f"{cfg.vlm.kind}.json").write_text(text + "\n", encoding="utf-8")
     sys.stdout.write(table)
     return 0
+
+
+def _plain(value: Any) -> Any:
+    """Make JSON of it: named tuples become objects, NaN becomes null."""
+    if isinstance(value, Agreement):
+        value = value._asdict() | {"share": value.share}
+    if isinstance(value, dict):
+        return {str(key): _plain(x) for key, x in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _conf() -> Path:

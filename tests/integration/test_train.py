@@ -101,7 +101,7 @@ def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path:
 
 def test_evaluate_plays_a_checkpoint(toy_videos: Path, tmp_path: Path) -> None:
     words = with_videos(toy_videos)
-    train(tmp_path, *words, "stage=finetune", "run_dir=run")
+    train(tmp_path, *words, "stage=finetune", "run_dir=run", "vlm.env_late=true")
     checkpoint = "checkpoint=run/finetune/last.ckpt"
     said = [train(tmp_path, *words, "stage=evaluate", checkpoint) for _ in range(2)]
     scores = [[line for line in text.splitlines() if line.startswith("  mapo")] for text in said]

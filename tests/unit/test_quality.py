@@ -13,7 +13,8 @@ from scenes import cases, moving_camera, moving_square, still
 
 from mapo_lightning.data.clips import LabelExample
 from mapo_lightning.data.truth import FILE, Truth
-from mapo_lightning.quality import markdown, measure
+from mapo_lightning.data.video import write_mp4
+from mapo_lightning.quality import main, markdown, measure
 from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.flow import FlowDescriber
@@ -180,7 +181,11 @@ def test_a_good_describer_is_told_from_a_stubborn_one(tmp_path: Path) -> None:
     assert stubborn.still_null == 0.0
     assert set(stubborn.words_kept.values()) == {1.0}
     table = markdown(found)
-    assert len(table.splitlines()) == 2 + len(flow.row()) - 1
+    lines = table.splitlines()
+    assert lines.index("") == 2 + len(flow.row()) - 1
+    assert lines.count("| film0.mp4 | 1 of 1 |") == 2  # the square moves right, so both are right
+    assert "| film2.mp4 | 0 of 1 |" in lines  # down
+    assert not any("film1.mp4" in line for line in lines)  # nobody knows its truth
     assert "| direction as simulator | 100.0 % of 8 [68, 100] |" in table
 
 
@@ -205,3 +210,23 @@ def test_truth_is_read_per_folder_and_checked(tmp_path: Path) -> None:
         (tmp_path / FILE).write_text(broken)
         with pytest.raises(VideoError, match="does not hold the true motion"):
             Truth([tmp_path])
+
+
+def test_the_program_prints_and_writes_one_table(
+    root: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    for name, way in (("right", 0), ("up", 6)):
+        write_mp4(in_tmp / f"films/{name}.mp4", moving_square(rng, way, 20.0, frames=9), 25.0)
+    (in_tmp / "conf").symlink_to(root / "conf")
+    words = ["data=folder", "data.root=films", "data.clip_length=9", "callbacks.quality=4"]
+    assert main([*words, "run_dir=out"]) == 0
+    table = capsys.readouterr().out
+    assert table == (in_tmp / "out/flow.md").read_text()
+    assert "| direction as points | 100.0 % of 4 [51, 100] |" in table
+    found = json.loads((in_tmp / "out/flow.json").read_text())
+    assert found["flow"]["agree"] == 4
+    assert found["truth"]["share"] is None
+    assert set(found["by_video"]) == {"right.mp4", "up.mp4"}
+    assert main(["data=folder", "data.root=nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from test_collector import LENGTH, clocks
 
+from mapo_lightning.build import answers_late
+from mapo_lightning.config import RunConfig, TrainerConfig
 from mapo_lightning.data.replay import Replay, ReplayConfig, ReplaySpec
 from mapo_lightning.envs.collector import Collector, RandomPolicy
 from mapo_lightning.envs.tracker import SemanticTracker, Step
@@ -20,7 +22,7 @@ from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.semantics.store import LabelStore
-from mapo_lightning.types import DescriberError, Frames
+from mapo_lightning.types import ConfigError, DescriberError, Frames
 
 SECONDS = 0.2
 
@@ -175,3 +177,18 @@ def test_answers_for_episodes_that_are_gone_do_no_harm(tmp_path: Path) -> None:
     playing.close()
     (episode,) = entries(replay)
     assert episode["has_semantic"][3:].all()
+
+
+def test_runs_that_can_repeat_exactly_wait_for_their_labels() -> None:
+    exact, slow = TrainerConfig(deterministic=True), VlmConfig(kind="server")  # type: ignore[arg-type]
+    assert not answers_late(RunConfig())  # flow
+    assert answers_late(RunConfig(vlm=slow))
+    assert not answers_late(RunConfig(vlm=slow, trainer=exact))
+    assert answers_late(RunConfig(vlm=VlmConfig(env_late=True), trainer=exact))
+    assert not answers_late(RunConfig(vlm=VlmConfig(kind="server", env_late=False)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("field", "value"), [("env_queue", 0), ("env_drain", -1.0)])
+def test_config_ranges(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{field} must .*got {value}"):
+        VlmConfig(**{field: value})  # type: ignore[arg-type]
