@@ -144,7 +144,7 @@ def pretrain(run: Run) -> Path:
         data.root / "quarantine.jsonl",
     )
     module = build.build_pretrain(cfg)
-    labels = RecordLabels(cfg.callbacks.phrases)
+    labels = RecordLabels(cfg.callbacks)
     extra = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
     fit(run, "pretrain", module, data, cfg.pretrain.updates, extra, {"image": "train/image"})
     asked, windows = int(labels.total["asked"]), int(labels.total["windows"])

@@ -107,8 +107,11 @@ class CollectExperience(L.Callback):
             self._owed -= taken
             self._count(trainer, pl_module, taken)
         self.seconds += time.perf_counter() - started
-        finished = self.collector.finished
+        finished, tracker = self.collector.finished, self.collector.tracker
         due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due:
+            pl_module.log("labels/skipped", float(tracker.skipped))
+            pl_module.log("labels/waiting", float(tracker.waiting))
         if finished and due:
             pl_module.log("collect/return", sum(e.score for e in finished) / len(finished))
             pl_module.log(
@@ -117,8 +120,8 @@ class CollectExperience(L.Callback):
             finished.clear()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Close the environments' processes."""
-        self.collector.envs.close()
+        """Wait for labels under way, and close the environments' processes."""
+        self.collector.close()
 
     def _count(self, trainer: L.Trainer, module: FinetuneModule, taken: int) -> None:
         """Add simulator frames of all ranks; each takes the same number."""

@@ -28,16 +28,17 @@ from mapo_lightning.envs.collector import (
     Collector,
     Episode,
     Policy,
-    SemanticTracker,
     run_episodes,
 )
 from mapo_lightning.envs.demo import render_demo_videos
 from mapo_lightning.envs.spec import EnvConfig, make_vector_env
+from mapo_lightning.envs.tracker import SemanticTracker
 from mapo_lightning.finetune import ActingPolicy, FinetuneModule
 from mapo_lightning.models.actor_critic import DreamerAgent
 from mapo_lightning.models.world_model import WorldModel
 from mapo_lightning.pretrain import PretrainModule
 from mapo_lightning.semantics.labeler import build_labeler, semantic_dim
+from mapo_lightning.semantics.marks import read_marks
 from mapo_lightning.types import CheckpointError, ConfigError, Frames
 
 
@@ -68,6 +69,7 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
     """
     if not cfg.data.root:
         raise ConfigError("data=folder needs data.root=DIR, the folder that holds your videos")
+    read_marks(cfg.vlm.marks)  # here, where its complaint is one sentence and not a worker's
     corpus = hashlib.blake2b(str(Path(cfg.data.root).absolute()).encode(), digest_size=4)
     name = f"{Path(cfg.data.root).name}-{corpus.hexdigest()}"
     work = Path(cfg.work_dir).absolute()
@@ -155,7 +157,7 @@ def build_collection(cfg: RunConfig, folder: Path, rank: int) -> Stage2:
     action_dim = int(envs.single_action_space.shape[0])  # type: ignore[index]
     spec = ReplaySpec((cfg.env.size, cfg.env.size, 3), action_dim, semantic_dim(cfg.vlm))
     replay = Replay(folder / f"rank{rank}", cfg.replay, spec)
-    tracker = build_tracker(cfg, envs.num_envs, f"collect-{rank}")
+    tracker = build_tracker(cfg, envs.num_envs, f"collect-{rank}", late=answers_late(cfg))
     return Stage2(Collector(envs, tracker, replay, seed), replay, action_dim)
 
 
@@ -164,11 +166,19 @@ def labelled_env(cfg: RunConfig) -> EnvConfig:
     return replace(cfg.env, label_size=cfg.vlm.env_frame_size or cfg.env.label_size)
 
 
-def build_tracker(cfg: RunConfig, envs: int, writer: str) -> SemanticTracker:
-    """Labels of what ``envs`` environments show."""
+def answers_late(cfg: RunConfig) -> bool:
+    """Whether collecting goes on without waiting for the describer."""
+    if cfg.vlm.env_late is not None:
+        return cfg.vlm.env_late
+    # These two answer within a frame, and a run that waits for them repeats exactly.
+    return cfg.vlm.kind not in ("flow", "none") and not cfg.trainer.deterministic
+
+
+def build_tracker(cfg: RunConfig, envs: int, writer: str, late: bool = False) -> SemanticTracker:
+    """Labels of what ``envs`` environments show; ``late``: without waiting for them."""
     vlm = shared_store(cfg)
     labeler = build_labeler(vlm, Path(cfg.work_dir).absolute(), writer)
-    return SemanticTracker(labeler, vlm, envs, f"{cfg.env.kind}/{cfg.env.name}")
+    return SemanticTracker(labeler, vlm, envs, f"{cfg.env.kind}/{cfg.env.name}", late)
 
 
 def greedy(module: FinetuneModule) -> Callable[[int], Policy]:

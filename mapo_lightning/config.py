@@ -79,10 +79,18 @@ class CallbacksConfig:
     """Updates between checkpoints; one more is made at the end."""
     phrases: int = 24
     """Windows in the table of phrases that is recorded at the end of pre-training."""
+    gallery: int = 200
+    """Windows in the page of labels that is recorded at the end of pre-training; 0: no page."""
+    quality: int = 48
+    """Windows by which the labels are judged at the end of pre-training; each costs four more
+    questions to the describer. 0: not at all."""
     progress: bool = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
+        for name in ("gallery", "quality"):
+            if not 0 <= getattr(self, name) <= 2000:
+                raise ConfigError(f"{name} must lie in [0, 2000], got {getattr(self, name)}")
         for name in ("rollout_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from mapo_lightning.data.clips import Clip, ClipDataset, LabelExample
+from mapo_lightning.data.clips import Clip, ClipDataset
 from mapo_lightning.data.replay import Replay
 from mapo_lightning.data.windows import VideoDataConfig, VideoIndex, scan_videos
 from mapo_lightning.semantics.describer import VlmConfig
@@ -78,10 +78,6 @@ class VideoDataModule(L.LightningDataModule):
         """The first ``count`` held-out clips, for pictures."""
         batch: Batch = default_collate(self.clips("holdout").fixed_clips(count))
         return {key: value for key, value in batch.items() if not key.startswith("vlm_")}
-
-    def label_examples(self, count: int) -> list[LabelExample]:
-        """Windows of all videos with their phrases, for pictures."""
-        return self.clips("all").label_examples(count)
 
 
 class _Chunks(IterableDataset[Batch]):

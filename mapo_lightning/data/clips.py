@@ -42,6 +42,10 @@ class LabelExample(NamedTuple):
     text: str
     status: Status
     phrase: Phrase | None
+    path: Path
+    """Where the video lies."""
+    last: int
+    """Last frame of the window in the video."""
 
 
 class ClipDataset(IterableDataset[Clip]):
@@ -146,7 +150,8 @@ class ClipDataset(IterableDataset[Clip]):
             ``has_semantic`` (T,) bool; ``position`` (T,) int64, 0..T-1; ``is_first`` (T,) bool,
             true at 0; and int64 counts of this clip's windows: ``vlm_windows`` all of them,
             ``vlm_asked`` those the describer was asked about, ``vlm_hits`` those known before,
-            ``vlm_null`` those in which nothing significant happens or that cannot be read.
+            ``vlm_null`` those in which nothing significant happens, that cannot be read or are
+            rejected, and ``vlm_rejected`` those whose label a person has rejected.
 
         Raises:
             VideoFileError: The video cannot be read any more.
@@ -168,6 +173,7 @@ class ClipDataset(IterableDataset[Clip]):
             "vlm_asked": after.asked - before.asked,
             "vlm_hits": after.hits - before.hits,
             "vlm_null": sum(not label.known for label in answers),
+            "vlm_rejected": after.rejected - before.rejected,
         }
         return {
             "obs": obs,
@@ -206,7 +212,14 @@ class ClipDataset(IterableDataset[Clip]):
             first = start // grid * grid
             examples.append(
                 LabelExample(
-                    request.frames(), info.path.name, first, label.text, label.status, label.phrase
+                    frames=request.frames(),
+                    video=info.path.name,
+                    start=first,
+                    text=label.text,
+                    status=label.status,
+                    phrase=label.phrase,
+                    path=info.path,
+                    last=first + reach,
                 )
             )
         return examples

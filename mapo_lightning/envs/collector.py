@@ -5,7 +5,6 @@ Shapes: N environments side by side, H W image, V semantic vector, A action.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,14 +13,10 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import Replay, ReplayError
-from mapo_lightning.semantics.describer import VlmConfig
-from mapo_lightning.semantics.labeler import Labeler
-from mapo_lightning.types import POSITIONS, Frames
+from mapo_lightning.envs.tracker import SemanticTracker, Step
+from mapo_lightning.types import Frames
 
 _MAY_BE_LOST = 0.1  # share of a replay without which a run still resumes
-
-Step = dict[str, NDArray[Any]]
-"""One step of N environments; keys as in ``mapo_lightning.types``, leading axis (N,)."""
 
 Policy = Callable[[Step], NDArray[np.float32]]
 """Maps a step to actions (N, A) in [-1, 1]."""
@@ -71,61 +66,6 @@ class StillPolicy:
     def __call__(self, step: Step) -> NDArray[np.float32]:
         """Zeros (N, A)."""
         return np.zeros((len(step["is_first"]), self.action_dim), np.float32)
-
-
-class SemanticTracker:
-    """Labels the newest frames of N environments and holds each label until the next one.
-
-    Windows lie on a grid from the start of an episode, as in videos: with a window and a grid of 4,
-    the frames 3, 7, 11, ... end one. Source: facts O2, O4, O6, O7, O9.
-    """
-
-    def __init__(self, labeler: Labeler, cfg: VlmConfig, envs: int, source: str) -> None:
-        self.labeler, self.cfg, self.source = labeler, cfg, source
-        self.recent: list[deque[Frames]] = [deque(maxlen=cfg.window) for _ in range(envs)]
-        self.age = np.full(envs, -1, np.int64)
-        width = labeler.semantic_dim
-        self.held = np.zeros((envs, width), np.float32)
-        self.known = np.zeros(envs, bool)
-        self.next: list[tuple[NDArray[np.float32], bool, int] | None] = [None] * envs
-
-    def update(self, obs: dict[str, NDArray[np.uint8]], is_first: NDArray[np.bool_]) -> Step:
-        """Take in the newest frames, ask where a window ends, and return the labels in force.
-
-        Args:
-            obs: ``image`` and perhaps ``label_image``, (N, H, W, 3).
-            is_first: Environments whose episode has just begun, (N,).
-
-        Returns:
-            ``semantic`` (N, V), ``has_semantic`` (N,) and ``position`` (N,).
-        """
-        frames = obs.get("label_image", obs["image"])
-        ended: list[int] = []
-        for n, first in enumerate(is_first):
-            if first:
-                self.recent[n].clear()
-                self.age[n], self.known[n], self.held[n] = -1, False, 0.0
-                self.next[n] = None
-            self.age[n] += 1
-            self.recent[n].append(frames[n].copy())
-            grid_age = self.age[n] - (self.cfg.window - 1)
-            if grid_age >= 0 and grid_age % self.cfg.env_every == 0:
-                ended.append(n)
-        if ended:
-            windows = [np.stack(self.recent[n]) for n in ended]
-            for n, label in zip(
-                ended, self.labeler.label_frames(windows, self.source), strict=True
-            ):
-                self.next[n] = (label.vector, label.known, int(self.age[n]) + self.cfg.offset)
-        for n, answer in enumerate(self.next):
-            if answer is not None and self.age[n] >= answer[2]:
-                self.held[n], self.known[n] = answer[0], answer[1]
-                self.next[n] = None
-        return {
-            "semantic": self.held.copy(),
-            "has_semantic": self.known.copy(),
-            "position": self.age % POSITIONS,
-        }
 
 
 class Collector:
@@ -187,6 +127,11 @@ class Collector:
             taken += int((~before).sum())
         return taken
 
+    def close(self) -> None:
+        """Complete what labels still arrive for, and close the environments' processes."""
+        self.tracker.close(self.replay)
+        self.envs.close()
+
     def _write(
         self,
         obs: dict[str, NDArray[np.uint8]],
@@ -207,8 +152,11 @@ class Collector:
             ended[live] = (outcome["terminated"] | outcome["truncated"])[live]
         step = {"obs": obs["image"], "is_first": first, **self.tracker.update(obs, first)}
         rest = {"action": action, "reward": reward, "is_last": ended, "is_terminal": terminal}
+        entry = step | self.tracker.to_store() | rest
         for n in range(envs):
-            self.replay.add(n, {key: x[n] for key, x in (step | rest).items()})
+            where = self.replay.add(n, {key: x[n] for key, x in entry.items()})
+            self.tracker.stored(n, where)
+        self.tracker.complete(self.replay)
         self._account(reward, first, ended, info)
         self._step, self._done = step, ended
 

@@ -14,13 +14,8 @@ from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import Replay, ReplayConfig, ReplaySpec
 from mapo_lightning.datamodule import chunk_batch
-from mapo_lightning.envs.collector import (
-    Collector,
-    RandomPolicy,
-    SemanticTracker,
-    Step,
-    run_episodes,
-)
+from mapo_lightning.envs.collector import Collector, RandomPolicy, run_episodes
+from mapo_lightning.envs.tracker import SemanticTracker, Step
 from mapo_lightning.semantics.describer import Reply, VlmConfig
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.labeler import Labeler
