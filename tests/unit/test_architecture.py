@@ -45,7 +45,7 @@ FRONT = {"config", "build"}
 
 DOORS = {
     "av": {"data/video.py"},
-    "cv2": {"semantics/flow.py", "data/video.py"},
+    "cv2": {"semantics/flow.py", "data/stills.py", "data/video.py"},
     "decord": {"data/video.py"},
     "dm_control": {"envs/dmc.py"},
     "metaworld": {"envs/metaworld.py", "envs/demo.py"},
