@@ -202,7 +202,10 @@ def _split(
                 f"all {len(found)} usable videos belong to the validation list; to learn from them "
                 "all the same say data.official_split=false"
             )
-        return train, [video for entry, video in found if entry.validation]
+        held_out = [video for entry, video in found if entry.validation]
+        if not held_out:
+            log.warning("no video of the validation list is there: nothing is held out")
+        return train, held_out
 
     # Hold the lowest hashes out: copies stay together, new videos move few others.
     def rank(video: VideoInfo) -> str:

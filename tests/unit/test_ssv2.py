@@ -109,10 +109,12 @@ def test_folders_of_frames_and_long_list_names_are_read_too(ssv2: Path) -> None:
     ]
 
 
-def test_classes_and_a_limit_restrict(ssv2: Path) -> None:
+def test_classes_and_a_limit_restrict(ssv2: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = scan(ssv2, classes=["holding something"])
     assert {v.label for v in index.videos} == {"Holding something"}
     assert report(ssv2)["left_out"] == 4
+    assert ids(index.holdout) == []  # 101 and 104, both in the training list
+    assert "nothing is held out" in caplog.text
     with pytest.raises(ConfigError, match=r"'Holding nothing', which is none of the 3.*'Holding"):
         scan(ssv2, classes=["Holding nothing"])
     small = scan(ssv2, limit=3)
