@@ -79,7 +79,7 @@ def test_metaworld_goals_vary_and_are_those_of_the_seed(name: str) -> None:
 
 
 # A policy that does nothing of use earns 57 to 253 (facts 1.9); lever-pull's expert earns little.
-@pytest.mark.parametrize(("name", "least"), zip(METAWORLD, (4300, 4000, 350, 3700), strict=True))
+@pytest.mark.parametrize(("name", "least"), [*zip(METAWORLD, (4300, 4000, 350, 3700), strict=True)])
 def test_metaworld_experts_succeed_and_earn_the_published_reward(name: str, least: float) -> None:
     task, expert = built("metaworld", name).simulator, scripted_expert(name)
     assert type(task._env).__name__.endswith("EnvV3")
