@@ -68,7 +68,9 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
         ConfigError: No folder of videos is given.
     """
     if not cfg.data.root:
-        raise ConfigError("data=folder needs data.root=DIR, the folder that holds your videos")
+        raise ConfigError(
+            f"data={cfg.data.kind} needs data.root=DIR, the folder that holds your videos"
+        )
     read_marks(cfg.vlm.marks)  # here, where its complaint is one sentence and not a worker's
     corpus = hashlib.blake2b(str(Path(cfg.data.root).absolute()).encode(), digest_size=4)
     name = f"{Path(cfg.data.root).name}-{corpus.hexdigest()}"

@@ -55,7 +55,10 @@ class VideoDataModule(L.LightningDataModule):
             "holdout": index.holdout or index.train,
             "all": index.videos,
         }[split]
-        return ClipDataset(videos, self.data, self.vlm, self.root, self.seed, rank, world, split)
+        aside = self.root / "quarantine.jsonl"
+        return ClipDataset(
+            videos, self.data, self.vlm, self.root, self.seed, rank, world, split, aside
+        )
 
     def train_dataloader(self) -> DataLoader[Clip]:
         """Batches without end; the trainer's budget of updates stops them."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from miniatures import write_ssv2
 
 from mapo_lightning.checkpoint import read_checkpoint
 
@@ -159,6 +160,16 @@ def test_two_ranks_end_with_the_same_codebook(toy_videos: Path, tmp_path: Path) 
     assert first == second
 
 
+def test_something_something_is_learned_from_as_it_lies_on_disk(tmp_path: Path) -> None:
+    webm = write_ssv2(tmp_path / "ssv2") / "20bn-something-something-v2"
+    (webm / "102.webm").write_bytes((webm / "101.webm").read_bytes()[:900])
+    words = [*SMALL, "stage=pretrain", "data=ssv2", f"data.root={tmp_path}/ssv2", "vlm=none"]
+    said = train(tmp_path, *words, "run_dir=run")
+    assert "data=ssv2: 6 videos listed, 0 of them missing" in said
+    assert "videos: 3 to learn from, 2 held out, 1 set aside" in said
+    assert read_checkpoint(tmp_path / "run/pretrain/last.ckpt")["mapo"]["stage"] == "pretrain"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -170,6 +181,8 @@ def test_two_ranks_end_with_the_same_codebook(toy_videos: Path, tmp_path: Path) 
         (["data=folder", "stage=pretrain"], "data.root=DIR"),
         (["data=folder", "stage=pretrain", "data.root=nowhere"], "nowhere"),
         (["stage=pretrain", "vlm.marks=nowhere.json"], "vlm.marks='nowhere.json'"),
+        (["data=ssv2", "stage=pretrain", "data.root=."], "is no Something-Something V2"),
+        (["data=human36m", "stage=pretrain", "data.root=."], "is no Human3.6M"),
         (["stage=evaluate"], "checkpoint=PATH"),
         (["stage=evaluate", "checkpoint=nothing.ckpt"], "no checkpoint at 'nothing.ckpt'"),
         (["method=dreamerv2", "stage=pretrain"], "nothing to pre-train"),

@@ -46,7 +46,7 @@ FRONT = {"config", "build", "origin", "agent", "quality", "gallery", "gallery_pa
 
 DOORS = {
     "av": {"data/video.py"},
-    "cv2": {"semantics/flow.py", "semantics/reference.py", "data/video.py"},
+    "cv2": {"semantics/flow.py", "semantics/reference.py", "data/stills.py", "data/video.py"},
     "decord": {"data/video.py"},
     "dm_control": {"envs/dmc.py"},
     "jinja2": {"gallery_page.py"},
