@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mapo_lightning.compose import load_yaml
-from mapo_lightning.data.windows import SUFFIXES
+from mapo_lightning.data.listing import SUFFIXES
 from mapo_lightning.gallery_page import Place, Sample, page
 from mapo_lightning.semantics.marks import read_marks
 from mapo_lightning.semantics.phrase import MAX_TEXT, clean_text
