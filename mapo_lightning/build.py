@@ -224,6 +224,16 @@ class _WholeFiles(TorchCheckpointIO):
         write_checkpoint(checkpoint, Path(path))
 
 
+class _Saving(ModelCheckpoint):
+    """Lightning saves nothing at the end of training if a checkpoint was due before: this does."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the trained model, unless the last update was one with a checkpoint."""
+        super().on_train_end(trainer, pl_module)
+        if trainer.global_step != self._last_global_step_saved:
+            trainer.save_checkpoint(self.last_model_path)
+
+
 def build_trainer(
     cfg: RunConfig,
     updates: int,
@@ -233,7 +243,7 @@ def build_trainer(
     validate_every: int | None = None,
 ) -> L.Trainer:
     """Lightning's Trainer for one stage of ``updates`` optimiser updates."""
-    saving = ModelCheckpoint(
+    saving = _Saving(
         dirpath=folder,
         filename="{step}",
         every_n_train_steps=cfg.callbacks.checkpoint_every,
