@@ -109,7 +109,8 @@ class TrainerConfig:
     strategy: str = "auto"
     """auto, or ddp."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Numbers in the networks; KL terms, returns and distributions stay in float32."""
+    """Numbers in the networks; KL terms, returns and distributions stay in float32.
+    Deviation: bf16. The published code has fp16 with a loss scaler; bf16 needs none."""
     threads: int = 0
     """Torch threads of each process; 0 leaves torch's choice. Tiny models want 1 or 2."""
     keep_memory: bool = True
