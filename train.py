@@ -27,7 +27,7 @@ import callbacks
 from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
 from callbacks.evaluate import EvaluatePolicy, Score, floors
-from callbacks.labels import RecordLabels
+from callbacks.labels import RecordLabels, label_corpus
 from callbacks.progress import PhaseProgress
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
@@ -289,6 +289,7 @@ def summary(run: Run, before: dict[str, Score], after: Score, env_frames: int) -
 
 
 STAGES = {"all": train_all, "pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}
+STAGES |= {"label": lambda run: label_corpus(run.cfg)}
 
 
 if __name__ == "__main__":
