@@ -278,6 +278,7 @@ def build_describer(cfg: VlmConfig) -> Describer:
     """Build the describer a configuration asks for; loads no weights, opens no connection."""
     if cfg.kind == "flow":
         return FlowDescriber(min_percent=cfg.flow_min_percent)
+    kinds: dict[str, Callable[[VlmConfig], Describer]]
     kinds = {"transformers": QwenDescriber, "openai": OpenAIDescriber}
     return kinds[cfg.kind](cfg) if cfg.kind in kinds else NullDescriber()
 
