@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
 from mapo_lightning.data.video import read_frames
-from mapo_lightning.semantics.labeler import Labeler, WindowRequest
+from mapo_lightning.semantics.labeler import Label, Labeler, WindowRequest
 from mapo_lightning.types import Batch, Frames
 
 K = TypeVar("K")
@@ -82,6 +82,35 @@ def run_ahead(
             yield name, future.result
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def hold_labels(
+    ends: Sequence[int | None], labels: Mapping[int, Label], width: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Hold each window's vector until the next: ((T, V), (T,)).
+
+    Args:
+        ends: Last frame of the window that labels each frame of a clip; None before the first.
+        labels: By the window's last frame; what is not there yet stays null.
+        width: Of a vector.
+    """
+    semantic, known = np.zeros((len(ends), width), np.float32), np.zeros(len(ends), np.bool_)
+    for t, end in enumerate(ends):
+        if end in labels and labels[end].known:
+            semantic[t], known[t] = labels[end].vector, True
+    return semantic, known
+
+
+def count_labels(windows: int, labels: Collection[Label], stored: bool) -> dict[str, Any]:
+    """Count the windows of a clip; the keys are those of a clip."""
+    asked = sum(label.asked for label in labels)
+    counts = {
+        "vlm_windows": windows,
+        "vlm_asked": asked,
+        "vlm_hits": sum(label.answered for label in labels) - asked if stored else 0,
+        "vlm_null": sum(not label.known for label in labels),
+    }
+    return {name: np.array(count, np.int64) for name, count in counts.items()}
 
 
 def collate_clips(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

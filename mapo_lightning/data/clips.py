@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mapo_lightning.data.ahead import PendingWindow, WindowFrames, run_ahead
+from mapo_lightning.data.ahead import (
+    PendingWindow,
+    WindowFrames,
+    count_labels,
+    hold_labels,
+    run_ahead,
+)
 from mapo_lightning.data.video import VideoFileError, VideoInfo, read_frames
 from mapo_lightning.data.windows import VideoDataConfig
 from mapo_lightning.semantics.describer import StreamingDescriber, VlmConfig
@@ -186,15 +191,8 @@ class ClipDataset(IterableDataset[Clip]):
         lookup = self.labeler.lookup if defer else self.labeler.label
         answers: dict[int, Label | None] = dict(zip(wanted, lookup(requests), strict=True))
         labels = {end: label for end, label in answers.items() if label is not None}
-        semantic, known = self._per_frame(ends, labels)
-        asked = sum(label.asked for label in labels.values())
-        hits = sum(label.answered for label in labels.values()) - asked
-        counts = {
-            "vlm_windows": len(wanted),
-            "vlm_asked": asked,
-            "vlm_hits": 0 if self.vlm.kind == "none" else hits,
-            "vlm_null": sum(not label.known for label in labels.values()),
-        }
+        semantic, known = hold_labels(ends, labels, self.semantic_dim)
+        counts = count_labels(len(wanted), labels.values(), self.vlm.kind != "none")
         pending = [
             PendingWindow(
                 r.identity,
@@ -211,7 +209,7 @@ class ClipDataset(IterableDataset[Clip]):
             "has_semantic": known,
             "position": np.arange(length, dtype=np.int64),
             "is_first": np.arange(length) == 0,
-            **{name: np.array(count, np.int64) for name, count in counts.items()},
+            **counts,
             **({"pending": pending} if defer else {}),
         }
 
@@ -286,17 +284,6 @@ class ClipDataset(IterableDataset[Clip]):
             identity = f"{info.fingerprint} {where} size {size}"
             requests.append(WindowRequest(identity, f"{info.path.name} {where}", fetch.at(end)))
         return requests
-
-    def _per_frame(
-        self, ends: Sequence[int | None], labels: dict[int, Label]
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Hold each window's vector until the next: ((T, V), (T,))."""
-        semantic = np.zeros((len(ends), self.semantic_dim), np.float32)
-        known = np.zeros(len(ends), np.bool_)
-        for t, end in enumerate(ends):
-            if end in labels and labels[end].known:
-                semantic[t], known[t] = labels[end].vector, True
-        return semantic, known
 
     def _report(self, error: VideoFileError) -> None:
         log.warning("dropped from %s: %s", self.split, error)

@@ -70,7 +70,7 @@ def _one_at_a_time(
         with store._one:
             return method(store, *args, **words)
 
-    return cast(Callable[Concatenate[LabelStore, P], R], alone)
+    return cast("Callable[Concatenate[LabelStore, P], R]", alone)
 
 
 class LabelStore:
