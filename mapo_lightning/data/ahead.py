@@ -96,9 +96,23 @@ def hold_labels(
     """
     semantic, known = np.zeros((len(ends), width), np.float32), np.zeros(len(ends), np.bool_)
     for t, end in enumerate(ends):
-        if end in labels and labels[end].known:
+        if end is not None and end in labels and labels[end].known:
             semantic[t], known[t] = labels[end].vector, True
     return semantic, known
+
+
+def pend(
+    ends: Sequence[int | None],
+    wanted: Sequence[int],
+    requests: Sequence[WindowRequest],
+    labels: Mapping[int, Label],
+) -> list[PendingWindow]:
+    """Fetch the frames of the windows of a clip that have no label yet."""
+    return [
+        PendingWindow(r.identity, r.source, r.frames(), np.flatnonzero([e == end for e in ends]))
+        for end, r in zip(wanted, requests, strict=True)
+        if end not in labels
+    ]
 
 
 def count_labels(windows: int, labels: Collection[Label], stored: bool) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mapo_lightning.data.ahead import (
-    PendingWindow,
     WindowFrames,
     count_labels,
     hold_labels,
+    pend,
     run_ahead,
 )
 from mapo_lightning.data.video import VideoFileError, VideoInfo, read_frames
@@ -193,16 +193,6 @@ class ClipDataset(IterableDataset[Clip]):
         labels = {end: label for end, label in answers.items() if label is not None}
         semantic, known = hold_labels(ends, labels, self.semantic_dim)
         counts = count_labels(len(wanted), labels.values(), self.vlm.kind != "none")
-        pending = [
-            PendingWindow(
-                r.identity,
-                r.source,
-                r.frames(),
-                np.array([t for t, e in enumerate(ends) if e == end]),
-            )
-            for end, r in zip(wanted, requests, strict=True)
-            if end not in labels
-        ]
         return {
             "obs": obs,
             "semantic": semantic,
@@ -210,7 +200,7 @@ class ClipDataset(IterableDataset[Clip]):
             "position": np.arange(length, dtype=np.int64),
             "is_first": np.arange(length) == 0,
             **counts,
-            **({"pending": pending} if defer else {}),
+            **({"pending": pend(ends, wanted, requests, labels)} if defer else {}),
         }
 
     def window_ends(self, video: int) -> range:
