@@ -61,7 +61,7 @@ def draw(
     counts: Counter[str] = Counter()
     elsewhere = 0
     drawn: list[tuple[bytes, tuple[str, StoredLabel, Place, list[Path]]]] = []
-    for key, label in store.stream():
+    for key, label in store.ordered(hidden=False):
         counts[label.status] += 1
         place = _place(label.source)
         if place is None or place.name not in named:

@@ -122,9 +122,9 @@ class ClipDataset(IterableDataset[Clip]):
             VideoError: Every video has failed.
         """
         usable, dropped = list(range(len(self.videos))), 0
-        for number, read in run_ahead(self._draws(usable), self._clips_in_flight()):
+        for number, ready in run_ahead(self._draws(usable), self._clips_in_flight()):
             try:
-                clip = read()
+                clip = ready()
             except VideoFileError as error:
                 if number in usable:
                     usable.remove(number)

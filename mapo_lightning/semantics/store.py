@@ -163,33 +163,21 @@ class LabelStore:
         """Return every label of every writer, by key; for inspection and tests."""
         return dict(self.ordered())
 
-    def ordered(self) -> Iterator[tuple[str, StoredLabel]]:
+    def ordered(self, hidden: bool = True) -> Iterator[tuple[str, StoredLabel]]:
         """Yield every label of every writer once, by key, without holding them all.
+
+        Args:
+            hidden: Read the describer's hidden states too, which are most of the bytes.
 
         Raises:
             DescriberError: A file of the store is not a label store, or is damaged.
         """
-        files = [self._rows(path) for path in sorted(self.root.glob("*.sqlite"))]
+        files = [self._rows(path, hidden) for path in sorted(self.root.glob("*.sqlite"))]
         last = None
         for label_key, label in heapq.merge(*files, key=lambda row: row[0]):
             if label_key != last:
                 yield label_key, label
             last = label_key
-
-    def stream(self) -> Iterator[tuple[str, StoredLabel]]:
-        """Yield every label without its hidden state, in no order; memory stays small.
-
-        Raises:
-            DescriberError: A file of the store is not a label store, or is damaged.
-        """
-        words = _COLUMNS.replace("hidden", "NULL")
-        for path in sorted(self.root.glob("*.sqlite")):
-            try:
-                with closing(_open(path)) as file:
-                    yield from map(_from_row, file.execute(f"SELECT {words} FROM labels"))
-            except (sqlite3.Error, ValueError) as error:
-                if "no such table" not in str(error):
-                    raise DescriberError(f"cannot read the label file '{path}': {error}") from error
 
     def close(self) -> None:
         """Close all files and give the writer's name back."""
@@ -226,9 +214,10 @@ class LabelStore:
                 self._own.execute(_SCHEMA)
         return self._own
 
-    def _rows(self, path: Path) -> Iterator[tuple[str, StoredLabel]]:
+    def _rows(self, path: Path, hidden: bool) -> Iterator[tuple[str, StoredLabel]]:
+        columns = _COLUMNS if hidden else _COLUMNS.replace("hidden", "NULL")
         with _reading(path), closing(_open(path)) as file:
-            for row in file.execute(f"SELECT {_COLUMNS} FROM labels ORDER BY key"):
+            for row in file.execute(f"SELECT {columns} FROM labels ORDER BY key"):
                 yield _from_row(row)
 
     def _read(self, path: Path, keys: list[str]) -> list[tuple[str, StoredLabel]]:
