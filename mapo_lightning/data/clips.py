@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mapo_lightning.data.footage import read
+from mapo_lightning.data.footage import name_window, read
 from mapo_lightning.data.source import VideoFileError, VideoInfo
 from mapo_lightning.data.windows import VideoDataConfig
 from mapo_lightning.semantics.describer import VlmConfig
@@ -253,9 +253,8 @@ class ClipDataset(IterableDataset[Clip]):
         fetch = _Windows(info, ends, reach, step, size)
         requests = []
         for end in ends:
-            where = f"frames {end - reach}..{end} step {step}"
-            identity = f"{info.fingerprint} {where} size {size}"
-            requests.append(WindowRequest(identity, f"{info.path.name} {where}", fetch.at(end)))
+            names = name_window(info, range(end - reach, end + 1, step), size)
+            requests.append(WindowRequest(*names, fetch.at(end)))
         return requests
 
     def _per_frame(
