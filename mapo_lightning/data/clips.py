@@ -20,7 +20,7 @@ from mapo_lightning.data.ahead import (
     pend,
     run_ahead,
 )
-from mapo_lightning.data.footage import read
+from mapo_lightning.data.footage import name_window, read
 from mapo_lightning.data.source import VideoFileError, VideoInfo
 from mapo_lightning.data.windows import VideoDataConfig
 from mapo_lightning.semantics.describer import StreamingDescriber, VlmConfig
@@ -122,9 +122,9 @@ class ClipDataset(IterableDataset[Clip]):
             VideoError: Every video has failed.
         """
         usable, dropped = list(range(len(self.videos))), 0
-        for number, ready in run_ahead(self._draws(usable), self._clips_in_flight()):
+        for number, fetch in run_ahead(self._draws(usable), self._clips_in_flight()):
             try:
-                clip = ready()
+                clip = fetch()
             except VideoFileError as error:
                 if number in usable:
                     usable.remove(number)
@@ -283,9 +283,8 @@ class ClipDataset(IterableDataset[Clip]):
         fetch = WindowFrames(info, ends, reach, step, size)
         requests = []
         for end in ends:
-            where = f"frames {end - reach}..{end} step {step}"
-            identity = f"{info.fingerprint} {where} size {size}"
-            requests.append(WindowRequest(identity, f"{info.path.name} {where}", fetch.at(end)))
+            names = name_window(info, range(end - reach, end + 1, step), size)
+            requests.append(WindowRequest(*names, fetch.at(end)))
         return requests
 
     def _report(self, error: VideoFileError) -> None:
