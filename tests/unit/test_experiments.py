@@ -23,7 +23,7 @@ from mapo_lightning.build import build_finetune, build_pretrain
 from mapo_lightning.compose import compose
 from mapo_lightning.config import RunConfig
 from mapo_lightning.semantics.labeler import semantic_dim
-from mapo_lightning.types import Batch
+from mapo_lightning.types import Batch, ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
 FOLDER = CONF / "experiment"
@@ -164,3 +164,23 @@ def test_every_method_of_the_experiments_takes_two_updates(method: str, suite: s
     two_updates(module, cfg)
     if cfg.world_model.lower is not None and suite == "dmc":  # videos know no suite
         two_updates(build_pretrain(cfg), cfg)
+
+
+def test_files_may_lie_in_subfolders_and_an_overruled_choice_need_not_exist(tmp_path: Path) -> None:
+    for name, text in {
+        "config.yaml": "defaults: {data: mine, experiment: null}\n",
+        "data/mine.yaml": "# mine\ndata: {kind: folder}\n",
+        "experiment/cells/one.yaml": "# one\ndefaults: {data: elsewhere}\nseed: 3\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    run = compose(["experiment=cells/one", "data=mine"], RunConfig, tmp_path)
+    assert (run.config.seed, run.groups["data"]) == (3, "mine")
+    with pytest.raises(ConfigError, match="there is no 'data=elsewhere'"):
+        compose(["experiment=cells/one"], RunConfig, tmp_path)
+    with pytest.raises(ConfigError, match=r"Did you mean 'cells/one'\? .*: cells/ \(1 files\)\."):
+        compose(["experiment=cells/won"], RunConfig, tmp_path)
+    assert "cells/                   1 files" in (
+        compose(["--help"], RunConfig, tmp_path).text or ""
+    )
+    assert "cells/one" in (compose(["--help", "experiment"], RunConfig, tmp_path).text or "")
