@@ -98,6 +98,15 @@ def test_every_experiment_composes_and_builds_at_the_published_size(name: str) -
     assert (cfg.finetune.batch_size, cfg.finetune.chunk_length) == (16 if dmc else 50, 50)
     assert (cfg.evaluate.episodes, cfg.evaluate.every * cfg.finetune.train_every) == (10, 10_000)
     assert cfg.env.frames_per_step == (2 if dmc else 1)
+    tuned, agent = cfg.finetune, cfg.agent
+    assert (tuned.prefill, tuned.initial_updates) == (1000 if dmc else 5000, 100)
+    rates = (cfg.pretrain.lr, tuned.lr_model, tuned.lr_lower, tuned.lr_actor, tuned.lr_critic)
+    assert rates == (3e-4, 3e-4, 3e-4, 8e-5, 8e-5)
+    assert (agent.horizon, agent.discount, agent.lam) == (15, 0.99, 0.95)
+    assert (agent.entropy, agent.target_every) == (1e-4, 100)
+    assert tuned.objective.free_nats == (1.0 if dmc else 0.0)
+    assert cfg.pretrain.objective.kl == tuned.objective.kl == 1.0
+    assert cfg.replay.prioritize_ends != dmc
     erase = cfg.world_model.context.erase
     assert erase == (0.0 if dmc else 0.5)
     with torch.device("meta"):
