@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -207,6 +207,8 @@ def _check_key(schema: type, key: str, origin: str, groups: Mapping[str, Any]) -
 def _read_value(key: str, raw: str, hint: Any) -> Any:
     """Read the text of an override as the schema's type wants it."""
     inner, optional = unwrap(hint)
+    if raw in get_args(inner):  # one of the words of a Literal, "null" among them
+        return raw
     if inner is str and raw[:1] not in ("'", '"'):  # a path such as `a: b` or a name such as 1e5
         return None if optional and raw in ("null", "None") else raw
     try:

@@ -37,7 +37,7 @@ class SourceConfig:
     """Width of the action vector: d_a = 64 (O1); APV and ContextWM give zeros of width 50 (O37)."""
     position: bool = True
     """Add the sine-cosine position code to the phrase vector (O9)."""
-    prior_std: float = 1.2449
+    prior_std: float = 1.2449187
     """PreLAR: standard deviation of the action prior. Published: 2·sigmoid(1/2) = 1.245, because
     the released code transforms the prior's 1 as well; intended: 1 (facts 7.4)."""
     consistency: Consistency = "published"

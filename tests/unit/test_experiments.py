@@ -23,7 +23,7 @@ from mapo_lightning.build import build_finetune, build_pretrain
 from mapo_lightning.compose import compose
 from mapo_lightning.config import RunConfig
 from mapo_lightning.semantics.factory import semantic_dim
-from mapo_lightning.types import Batch
+from mapo_lightning.types import Batch, ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
 FOLDER = CONF / "experiment"
@@ -98,6 +98,15 @@ def test_every_experiment_composes_and_builds_at_the_published_size(name: str) -
     assert (cfg.finetune.batch_size, cfg.finetune.chunk_length) == (16 if dmc else 50, 50)
     assert (cfg.evaluate.episodes, cfg.evaluate.every * cfg.finetune.train_every) == (10, 10_000)
     assert cfg.env.frames_per_step == (2 if dmc else 1)
+    tuned, agent = cfg.finetune, cfg.agent
+    assert (tuned.prefill, tuned.initial_updates) == (1000 if dmc else 5000, 100)
+    rates = (cfg.pretrain.lr, tuned.lr_model, tuned.lr_lower, tuned.lr_actor, tuned.lr_critic)
+    assert rates == (3e-4, 3e-4, 3e-4, 8e-5, 8e-5)
+    assert (agent.horizon, agent.discount, agent.lam) == (15, 0.99, 0.95)
+    assert (agent.entropy, agent.target_every) == (1e-4, 100)
+    assert tuned.objective.free_nats == (1.0 if dmc else 0.0)
+    assert cfg.pretrain.objective.kl == tuned.objective.kl == 1.0
+    assert cfg.replay.prioritize_ends != dmc
     erase = cfg.world_model.context.erase
     assert erase == (0.0 if dmc else 0.5)
     with torch.device("meta"):
@@ -164,3 +173,23 @@ def test_every_method_of_the_experiments_takes_two_updates(method: str, suite: s
     two_updates(module, cfg)
     if cfg.world_model.lower is not None and suite == "dmc":  # videos know no suite
         two_updates(build_pretrain(cfg), cfg)
+
+
+def test_files_may_lie_in_subfolders_and_an_overruled_choice_need_not_exist(tmp_path: Path) -> None:
+    for name, text in {
+        "config.yaml": "defaults: {data: mine, experiment: null}\n",
+        "data/mine.yaml": "# mine\ndata: {kind: folder}\n",
+        "experiment/cells/one.yaml": "# one\ndefaults: {data: elsewhere}\nseed: 3\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    run = compose(["experiment=cells/one", "data=mine"], RunConfig, tmp_path)
+    assert (run.config.seed, run.groups["data"]) == (3, "mine")
+    with pytest.raises(ConfigError, match="there is no 'data=elsewhere'"):
+        compose(["experiment=cells/one"], RunConfig, tmp_path)
+    with pytest.raises(ConfigError, match=r"Did you mean 'cells/one'\? .*: cells/ \(1 files\)\."):
+        compose(["experiment=cells/won"], RunConfig, tmp_path)
+    assert "cells/                   1 files" in (
+        compose(["--help"], RunConfig, tmp_path).text or ""
+    )
+    assert "cells/one" in (compose(["--help", "experiment"], RunConfig, tmp_path).text or "")

@@ -59,7 +59,7 @@ def test_inferred_actions_against_the_written_out_formulas() -> None:
     prior = Normal(
         torch.zeros_like(std), torch.full_like(std, 2 / (1 + torch.exp(torch.tensor(-0.5))))
     )
-    expected = kl_divergence(Normal(mean, std), prior).sum(-1).mean()
+    expected = kl_divergence(Normal(mean, std), prior).sum(-1).mean().detach()
     assert float(driven.terms["latent_action_kl"].detach()) == pytest.approx(
         float(expected), rel=1e-4
     )
