@@ -25,7 +25,8 @@ from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import ConfigError, MapoError
 
 _SOURCE = re.compile(r"(.+) frames (\d{1,9})\.\.(\d{1,9}) step (\d{1,9})")
-_MOST = 2000  # labels in one page: about 20 MB
+_LONGEST = 256  # frames of a window; more is no window of ours
+_MOST = 2000  # labels in one page: about 30 MB
 
 
 def find_videos(roots: Iterable[Path]) -> list[Path]:
@@ -83,7 +84,8 @@ def _place(source: str) -> Place | None:
     if found is None:
         return None
     place = Place(found[1], int(found[2]), int(found[3]), int(found[4]))
-    return place if place.step > 0 and 0 <= place.last - place.first < 10**6 else None
+    sound = place.step > 0 and 0 <= place.last - place.first < _LONGEST * place.step
+    return place if sound else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

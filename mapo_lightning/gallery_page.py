@@ -24,7 +24,7 @@ from mapo_lightning.data.truth import Truth
 from mapo_lightning.data.video import VideoFileError, fingerprint, read_frames
 from mapo_lightning.semantics.labeler import label_key
 from mapo_lightning.semantics.marks import Marks
-from mapo_lightning.semantics.phrase import MAX_TEXT, SLOTS, Phrase, clean_text
+from mapo_lightning.semantics.phrase import MAX_SLOT, MAX_TEXT, SLOTS, Phrase, clean_text
 from mapo_lightning.semantics.quality import CLEAR_PERCENT, clear_shift, said_direction, same_way
 from mapo_lightning.semantics.reference import dominant_motion
 from mapo_lightning.semantics.store import StoredLabel
@@ -70,7 +70,7 @@ def page(sample: Sample, title: str, marks: Marks | None = None) -> str:
         marks: Marks to start from.
 
     Returns:
-        HTML; about 10 kB a label.
+        HTML; 5 to 20 kB a label.
     """
     marks = marks or Marks()
     truth = Truth({path.parent for *_, paths in sample.labels for path in paths})
@@ -109,12 +109,14 @@ def _item(
     key: str, label: StoredLabel, place: Place, paths: list[Path], truth: Truth
 ) -> dict[str, Any]:
     """Everything that the template says about one label."""
+    # Cleaned once more: the store may come from anywhere.
+    slots = [clean_text(slot, MAX_SLOT) for slot in label.phrase or ("",) * len(SLOTS)]
     item: dict[str, Any] = {
-        "key": key,
+        "key": clean_text(key, MAX_SLOT),
         "status": label.status,
         "text": clean_text(label.text, MAX_TEXT),
         "phrase": label.phrase,
-        "slots": list(zip(_TITLES, label.phrase or ("",) * len(SLOTS), strict=True)),
+        "slots": list(zip(_TITLES, slots, strict=True)),
         "describer": clean_text(label.describer, MAX_TEXT),
         "video": clean_text(place.name, MAX_TEXT),
         "first": place.first,

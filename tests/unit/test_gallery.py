@@ -24,7 +24,8 @@ from mapo_lightning.gallery import draw, find_videos, main
 from mapo_lightning.gallery_page import Sample, page
 from mapo_lightning.semantics.describer import VlmConfig
 from mapo_lightning.semantics.marks import FORMAT, Marks, read_marks
-from mapo_lightning.semantics.store import LabelStore
+from mapo_lightning.semantics.phrase import Phrase
+from mapo_lightning.semantics.store import LabelStore, StoredLabel
 
 SAFE = "<i>&'\" {{ x }}.mp4"
 
@@ -208,6 +209,24 @@ def test_of_two_files_with_one_name_the_right_one_is_shown(corpus: Path, tmp_pat
     for card in read(page(draw(store, find_videos([tmp_path]), 10), "t")).cards:
         assert not card.picture
         assert "2 files have this name" in card.text
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["up.mp4 frames 0..99999 step 1", "up.mp4 frames 5..2 step 1", "up.mp4 frames 0..3 step 0"],
+)
+def test_a_source_that_is_no_window_is_left_out(source: str, corpus: Path, tmp_path: Path) -> None:
+    store = LabelStore(tmp_path, "w")
+    phrase = Phrase("<b>" * 5000, "moves\x1b[31m", "", "left", "")
+    good = StoredLabel("x" * 10**5, "slots", phrase, None, "d" * 10**5, "up.mp4 frames 0..3 step 1")
+    store.put({"1" * 32: good, "2" * 32: good._replace(source=source)})
+    sample = draw(store, [corpus / "videos/up.mp4"], 10)
+    assert [key for key, *_ in sample.labels] == ["1" * 32]
+    (card,) = read(page(sample, "t")).cards
+    assert card.picture
+    assert len(card.text) < 2000
+    assert "\x1b" not in card.text
+    store.close()
 
 
 def test_a_video_that_is_gone_leaves_its_words(corpus: Path) -> None:
