@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/unit")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/unit"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from label_job import Job, corpus
 from label_servers import running
@@ -35,6 +36,7 @@ from mapo_lightning.config import RunConfig
 from mapo_lightning.data.video import write_mp4
 from mapo_lightning.datamodule import VideoDataModule
 
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS, AT_ONCE = 0.2, 8
 
 
@@ -49,9 +51,8 @@ def make_videos(folder: Path, count: int, frames: int) -> Path:
 def cold(folder: Path) -> None:
     videos = make_videos(folder / "videos", 8, 203)
     limit = AT_ONCE / SECONDS
-    print(
-        "\n## Cold labelling\n\n| frames shown | windows | windows/s | of the limit |\n|---|---|---|---|"
-    )
+    print("\n## Cold labelling\n")
+    print("| frames shown | windows | windows/s | of the limit |\n|---|---|---|---|")
     for size in (64, 224):
         with running(seconds=SECONDS, at_once=AT_ONCE, schema="ignored") as server:
             work = folder / f"cold{size}"
