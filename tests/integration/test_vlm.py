@@ -1,0 +1,111 @@
+"""train.py with a vision-language model: behind a server, in the process, and without either."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_train import SMALL, train
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from label_servers import running
+from tiny_models import save_bert, save_qwen
+
+from mapo_lightning.data.video import write_mp4
+from mapo_lightning.semantics.store import LabelStore
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three short films of drifting noise."""
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(3):
+        picture = np.random.default_rng(number).integers(0, 255, (12, 16, 3)).astype(np.uint8)
+        picture = picture.repeat(8, 0).repeat(8, 1)
+        film = np.stack([np.roll(picture, 2 * t, axis=1) for t in range(40)])
+        write_mp4(folder / f"{number}.mp4", film, 10.0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+def words(videos: Path, *more: str) -> list[str]:
+    return [*SMALL, "data=folder", f"data.root={videos}", "stage=pretrain", *more]
+
+
+@pytest.mark.slow
+def test_real_model_behind_a_server(videos: Path, qwen: Path, tmp_path: Path) -> None:
+    with running(model=str(qwen)) as server:
+        server_words = ["vlm=openai_server", f"vlm.base_url={server.url}", "vlm.frame_size=64"]
+        said = train(tmp_path, *words(videos, *server_words, "data.workers=2", "run_dir=one"))
+        assert "asked about 0 of" not in said
+    labels = LabelStore(tmp_path / "runs/cache/labels", "r").items().values()
+    assert {label.status for label in labels} == {"prose"}
+    assert all("hand" in label.text for label in labels)
+    # The server is gone: what it said is enough, and proof of it is that nobody is asked.
+    said = train(tmp_path, *words(videos, *server_words, "vlm.cached_only=true", "data.workers=2"))
+    assert "asked about 0 of" in said
+    server_words[-1] = "vlm.frame_size=72"  # other pictures, other questions
+    said = train(tmp_path, *words(videos, *server_words, "vlm.cached_only=true"), code=2)
+    assert "nobody has labelled" in said
+    assert ".mp4 frames" in said
+
+
+@pytest.mark.slow
+def test_model_in_the_process(videos: Path, qwen: Path, tmp_path: Path) -> None:
+    model = ["vlm=qwen2_5_vl_7b", f"vlm.model={qwen}", "vlm.max_new_tokens=8", "vlm.frame_size=64"]
+    said = train(tmp_path, *words(videos, *model, "data.workers=2", "work_dir=online"))
+    assert "asked about 0 of" not in said
+    said = train(tmp_path, *words(videos, *model, "stage=label"))
+    assert "30 of 30 windows: 30 asked, 0 known before" in said
+    said = train(tmp_path, *words(videos, *model, "vlm.cached_only=true", "data.workers=2"))
+    assert "asked about 0 of" in said
+    labels = LabelStore(tmp_path / "runs/cache/labels", "r").items().values()
+    assert {label.hidden.shape for label in labels if label.hidden is not None} == {(64,)}
+
+
+def test_absent_model_is_one_sentence(videos: Path, tmp_path: Path) -> None:
+    said = train(tmp_path, *words(videos, "vlm=qwen2_5_vl_7b"), code=2)
+    assert "error: cannot load 'Qwen/Qwen2.5-VL-7B-Instruct'" in said
+    assert "Traceback" not in said
+
+
+def test_sentence_encoder(videos: Path, tmp_path: Path) -> None:
+    bert = save_bert(tmp_path / "bert")
+    train(tmp_path, *words(videos, f"vlm.text_encoder={bert}", "data.workers=1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["wait", "null"])
+def test_server_dies_for_three_seconds(policy: str, videos: Path, tmp_path: Path) -> None:
+    with running(seconds=0.1, at_once=2, schema="ignored") as server:
+        said: list[str] = []
+        run = words(videos, "vlm=openai_server", f"vlm.base_url={server.url}", "data.workers=1")
+        run += ["pretrain.updates=30", "pretrain.validate_every=30", "vlm.concurrency=2"]
+        run += ["callbacks.rollout_every=100", f"vlm.on_outage={policy}", "vlm.frame_size=64"]
+        training = threading.Thread(target=lambda: said.append(train(tmp_path, *run)))
+        training.start()
+        deadline = time.monotonic() + 60
+        while server.stats()["calls"] < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        server.kill()
+        time.sleep(3.0)
+        server.start(server.port)
+        training.join(120)
+        calls = server.stats()["calls"]
+    assert said, "training failed"
+    assert said[0].count("no label server answers") == 1
+    if policy == "wait":
+        assert said[0].count("answers come again after") == 1
+        assert calls > 0
+    labels = LabelStore(tmp_path / "runs/cache/labels", "r").items()
+    assert len(labels) > 0
+    assert (tmp_path / "runs").is_dir()
+    assert not any((tmp_path / "runs/cache/labels/claims").glob("[0-9a-f]*"))
