@@ -343,8 +343,15 @@ def measure_overhead(args: argparse.Namespace) -> dict[str, Any]:
     seconds = Counter[str]()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         cfg = compose(
-            "env=toy size=tiny vlm=none trainer.log_every=50 finetune.prefill=200 "
-            "finetune.initial_updates=10 finetune.agent_steps=100000".split(),
+            [
+                "env=toy",
+                "size=tiny",
+                "vlm=none",
+                "trainer.log_every=50",
+                "finetune.prefill=200",
+                "finetune.initial_updates=10",
+                "finetune.agent_steps=100000",
+            ],
             RunConfig,
             CONF,
         ).config

@@ -108,4 +108,6 @@ class TruncatedNormal(NamedTuple):
         mass = (0.5 * (high - low)).clamp(min=1e-8)
         bent = edges * torch.exp(-0.5 * edges.square())
         edge = (bent[0] - bent[1]) * (0.5 / math.sqrt(2 * math.pi)) / mass
-        return (0.5 * math.log(2 * math.pi * math.e) + (self.std * mass).log() + edge).sum(-1)
+        nats = 0.5 * math.log(2 * math.pi * math.e) + (self.std * mass).log() + edge
+        total: Tensor = nats.sum(-1)
+        return total
