@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ Load = Callable[[Path], dict[str, Any]]
 
 
 class Groups:
-    """Configuration groups: ``conf/<group>/<name>.yaml``.
+    """Configuration groups: ``conf/<group>/<name>.yaml``; a name may lie in a subfolder.
 
     Args:
         folder: The ``conf`` folder.
@@ -33,7 +34,9 @@ class Groups:
         self.folder = folder
         self._load = load
         self.files: dict[str, list[str]] = {
-            path.name: sorted(file.stem for file in path.glob("*.yaml"))
+            path.name: sorted(
+                file.relative_to(path).with_suffix("").as_posix() for file in path.rglob("*.yaml")
+            )
             for path in sorted(folder.iterdir())
             if path.is_dir() and not path.name.startswith((".", "_"))
         }
@@ -56,7 +59,7 @@ class Groups:
         if name is not None and name not in self.files[group]:
             raise ConfigError(
                 f"there is no '{group}={name}'.{did_you_mean(name, self.files[group])} "
-                f"Files in {self.folder.name}/{group}: {', '.join(self.files[group]) or 'none'}."
+                f"Files in {self.folder.name}/{group}: {listed(self.files[group]) or 'none'}."
             )
 
     def choose(self, picked: Mapping[str, str | None], defaults: bool) -> dict[str, str | None]:
@@ -74,11 +77,11 @@ class Groups:
         fixed = dict(picked)
         experiment = {**chosen, **picked}.get(EXPERIMENT)
         if experiment is not None:
-            fixed = self._defaults(self.path(EXPERIMENT, experiment)) | fixed
+            fixed = self._defaults(self.path(EXPERIMENT, experiment), fixed) | fixed
         chosen |= fixed
         chosen.pop(EXPERIMENT, None)
         for group, name in list(chosen.items()):
-            wanted = self._defaults(self.path(group, name)) if name is not None else {}
+            wanted = self._defaults(self.path(group, name), fixed) if name is not None else {}
             chosen |= {other: file for other, file in wanted.items() if other not in fixed}
         if EXPERIMENT in self.files:
             chosen[EXPERIMENT] = experiment
@@ -90,7 +93,8 @@ class Groups:
         content.pop("defaults", None)
         return content
 
-    def _defaults(self, path: Path) -> dict[str, str | None]:
+    def _defaults(self, path: Path, fixed: Collection[str] = ()) -> dict[str, str | None]:
+        """What a file chooses; a choice that is overruled need not exist."""
         if not path.is_file():
             return {}
         block = self._load(path).get("defaults") or {}
@@ -98,8 +102,16 @@ class Groups:
             raise ConfigError(f"'defaults' in {path} must map groups to files, got {block!r}.")
         choices = {str(g): None if n is None else str(n) for g, n in block.items()}
         for group, name in choices.items():
-            self.check(group, name)
+            if group not in fixed:
+                self.check(group, name)
         return choices
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join the names of a group's files; those of a subfolder are only counted."""
+    top = [name for name in names if "/" not in name]
+    folders = Counter(name.partition("/")[0] for name in names if "/" in name)
+    return ", ".join(top + [f"{folder}/ ({count} files)" for folder, count in folders.items()])
 
 
 def describe_file(path: Path) -> str:
@@ -144,7 +156,7 @@ def help_text(
     if shown:
         lines.append("Groups (group=file; * is this run's choice)")
         for group in shown:
-            lines += _group_lines(groups, group, chosen.get(group))
+            lines += _group_lines(groups, group, chosen.get(group), whole=bool(prefix))
         lines.append("")
     if leaves:
         lines.append("Keys (key=value; the value is this run's)")
@@ -153,11 +165,17 @@ def help_text(
     return "\n".join(lines).rstrip()
 
 
-def _group_lines(groups: Groups, group: str, choice: str | None) -> list[str]:
+def _group_lines(groups: Groups, group: str, choice: str | None, whole: bool) -> list[str]:
+    """Files of one group; unless ``whole``, a subfolder takes one line."""
+    names = groups.files[group]
+    shown = [name for name in names if whole or "/" not in name or name == choice]
     lines = [f"  {group}"]
-    for name in groups.files[group]:
+    for name in shown:
         star = "*" if name == choice else " "
         lines.append(f"  {star} {name:<24} {describe_file(groups.path(group, name))}".rstrip())
+    folders = Counter(name.partition("/")[0] for name in names if name not in shown)
+    for folder, count in folders.items():
+        lines.append(f"    {f'{folder}/':<24} {count} files: --help {group}")
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mapo_lightning.data.replay import ReplayConfig
 from mapo_lightning.data.windows import VideoDataConfig
@@ -50,11 +50,21 @@ class EvaluateConfig:
     """Updates between evaluations in training; one more is made at the end."""
     num_envs: int = 2
     """Environments that play side by side."""
+    videos: int = 3
+    """Episodes that stage=evaluate films; evaluations in training film one."""
 
     def __post_init__(self) -> None:
         for name in ("episodes", "every", "num_envs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "videos"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Reset seed of every episode."""
+        return tuple(range(self.seed, self.seed + self.episodes))
 
 
 @dataclass
@@ -69,10 +79,18 @@ class CallbacksConfig:
     """Updates between checkpoints; one more is made at the end."""
     phrases: int = 24
     """Windows in the table of phrases that is recorded at the end of pre-training."""
+    gallery: int = 200
+    """Windows in the page of labels that is recorded at the end of pre-training; 0: no page."""
+    quality: int = 48
+    """Windows by which the labels are judged at the end of pre-training; each costs four more
+    questions to the describer. 0: not at all."""
     progress: bool = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
+        for name in ("gallery", "quality"):
+            if not 0 <= getattr(self, name) <= 2000:
+                raise ConfigError(f"{name} must lie in [0, 2000], got {getattr(self, name)}")
         for name in ("rollout_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -127,9 +145,10 @@ class RunConfig:
     init_from: str | None = None
     """Pre-training checkpoint that fine-tuning starts from; null starts fresh."""
     checkpoint: str | None = None
-    """Fine-tuning checkpoint that stage=evaluate plays."""
+    """Fine-tuning checkpoint that stage=evaluate plays, with the settings it was made with."""
     resume: str | None = None
-    """Pre-training checkpoint whose training goes on, with its optimiser and counters."""
+    """Checkpoint, or folder of a run, whose training goes on: with its settings, optimiser, replay,
+    counters and MLflow runs."""
     data: VideoDataConfig = field(default_factory=VideoDataConfig)
     """Videos."""
     demo: DemoConfig = field(default_factory=DemoConfig)
@@ -156,6 +175,12 @@ class RunConfig:
     """Hardware."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its evaluations are of."""
+        task = f"{self.env.kind}/{self.env.name}"
+        return {"method": self.method, "task": task, "seed": self.seed}
 
     def __post_init__(self) -> None:
         if self.stage == "evaluate" and not self.checkpoint:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from mapo_lightning.data.clips import Clip, ClipDataset, LabelExample
+from mapo_lightning.data.clips import Clip, ClipDataset
 from mapo_lightning.data.replay import Replay
 from mapo_lightning.data.windows import VideoDataConfig, VideoIndex, scan_videos
 from mapo_lightning.semantics.describer import VlmConfig
@@ -55,7 +55,10 @@ class VideoDataModule(L.LightningDataModule):
             "holdout": index.holdout or index.train,
             "all": index.videos,
         }[split]
-        return ClipDataset(videos, self.data, self.vlm, self.root, self.seed, rank, world, split)
+        aside = self.root / "quarantine.jsonl"
+        return ClipDataset(
+            videos, self.data, self.vlm, self.root, self.seed, rank, world, split, aside
+        )
 
     def train_dataloader(self) -> DataLoader[Clip]:
         """Batches without end; the trainer's budget of updates stops them."""
@@ -79,17 +82,15 @@ class VideoDataModule(L.LightningDataModule):
         batch: Batch = default_collate(self.clips("holdout").fixed_clips(count))
         return {key: value for key, value in batch.items() if not key.startswith("vlm_")}
 
-    def label_examples(self, count: int) -> list[LabelExample]:
-        """Windows of all videos with their phrases, for pictures."""
-        return self.clips("all").label_examples(count)
-
 
 class _Chunks(IterableDataset[Batch]):
     """Chunks drawn from replay, batch after batch without end."""
 
-    def __init__(self, replay: Replay, batch_size: int, length: int, seed: int) -> None:
+    def __init__(
+        self, replay: Replay, batch_size: int, length: int, rng: np.random.Generator
+    ) -> None:
         self.replay, self.batch_size, self.length = replay, batch_size, length
-        self.rng = np.random.default_rng(seed)
+        self.rng = rng
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -114,10 +115,12 @@ class ReplayDataModule(L.LightningDataModule):
     def __init__(self, replay: Replay, batch_size: int, length: int, seed: int) -> None:
         super().__init__()
         self.replay, self.batch_size, self.length, self.seed = replay, batch_size, length, seed
+        self.rng = np.random.default_rng(seed)
+        """Draws the chunks; its state belongs into a checkpoint."""
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches without end; the trainer's budget of updates stops them."""
-        chunks = _Chunks(self.replay, self.batch_size, self.length, self.seed)
+        chunks = _Chunks(self.replay, self.batch_size, self.length, self.rng)
         return DataLoader(chunks, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def rollout_batch(self, count: int) -> Batch:

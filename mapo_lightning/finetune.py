@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mapo_lightning.models.actor_critic import DreamerAgent
+from mapo_lightning.models.belief import Belief
 from mapo_lightning.models.objective import ObjectiveConfig
-from mapo_lightning.models.world_model import Belief, WorldModel
+from mapo_lightning.models.world_model import WorldModel
 from mapo_lightning.optimization import OptimizerConfig, TrainedModule, named_adam
 from mapo_lightning.types import Batch, ConfigError
 
@@ -58,6 +59,9 @@ class FinetuneConfig:
         default_factory=lambda: ["encoder", "context", "source", "lower", "decoder"]
     )
     """Parts taken over from pre-training (O23); PreLAR drops its source."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts of the world model whose weights stay as they are, such as encoder and decoder; the
+    published systems train them all (O23). Batch norm goes on following its inputs."""
 
     def __post_init__(self) -> None:
         for name in ("agent_steps", "prefill", "prefill_hold", "train_every", "batch_size"):
@@ -97,6 +101,14 @@ class FinetuneModule(TrainedModule):
         super().__init__(cfg.optimizer)
         self.world_model, self.agent, self.cfg = world_model, agent, cfg
         self.env_frames = 0
+        parts = {name for name, part in world_model.named_children() if part is not None}
+        if unknown := sorted(set(cfg.freeze) - parts):
+            raise ConfigError(
+                f"finetune.freeze names {', '.join(unknown)}, but this world model has only "
+                f"{', '.join(sorted(parts))}"
+            )
+        for name in cfg.freeze:
+            world_model.get_submodule(name).requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Eq. (3) on the replayed chunk, eq. (4) and (5) on dreams that start in all its states."""

@@ -12,7 +12,8 @@ Time alignment, used everywhere (files, replay, batches, model)::
     semantic       null   s1     s2     s3     what happened in the frames up to and including t
     position       0      1      2      3      index of the sine-cosine position code
 
-So an episode of N agent steps has N + 1 entries.
+So an episode of N agent steps has N + 1 entries. The phrase at index t drives the step from t - 1
+to t, as the action does (O3).
 
 Keys of a batch, all with leading axes (B, T):
 

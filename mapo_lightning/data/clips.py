@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mapo_lightning.data.video import VideoFileError, VideoInfo, read_frames
+from mapo_lightning.data.footage import read
+from mapo_lightning.data.source import VideoFileError, VideoInfo
 from mapo_lightning.data.windows import VideoDataConfig
 from mapo_lightning.semantics.describer import VlmConfig
 from mapo_lightning.semantics.labeler import (
@@ -28,7 +29,7 @@ from mapo_lightning.types import Frames, VideoError
 log = logging.getLogger(__name__)
 
 Clip = dict[str, NDArray[Any]]
-"""One clip: the batch keys of `types` without the leading B, and the counts ``vlm_*``."""
+"""One clip: the batch keys of `types` without B, ``video``, and the counts ``vlm_*``."""
 
 
 class LabelExample(NamedTuple):
@@ -42,6 +43,12 @@ class LabelExample(NamedTuple):
     text: str
     status: Status
     phrase: Phrase | None
+    path: Path
+    """Where the video lies."""
+    last: int
+    """Last frame of the window in the video."""
+    label: str = ""
+    """Class that the data set gives the video; empty where it gives none."""
 
 
 class ClipDataset(IterableDataset[Clip]):
@@ -144,9 +151,11 @@ class ClipDataset(IterableDataset[Clip]):
         Returns:
             ``obs`` (T, S, S, 3) uint8; ``semantic`` (T, V) float32, zero where unknown;
             ``has_semantic`` (T,) bool; ``position`` (T,) int64, 0..T-1; ``is_first`` (T,) bool,
-            true at 0; and int64 counts of this clip's windows: ``vlm_windows`` all of them,
+            true at 0; ``video`` int64, its index in ``videos``, where its label stands; and int64
+            counts of this clip's windows: ``vlm_windows`` all of them,
             ``vlm_asked`` those the describer was asked about, ``vlm_hits`` those known before,
-            ``vlm_null`` those in which nothing significant happens or that cannot be read.
+            ``vlm_null`` those in which nothing significant happens, that cannot be read or are
+            rejected, and ``vlm_rejected`` those whose label a person has rejected.
 
         Raises:
             VideoFileError: The video cannot be read any more.
@@ -154,7 +163,7 @@ class ClipDataset(IterableDataset[Clip]):
         info, length, stride = self.videos[video], self.data.clip_length, self.data.frame_stride
         frames = [start + t * stride for t in range(length)]
         size = self.data.image_size
-        obs = read_frames(info.path, frames, (size, size))
+        obs = read(info, frames, (size, size))
         # Index 0 has no past inside the clip: the state starts afresh there.
         ends = [None, *(self._window_end(frame) for frame in frames[1:])]
         wanted = sorted({end for end in ends if end is not None})
@@ -168,6 +177,7 @@ class ClipDataset(IterableDataset[Clip]):
             "vlm_asked": after.asked - before.asked,
             "vlm_hits": after.hits - before.hits,
             "vlm_null": sum(not label.known for label in answers),
+            "vlm_rejected": after.rejected - before.rejected,
         }
         return {
             "obs": obs,
@@ -175,6 +185,7 @@ class ClipDataset(IterableDataset[Clip]):
             "has_semantic": known,
             "position": np.arange(length, dtype=np.int64),
             "is_first": np.arange(length) == 0,
+            "video": np.array(video, np.int64),
         } | {name: np.array(count, np.int64) for name, count in counts.items()}
 
     def fixed_clips(self, count: int) -> list[Clip]:
@@ -206,7 +217,15 @@ class ClipDataset(IterableDataset[Clip]):
             first = start // grid * grid
             examples.append(
                 LabelExample(
-                    request.frames(), info.path.name, first, label.text, label.status, label.phrase
+                    frames=request.frames(),
+                    video=info.path.name,
+                    start=first,
+                    text=label.text,
+                    status=label.status,
+                    phrase=label.phrase,
+                    path=info.path,
+                    last=first + reach,
+                    label=info.label,
                 )
             )
         return examples
@@ -231,7 +250,7 @@ class ClipDataset(IterableDataset[Clip]):
     def _requests(self, info: VideoInfo, ends: Sequence[int]) -> list[WindowRequest]:
         step, size = self.data.frame_stride, self.vlm.frame_size
         reach = (self.vlm.window - 1) * step
-        fetch = _Windows(info.path, ends, reach, step, size)
+        fetch = _Windows(info, ends, reach, step, size)
         requests = []
         for end in ends:
             where = f"frames {end - reach}..{end} step {step}"
@@ -262,8 +281,10 @@ class ClipDataset(IterableDataset[Clip]):
 class _Windows:
     """Decodes all windows of a clip in one go, the first time one of them is needed."""
 
-    def __init__(self, path: Path, ends: Sequence[int], reach: int, step: int, size: int) -> None:
-        self.path, self.reach, self.step, self.size = path, reach, step, size
+    def __init__(
+        self, info: VideoInfo, ends: Sequence[int], reach: int, step: int, size: int
+    ) -> None:
+        self.info, self.reach, self.step, self.size = info, reach, step, size
         wanted = {f for end in ends for f in range(end - reach, end + 1, step)}
         self.indices = sorted(wanted)
         self.frames: Frames | None = None
@@ -274,6 +295,6 @@ class _Windows:
 
     def _window(self, end: int) -> Frames:
         if self.frames is None:
-            self.frames = read_frames(self.path, self.indices, self.size)
+            self.frames = read(self.info, self.indices, self.size)
         rows = [self.indices.index(f) for f in range(end - self.reach, end + 1, self.step)]
         return self.frames[rows]

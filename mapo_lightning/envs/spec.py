@@ -26,7 +26,7 @@ SUITE_FRAMES = {"toy": 50, "dmc": 1000, "metaworld": 500}
 
 @dataclass
 class EnvConfig:
-    """Which task to act in, and how it is seen and clocked."""
+    """Which task to act in, and how it is seen and clocked (O31, O32)."""
 
     kind: Literal["toy", "dmc", "metaworld", "gym"] = "toy"
     """Suite: ``toy`` needs numpy alone, ``dmc`` and ``metaworld`` are MuJoCo, ``gym`` is any
@@ -71,6 +71,11 @@ class EnvConfig:
     def frames_per_step(self) -> int:
         """Environment frames per agent step: ``action_repeat``, or what the suite uses."""
         return self.action_repeat or SUITE_REPEAT[self.kind]
+
+    @property
+    def fps(self) -> int:
+        """Frames per second of an episode's video, one frame per agent step."""
+        return max(5, 50 // self.frames_per_step)
 
 
 def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mapo_lightning.models.blocks import mlp, position_code, xavier
+from mapo_lightning.models.consistency import Consistency, LatentAction, gaussian_kl
 from mapo_lightning.models.encoder import (
     CHANNELS,
     ImageConfig,
@@ -29,15 +30,21 @@ class SourceConfig:
     """Where the lower dynamics takes its actions from."""
 
     kind: Literal["null", "semantic", "inverse"] = "semantic"
-    """Zeros (APV, ContextWM), the embedded phrase (MAPO), or inferred from two frames (PreLAR,
-    where the environment's action takes its place in fine-tuning)."""
+    """Zeros (APV, ContextWM), the embedded phrase (MAPO), or inferred from two frames (PreLAR).
+    Without upper dynamics the environment's action takes their place in fine-tuning: encoded where
+    it was inferred, padded with zeros where it was null (O36)."""
     width: int = 64
-    """Width of the action vector: d_a = 64 (O1); APV and ContextWM give zeros of width 50."""
+    """Width of the action vector: d_a = 64 (O1); APV and ContextWM give zeros of width 50 (O37)."""
     position: bool = True
     """Add the sine-cosine position code to the phrase vector (O9)."""
     prior_std: float = 1.2449
     """PreLAR: standard deviation of the action prior. Published: 2·sigmoid(1/2) = 1.245, because
     the released code transforms the prior's 1 as well; intended: 1 (facts 7.4)."""
+    consistency: Consistency = "published"
+    """PreLAR: the term that compares the order of action and state changes. published: signs, no
+    gradient, as released; fixed: one of the two signs is smooth (facts 7.4)."""
+    sampled: bool = True
+    """PreLAR: draw the inferred action; false takes its mean (published ablation)."""
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -51,6 +58,7 @@ class Driven(NamedTuple):
 
     action: Tensor  # (B, T, A)
     terms: dict[str, Tensor]  # scalars
+    latent: LatentAction | None = None  # where the action was inferred from frames
 
 
 class ActionSource(Protocol):
@@ -105,29 +113,49 @@ class SemanticAction(nn.Module):
 class InverseAction(nn.Module):
     """PreLAR: a Gaussian latent action inferred from two consecutive frames.
 
-    Source: facts 7.4.
+    The world model adds the term ``consistency``, which needs the dynamics. Source: facts 7.4.
     """
 
-    terms: tuple[str, ...] = ("latent_action_kl",)
+    terms: tuple[str, ...] = ("latent_action_kl", "consistency")
 
     def __init__(self, image: ImageConfig, cfg: SourceConfig, hidden: int) -> None:
         super().__init__()
-        self.action_dim, self.prior_std = cfg.width, cfg.prior_std
+        self.action_dim, self.prior_std, self.sampled = cfg.width, cfg.prior_std, cfg.sampled
         self.encoder = ResNetEncoder(image, inputs=2 * CHANNELS)
         self.infer = mlp(self.encoder.embed_dim, hidden, 1, 2 * cfg.width)
 
     def forward(self, batch: Batch) -> Driven:
-        """Sampled actions, (B, T, A), the first one zero; term ``latent_action_kl``."""
+        """Inferred actions, (B, T, A), the first one zero; term ``latent_action_kl``."""
         obs = batch["obs"]
         frame_NCHW = normalised(obs)
         pairs = frame_pairs(frame_NCHW.view(*obs.shape[:2], *frame_NCHW.shape[1:]))
         raw = self.infer(self.encoder(pairs.flatten(0, 1))).view(*pairs.shape[:2], -1)
         mean, raw_std = raw.float().chunk(2, dim=-1)
         std = 2.0 * torch.sigmoid(raw_std / 2.0)
-        action = mean + std * torch.randn_like(std)
-        ratio = std / self.prior_std
-        kl = 0.5 * ((mean / self.prior_std) ** 2 + ratio**2 - 1.0) - ratio.log()
-        return Driven(F.pad(action, (0, 0, 1, 0)), {"latent_action_kl": kl.sum(-1).mean()})
+        action = mean + std * torch.randn_like(std) if self.sampled else mean
+        prior = torch.zeros_like(mean), torch.full_like(std, self.prior_std)
+        terms = {"latent_action_kl": gaussian_kl(mean, std, *prior).mean()}
+        return Driven(F.pad(action, (0, 0, 1, 0)), terms, LatentAction(mean, std, action))
+
+
+class PaddedAction(nn.Module):
+    """A video model without actions, driven by the robot's: PreLAR's naive fine-tuning."""
+
+    terms: tuple[str, ...] = ()
+
+    def __init__(self, env_action_dim: int, width: int) -> None:
+        super().__init__()
+        if env_action_dim > width:
+            raise ConfigError(
+                f"the action has {env_action_dim} numbers but world_model.source.width leaves room "
+                f"for {width}; pre-train with a wider one"
+            )
+        self.action_dim = width
+
+    def forward(self, batch: Batch) -> Driven:
+        """Actions padded with zeros, (B, T, A)."""
+        action = batch["action"]
+        return Driven(F.pad(action, (0, self.action_dim - action.shape[-1])), {})
 
 
 class EnvAction(nn.Module):
@@ -151,12 +179,20 @@ def build_action_source(
     hidden: int,
     semantic_dim: int,
     env_action_dim: int | None,
-) -> NullAction | SemanticAction | InverseAction | EnvAction:
-    """Source of the chosen kind; ``env_action_dim`` is None in pre-training."""
-    if cfg.kind == "null":
-        return NullAction(cfg.width)
+) -> NullAction | SemanticAction | InverseAction | EnvAction | PaddedAction:
+    """Source of the chosen kind.
+
+    ``env_action_dim`` is the width of the environment's action where that is to drive the lower
+    dynamics, which is in fine-tuning without upper dynamics; None elsewhere.
+    """
     if cfg.kind == "semantic":
         return SemanticAction(semantic_dim, cfg)
+    if cfg.kind == "null":
+        return (
+            NullAction(cfg.width)
+            if env_action_dim is None
+            else PaddedAction(env_action_dim, cfg.width)
+        )
     if env_action_dim is None:
         return InverseAction(image, cfg, hidden)
     return EnvAction(env_action_dim, cfg, hidden)

@@ -28,7 +28,8 @@ class ContextConfig:
     frame: Literal["random", "first", "last"] = "random"
     """Which frame of the clip is looked at; the published choice is a random one (O17)."""
     erase: float = 0.0
-    """Probability to grey out a random rectangle: ContextWM has 0.5 on Meta-World, else 0."""
+    """Probability to grey out a random rectangle in fine-tuning: ContextWM has 0.5 on Meta-World,
+    except for drawer open, and 0 elsewhere (facts 3.2)."""
     key_mask: float = 0.75
     """Share of context tokens hidden from the decoder, drawn anew for every frame (O15)."""
     heads: int = 4
@@ -63,12 +64,18 @@ NO_CONTEXT = Context({}, {}, {})
 class FrameContext(nn.Module):
     """Features of one frame per clip, at 16x16 and 8x8, quantised if the method says so.
 
+    Args:
+        cfg: What is looked at, and how.
+        image: Sizes of the encoder.
+        augment: Erase rectangles while training, as ``cfg`` says; the published systems do so in
+            fine-tuning only.
+
     Source: Sec. 4.2 and Algorithm 1, lines 6 and 7 of the MAPO paper; facts 3.2.
     """
 
-    def __init__(self, cfg: ContextConfig, image: ImageConfig) -> None:
+    def __init__(self, cfg: ContextConfig, image: ImageConfig, augment: bool = False) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.erase = cfg, cfg.erase if augment else 0.0
         self.encoder = ResNetEncoder(image)
         widths = {16: image.channels[1], 8: image.channels[2]}
         self.quantizers = nn.ModuleDict()
@@ -99,7 +106,7 @@ class FrameContext(nn.Module):
 
     def _augment(self, frame_BCHW: Tensor) -> Tensor:
         """Grey out one rectangle of 2-33 % of the area, aspect 0.3-3.3, in some frames."""
-        if not self.training or self.cfg.erase == 0.0:
+        if not self.training or self.erase == 0.0:
             return frame_BCHW
         batch, _, height, width = frame_BCHW.shape
         u = torch.rand(5, batch, 1, 1, 1, device=frame_BCHW.device)
@@ -110,7 +117,7 @@ class FrameContext(nn.Module):
         y = torch.arange(height, device=u.device).view(1, 1, -1, 1)
         x = torch.arange(width, device=u.device).view(1, 1, 1, -1)
         inside = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
-        return frame_BCHW.masked_fill(inside & (u[4] < self.cfg.erase), 0.0)
+        return frame_BCHW.masked_fill(inside & (u[4] < self.erase), 0.0)
 
     def _per_place(self, maps: dict[int, Tensor]) -> Context:
         """Quantise every location of every map with the codebook of its scale."""

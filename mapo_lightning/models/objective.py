@@ -13,7 +13,7 @@ from mapo_lightning.types import ConfigError
 
 @dataclass
 class ObjectiveConfig:
-    """Weights of the loss terms of one stage (facts 2.3, O14, O20, O21, O26)."""
+    """Weights of the loss terms of one stage (facts 2.3, O14, O20, O21, O26, O37)."""
 
     scales: dict[str, float] = field(default_factory=dict)
     """Weight of every loss term; its keys must be exactly the terms that the model has."""

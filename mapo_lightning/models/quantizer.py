@@ -26,8 +26,6 @@ class QuantizerConfig:
     scale; ``global``: one code a frame, nearest to the pooled features of both scales (O11)."""
     decay: float = 0.99
     """Share of the moving averages that survives one update (O13)."""
-    commitment: float = 0.25
-    """Weight that pulls the context features towards their codes (O14)."""
     dead_below: float = 0.01
     """A code with a moving-average count below this many rows is given a new place (O13)."""
     frozen: bool = False
@@ -40,8 +38,8 @@ class QuantizerConfig:
             raise ConfigError(f"shape must be 'spatial' or 'global', got '{self.shape}'")
         if not 0.0 < self.decay < 1.0:
             raise ConfigError(f"decay must lie in (0, 1), got {self.decay}")
-        if self.commitment < 0.0 or self.dead_below < 0.0:
-            raise ConfigError("commitment and dead_below must not be negative")
+        if self.dead_below < 0.0:
+            raise ConfigError(f"dead_below must not be negative, got {self.dead_below}")
 
 
 class Quantized(NamedTuple):

@@ -32,7 +32,7 @@ class RSSMConfig:
     """Sizes of one recurrent state-space model, and how its KL term is shaped (facts 2.1, 2.3)."""
 
     deter: int = 1024
-    """Width D of the recurrent state (O19)."""
+    """Width D of the recurrent state: 1024, or DreamerV2's own 200 (O19, O38)."""
     hidden: int = 1024
     """Width U of the hidden layers."""
     stoch: int = 32

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mapo_lightning.models.action_source import Driven, SourceConfig, build_action_source
-from mapo_lightning.models.blocks import mlp
+from mapo_lightning.models.belief import Belief, Fit, Observed
+from mapo_lightning.models.consistency import LatentAction, consistency
 from mapo_lightning.models.context import NO_CONTEXT, ContextConfig, FrameContext
 from mapo_lightning.models.decoder import build_decoder
 from mapo_lightning.models.encoder import ImageConfig, build_encoder, normalised
+from mapo_lightning.models.heads import Heads
 from mapo_lightning.models.intrinsic import BonusConfig, VideoBonus
 from mapo_lightning.models.objective import ObjectiveConfig, check_scales, weigh
 from mapo_lightning.models.rssm import RSSM, RSSMConfig, RSSMState
@@ -59,43 +59,13 @@ class WorldModelConfig:
                 "world_model.bonus and world_model.concat_embed read the lower dynamics, "
                 "which is null; set bonus.beta=0 and concat_embed=false"
             )
+        if self.upper is None and self.source.kind == "semantic":
+            raise ConfigError(
+                "world_model.upper is null, so the environment's action must drive the lower "
+                "dynamics, but world_model.source.kind is semantic; set it to inverse or null"
+            )
         if self.head_layers < 1 or self.head_units < 1:
             raise ConfigError("head_layers and head_units must be at least 1")
-
-
-class Belief(NamedTuple):
-    """State of every dynamics in use; leading axes (B,) or (B, T)."""
-
-    lower: RSSMState | None
-    upper: RSSMState | None
-
-    @property
-    def control(self) -> RSSMState:
-        """State that heads, actor and decoder read: the upper one where there is one (O22)."""
-        state = self.upper or self.lower
-        assert state is not None
-        return state
-
-    def at(self, t: int) -> Belief:
-        """Belief at one time, (B, T, ...) -> (B, ...)."""
-        return Belief(*(None if s is None else RSSMState(*(x[:, t] for x in s)) for s in self))
-
-
-class Observed(NamedTuple):
-    """What following a sequence of frames gives."""
-
-    belief: Belief  # posterior states, axes (B, T)
-    embed: Tensor  # (B, T, E)
-    prior: dict[str, tuple[RSSMState, Tensor]]  # "lower" / "upper": posterior state, prior logits
-    terms: dict[str, Tensor]  # scalar terms of the action source
-
-
-class Fit(NamedTuple):
-    """One evaluation of the world model's loss."""
-
-    total: Tensor  # scalar to back-propagate
-    log: dict[str, Tensor]  # unscaled terms and diagnostics, detached scalars
-    belief: Belief  # posterior states, axes (B, T)
 
 
 class WorldModel(nn.Module):
@@ -128,7 +98,9 @@ class WorldModel(nn.Module):
             )
         self.cfg, self.objective = cfg, objective
         self.encoder = build_encoder(cfg.image)
-        self.context = FrameContext(cfg.context, cfg.image) if cfg.context.kind != "none" else None
+        self.context = None
+        if cfg.context.kind != "none":
+            self.context = FrameContext(cfg.context, cfg.image, augment=controls)
         embed = self.encoder.embed_dim
         self.source, self.lower, self.upper = None, None, None
         feat, seen = 0, embed
@@ -145,11 +117,9 @@ class WorldModel(nn.Module):
             feat = cfg.upper.feat
         self.feat_dim = feat
         self.decoder = build_decoder(cfg.image, feat, cfg.context)
-        self.heads = nn.ModuleDict()
-        if controls:
-            wanted = {"reward": True, "aux_reward": cfg.aux_reward, "discount": cfg.discount_head}
-            for name in (name for name, want in wanted.items() if want):
-                self.heads[name] = mlp(feat, cfg.head_units, cfg.head_layers, 1)
+        wanted = {"reward": True, "aux_reward": cfg.aux_reward, "discount": cfg.discount_head}
+        named = [name for name, want in wanted.items() if want and controls]
+        self.heads = Heads(named, feat, cfg.head_units, cfg.head_layers)
         # PreLAR's bonus compares embeddings, that of the stacked systems lower states.
         compared = cfg.lower.feat if cfg.lower is not None and self.upper is not None else embed
         self.bonus = VideoBonus(cfg.bonus, compared) if controls and cfg.bonus.beta else None
@@ -170,9 +140,10 @@ class WorldModel(nn.Module):
         lower, upper = None, None
         prior: dict[str, tuple[RSSMState, Tensor]] = {}
         terms: dict[str, Tensor] = {}
+        latent: LatentAction | None = None
         seen_BTE = embed_BTE
         if self.lower is not None and self.source is not None:
-            action_BTA, terms = self.source(batch)
+            action_BTA, terms, latent = self.source(batch)
             before = start.lower if start else None
             lower, logits = self.lower.observe(action_BTA, embed_BTE, first_BT, before)
             prior["lower"] = lower, logits
@@ -183,7 +154,7 @@ class WorldModel(nn.Module):
             before = start.upper if start else None
             upper, logits = self.upper.observe(batch["action"], seen_BTE, first_BT, before)
             prior["upper"] = upper, logits
-        return Observed(Belief(lower, upper), embed_BTE, prior, terms)
+        return Observed(Belief(lower, upper), embed_BTE, prior, terms, latent)
 
     def loss(self, batch: Batch) -> Fit:
         """Eq. (2) in pre-training, eq. (3) in fine-tuning, plus the terms of the method's plugs."""
@@ -194,6 +165,11 @@ class WorldModel(nn.Module):
             dynamics = self.lower if name == "lower" else self.upper
             assert dynamics is not None
             terms[f"kl_{name}"] = dynamics.kl(post.logits, prior_BTSK, self.objective.free_nats)
+        if seen.latent is not None:
+            assert self.lower is not None
+            terms["consistency"] = consistency(
+                self.cfg.source.consistency, seen.latent, self.lower, *seen.prior["lower"]
+            )
         feat_BTF = seen.belief.control.feat
         context = self.context(batch["obs"]) if self.context is not None else NO_CONTEXT
         terms |= context.terms
@@ -202,43 +178,27 @@ class WorldModel(nn.Module):
         # -ln p(o_t | s_t, e_i): unit-variance Gaussian without its constant, summed over pixels.
         terms["image"] = 0.5 * error_NCHW.pow(2).sum(dim=(1, 2, 3)).mean()
         if self.heads:
-            reward_terms, log = self._reward_terms(batch, seen, feat_BTF)
-            terms |= reward_terms
+            bonus_BT = self._bonus(seen)
+            if bonus_BT is not None:
+                log["bonus"] = bonus_BT.mean()
+                bonus_BT = self.cfg.bonus.beta * bonus_BT
+            terms |= self.heads.terms(batch, feat_BTF, bonus_BT)
         total, weighed = weigh(terms, self.objective.weights)
         return Fit(total, log | weighed, seen.belief)
 
-    def _reward_terms(
-        self, batch: Batch, seen: Observed, feat_BTF: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """-ln p(r_t | s_t) of both reward heads, and the discount head's cross-entropy."""
-        reward_BT = batch["reward"].float()
-        target_BT, log = reward_BT, {}
-        if self.bonus is not None:
-            lower = seen.belief.lower
-            assert lower is not None
-            compared = lower.feat if self.upper is not None else seen.embed
-            bonus_BT = self.bonus(compared.detach())
-            # The last states of a chunk have no full window ahead and train no reward.
-            target_BT = reward_BT[:, : bonus_BT.shape[1]] + self.cfg.bonus.beta * bonus_BT
-            log["bonus"] = bonus_BT.mean()
-        terms = {
-            "reward": self._squared_error("reward", feat_BTF[:, : target_BT.shape[1]], target_BT)
-        }
-        if "aux_reward" in self.heads:
-            terms["aux_reward"] = self._squared_error("aux_reward", feat_BTF, reward_BT)
-        if "discount" in self.heads:
-            goes_on_BT = (~batch["is_terminal"]).float()
-            logit_BT = self.head("discount", feat_BTF)
-            terms["discount"] = F.binary_cross_entropy_with_logits(logit_BT, goes_on_BT)
-        return terms, log
-
-    def _squared_error(self, head: str, feat_BTF: Tensor, target_BT: Tensor) -> Tensor:
-        return 0.5 * (self.head(head, feat_BTF) - target_BT).pow(2).mean()
+    def _bonus(self, seen: Observed) -> Tensor | None:
+        """Intrinsic bonus of the first steps, (B, T - window + 1); None without one."""
+        if self.bonus is None:
+            return None
+        lower = seen.belief.lower
+        assert lower is not None
+        compared = lower.feat if self.upper is not None else seen.embed
+        bonus_BT: Tensor = self.bonus(compared.detach())
+        return bonus_BT
 
     def head(self, name: str, feat: Tensor) -> Tensor:
         """Output of one head, (..., F) -> (...), float32."""
-        out: Tensor = self.heads[name](feat).float().squeeze(-1)
-        return out
+        return self.heads.read(name, feat)
 
     def imagine(
         self,

@@ -53,7 +53,7 @@ class NullDescriber:
 
 @dataclass
 class VlmConfig:
-    """Who describes the frames, which frames it is shown, and where its answers are kept."""
+    """Who describes which frames, and where its answers are kept (O1, O2, O5-O7, O10)."""
 
     kind: Literal["flow", "none"] = "flow"
     """flow: optical flow, no weights and no network. none: nobody is asked, all labels null."""
@@ -74,6 +74,16 @@ class VlmConfig:
     """Folder of the label store; a relative path lies inside the run's work folder."""
     flow_min_percent: float = 0.7
     """Smallest motion over one window that counts, in percent of the frame width."""
+    env_late: bool | None = None
+    """While collecting, act on the newest answer there is, and complete replay when an entry's own
+    answer arrives. null: yes, but no for flow and none and where trainer.deterministic is on."""
+    env_queue: int = 64
+    """Windows of environments that may wait for a late answer at once. Where the queue is full, a
+    window is skipped as null and counted in labels/skipped: no environment waits."""
+    env_drain: float = 30.0
+    """Seconds that the end of fine-tuning waits for answers under way; the rest stay null."""
+    marks: str = ""
+    """File of accepted and rejected labels, from the gallery; rejected ones count as null."""
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -81,7 +91,8 @@ class VlmConfig:
         Raises:
             ConfigError: A value is out of range.
         """
-        for field, least in (("window", 2), ("stride", 1), ("offset", 0), ("env_every", 1)):
+        least_of = {"window": 2, "stride": 1, "offset": 0, "env_every": 1, "env_queue": 1}
+        for field, least in least_of.items():
             if getattr(self, field) < least:
                 raise ConfigError(f"{field} must be at least {least}, got {getattr(self, field)}")
         for field in ("frame_size", "env_frame_size"):
@@ -92,5 +103,7 @@ class VlmConfig:
             raise ConfigError(
                 f"flow_min_percent must lie in (0, 50] percent, got {self.flow_min_percent}"
             )
+        if not 0.0 <= self.env_drain <= 3600.0:
+            raise ConfigError(f"env_drain must lie in [0, 3600] seconds, got {self.env_drain}")
         if not self.store:
             raise ConfigError("store must name a folder, got an empty text")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mapo_lightning.semantics.describer import Describer, NullDescriber, VlmConfig
 from mapo_lightning.semantics.embed import Encoder, HashedSlots
 from mapo_lightning.semantics.flow import FlowDescriber
+from mapo_lightning.semantics.marks import Marks, read_marks
 from mapo_lightning.semantics.phrase import MAX_TEXT, Phrase, Status, clean_text, parse_reply
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import DescriberError, Frames
@@ -61,6 +62,8 @@ class LabelStats(NamedTuple):
     """Windows, asked or not, in which nothing significant happens."""
     unreadable: int = 0
     """Windows, asked or not, whose answer could not be read; treated as null."""
+    rejected: int = 0
+    """Windows whose label a person has rejected; treated as null."""
 
 
 class Labeler:
@@ -72,10 +75,18 @@ class Labeler:
         describer: Who is asked.
         store: Where answers are kept and found.
         encoder: How an answer becomes a vector.
+        marks: What a person thinks of the answers; rejected ones count as null.
     """
 
-    def __init__(self, describer: Describer, store: LabelStore, encoder: Encoder) -> None:
+    def __init__(
+        self,
+        describer: Describer,
+        store: LabelStore,
+        encoder: Encoder,
+        marks: Marks | None = None,
+    ) -> None:
         self.describer, self.store, self.encoder = describer, store, encoder
+        self.marks = marks or Marks()
         self.semantic_dim = encoder.semantic_dim
         self.stats = LabelStats()
 
@@ -115,8 +126,13 @@ class Labeler:
                         "remove that folder."
                     )
                 time.sleep(_POLL_SECONDS)
+        rejected = self.marks.rejected
+        known |= {
+            key: known[key]._replace(phrase=None, status="null") for key in keys if key in rejected
+        }
         labels = [self._embed(known[key]) for key in keys]
-        self._count(labels, asked=asked, hits=len(labels) - asked)
+        count = sum(key in rejected for key in keys)
+        self._count(labels, asked=asked, hits=len(labels) - asked, rejected=count)
         return labels
 
     def label_frames(self, windows: Sequence[Frames], source: str) -> list[Label]:
@@ -135,8 +151,7 @@ class Labeler:
         self.store.close()
 
     def _key(self, identity: str) -> str:
-        text = f"{self.describer.name}\x00{identity}"
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return label_key(self.describer.name, identity)
 
     def _ask(self, todo: dict[str, WindowRequest]) -> dict[str, StoredLabel]:
         if not todo:
@@ -150,12 +165,10 @@ class Labeler:
         fresh = {}
         for (key, request), reply in zip(todo.items(), replies, strict=True):
             phrase, status = parse_reply(reply.text)
-            text = clean_text(reply.text, MAX_TEXT)
+            text, source = (clean_text(x, MAX_TEXT) for x in (reply.text, request.source))
             if status == "unreadable":
-                log.warning(
-                    "unreadable reply about %s, counts as null: %.80r", request.source, text
-                )
-            name, source = self.describer.name, clean_text(request.source, MAX_TEXT)
+                log.warning("unreadable reply about %s, counts as null: %.80r", source, text)
+            name = self.describer.name
             fresh[key] = StoredLabel(text, status, phrase, reply.hidden, name, source)
         self.store.put(fresh)
         return fresh
@@ -167,13 +180,19 @@ class Labeler:
             vector = self.encoder.encode(label.phrase, label.hidden)
         return Label(vector, label.phrase is not None, label.text, label.status, label.phrase)
 
-    def _count(self, labels: Sequence[Label], *, asked: int, hits: int) -> None:
+    def _count(self, labels: Sequence[Label], *, asked: int, hits: int, rejected: int = 0) -> None:
         self.stats = LabelStats(
             asked=self.stats.asked + asked,
             hits=self.stats.hits + hits,
             null=self.stats.null + sum(label.status == "null" for label in labels),
             unreadable=self.stats.unreadable + sum(x.status == "unreadable" for x in labels),
+            rejected=self.stats.rejected + rejected,
         )
+
+
+def label_key(describer: str, identity: str) -> str:
+    """Return the key under which a describer's answer about a window is kept."""
+    return hashlib.blake2b(f"{describer}\x00{identity}".encode(), digest_size=16).hexdigest()
 
 
 def frames_identity(frames: Frames) -> str:
@@ -205,4 +224,4 @@ def build_labeler(cfg: VlmConfig, root: Path, writer: str) -> Labeler:
     """
     # Flow is asked again for less than a wait for the disk costs; a model's answers are dear.
     store = LabelStore(Path(root) / cfg.store, writer, durable=cfg.kind != "flow")
-    return Labeler(build_describer(cfg), store, HashedSlots())
+    return Labeler(build_describer(cfg), store, HashedSlots(), read_marks(cfg.marks))

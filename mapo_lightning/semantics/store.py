@@ -13,7 +13,7 @@ import json
 import os
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import IO, NamedTuple, cast, get_args
@@ -140,6 +140,21 @@ class LabelStore:
         for path in sorted(self.root.glob("*.sqlite")):
             found |= dict(self._read(path, None))
         return dict(sorted(found.items()))
+
+    def stream(self) -> Iterator[tuple[str, StoredLabel]]:
+        """Yield every label without its hidden state, in no order; memory stays small.
+
+        Raises:
+            DescriberError: A file of the store is not a label store, or is damaged.
+        """
+        words = _COLUMNS.replace("hidden", "NULL")
+        for path in sorted(self.root.glob("*.sqlite")):
+            try:
+                with closing(_open(path)) as file:
+                    yield from map(_from_row, file.execute(f"SELECT {words} FROM labels"))
+            except (sqlite3.Error, ValueError) as error:
+                if "no such table" not in str(error):
+                    raise DescriberError(f"cannot read the label file '{path}': {error}") from error
 
     def close(self) -> None:
         """Close all files and give the writer's name back."""

@@ -14,13 +14,8 @@ from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import Replay, ReplayConfig, ReplaySpec
 from mapo_lightning.datamodule import chunk_batch
-from mapo_lightning.envs.collector import (
-    Collector,
-    RandomPolicy,
-    SemanticTracker,
-    Step,
-    run_episodes,
-)
+from mapo_lightning.envs.collector import Collector, RandomPolicy, run_episodes
+from mapo_lightning.envs.tracker import SemanticTracker, Step
 from mapo_lightning.semantics.describer import Reply, VlmConfig
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.labeler import Labeler
@@ -153,7 +148,7 @@ def test_evaluation_plays_every_seed_once(count: int, tmp_path: Path) -> None:
         seen.append(step["is_first"])
         return np.zeros((count, 2), np.float32)
 
-    episodes, films = run_episodes(clocks(count), watch, lambda: policy, [5, 6, 7], film=2)
+    episodes, films = run_episodes(clocks(count), watch, lambda seed: policy, [5, 6, 7], film=2)
     total = LENGTH * (LENGTH + 1) / 2
     assert [tuple(e) for e in episodes] == [(total, LENGTH, 1.0)] * 3
     assert [film[:, 0, 0, 0].tolist() for film in films] == [list(range(LENGTH + 1))] * 2

@@ -100,9 +100,11 @@ def test_both_shapes_give_the_decoder_maps_of_both_scales() -> None:
 def test_erasing_greys_out_one_rectangle_while_training_only() -> None:
     torch.manual_seed(0)
     image = ImageConfig(channels=[4, 8, 16], layers=1)
-    context = FrameContext(ContextConfig(kind="features", erase=1.0), image)
+    context = FrameContext(ContextConfig(kind="features", erase=1.0), image, augment=True)
     frame = torch.ones(64, 3, 64, 64)
     erased = context._augment(frame)
     share = (erased == 0).float().mean(dim=(1, 2, 3))
     assert 0.0 < float(share.min()) <= float(share.max()) < 0.36
     assert torch.equal(context.eval()._augment(frame), frame)
+    watching = FrameContext(ContextConfig(kind="features", erase=1.0), image)  # pre-training
+    assert torch.equal(watching._augment(frame), frame)

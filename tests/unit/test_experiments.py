@@ -1,0 +1,166 @@
+"""The published protocol: one file per cell of the two tables and per curve of the figure.
+
+At the published sizes every model is built on the ``meta`` device, which holds shapes and no
+numbers. The updates are real, by Lightning's Trainer, on synthetic experience: at ``size=tiny``,
+once per pair of method and suite, because experiments of such a pair differ in the names of
+their videos and of their task only (the first test holds that).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch.utils.data import DataLoader, IterableDataset
+
+from callbacks.codebook import CodebookUpdate
+from mapo_lightning.build import build_finetune, build_pretrain
+from mapo_lightning.compose import compose
+from mapo_lightning.config import RunConfig
+from mapo_lightning.semantics.labeler import semantic_dim
+from mapo_lightning.types import Batch
+
+CONF = Path(__file__).parents[2] / "conf"
+FOLDER = CONF / "experiment"
+NAMES = sorted(p.relative_to(FOLDER).with_suffix("").as_posix() for p in FOLDER.rglob("*/*.yaml"))
+DMC = ["cheetah_run", "walker_run", "hopper_hop", "quadruped_run"]
+METAWORLD = ["door_open", "drawer_close", "lever_pull", "dial_turn"]
+FIGURE = ["mapo", "contextwm", "prelar", "apv", "dreamerv2"]  # iVideoGPT shares no part with them
+ACTIONS = {"cheetah_run": 6, "walker_run": 6, "hopper_hop": 4, "quadruped_run": 12}
+
+
+def cells() -> Iterator[tuple[str, str, str, str]]:
+    """(file, task, method, videos) of everything the paper shows."""
+    for task in DMC:
+        yield f"table1/{task}_with_cvq", task, "mapo", "human36m"
+        yield f"table1/{task}_without_cvq", task, "mapo_no_cvq", "human36m"
+    for task in ("cheetah_run", "quadruped_run", "dial_turn", "door_open"):
+        for method in ("mapo", "contextwm"):
+            for videos in ("ssv2", "human36m"):
+                yield f"table2/{task}_{method}_{videos}", task, method, videos
+    for task in DMC + METAWORLD:
+        for method in FIGURE:
+            videos = "human36m" if task in DMC else "ssv2"
+            yield f"figure2/{task}_{method}", task, method, videos
+
+
+def configured(*words: str) -> RunConfig:
+    return compose(words, RunConfig, CONF).config
+
+
+def test_there_is_one_file_per_cell_and_curve_and_it_pins_what_it_should() -> None:
+    assert sorted(name for name, *_ in cells()) == NAMES
+    for name, task, method, videos in cells():
+        suite = "dmc" if task in DMC else "metaworld"
+        assert yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) == {
+            "defaults": {
+                "protocol": "paper",
+                "data": videos,
+                "env": f"{suite}_{task}",
+                "method": method,
+            }
+        }
+
+
+def test_published_numbers_in_the_first_lines_are_those_of_the_tables() -> None:
+    first = {name: (FOLDER / f"{name}.yaml").read_text().splitlines()[0] for name in NAMES}
+    page = (CONF.parent / "docs" / "reproduce.md").read_text()
+    for name, line in first.items():
+        if name.startswith("table"):
+            found = re.fullmatch(r"# Table \d, .*: (\d+\.\d) published", line)
+            assert found, f"{name}: {line}"
+            row = next(x for x in page.splitlines() if f"`{name}`" in x)
+            assert f"| {found[1]} |" in row
+        else:
+            assert f"`figure2/{name.split('/')[1].rpartition('_')[0]}_*`" in page
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_composes_and_builds_at_the_published_size(name: str) -> None:
+    """Facts 5, 6.1: budgets, batches, evaluation; the model on the meta device."""
+    videos = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["defaults"]["data"]
+    shipped = (CONF / "data" / f"{videos}.yaml").is_file()
+    cfg = configured(
+        f"experiment={name}", *([] if shipped else ["data=folder"]), "data.root=videos"
+    )
+    dmc = cfg.env.kind == "dmc"
+    assert (cfg.pretrain.updates, cfg.pretrain.batch_size, cfg.data.clip_length) == (
+        600_000,
+        16,
+        25,
+    )
+    assert cfg.finetune.updates(1) == (100_300 if dmc else 50_300)
+    assert (cfg.finetune.batch_size, cfg.finetune.chunk_length) == (16 if dmc else 50, 50)
+    assert (cfg.evaluate.episodes, cfg.evaluate.every * cfg.finetune.train_every) == (10, 10_000)
+    assert cfg.env.frames_per_step == (2 if dmc else 1)
+    erase = cfg.world_model.context.erase
+    assert erase == (0.0 if dmc else 0.5)
+    with torch.device("meta"):
+        module, _ = build_finetune(
+            cfg, ACTIONS.get("_".join(name.split("/")[1].split("_")[:2]), 4), None
+        )
+        if cfg.world_model.lower is not None:
+            build_pretrain(cfg)
+    assert module.world_model.feat_dim == 2048
+
+
+class Synthetic(IterableDataset[Batch]):
+    """Random experience without end, with every key of ``mapo_lightning.types``."""
+
+    def __init__(self, cfg: RunConfig, action_dim: int) -> None:
+        self.width, self.action_dim = semantic_dim(cfg.vlm), action_dim
+
+    def __iter__(self) -> Iterator[Batch]:
+        shape = (2, 6)
+        first = torch.zeros(shape, dtype=torch.bool)
+        first[:, 0] = True
+        while True:
+            yield {
+                "obs": torch.randint(0, 256, (*shape, 64, 64, 3), dtype=torch.uint8),
+                "semantic": torch.randn(*shape, self.width),
+                "has_semantic": torch.rand(shape) < 0.7,
+                "position": torch.arange(6).expand(shape),
+                "is_first": first,
+                "action": torch.rand(*shape, self.action_dim) * 2 - 1,
+                "reward": torch.rand(shape),
+                "is_terminal": torch.zeros(shape, dtype=torch.bool),
+            }
+
+
+def two_updates(module: L.LightningModule, cfg: RunConfig) -> None:
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    hooks: list[L.Callback] = [CodebookUpdate()] if cfg.callbacks.codebook else []
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=hooks,
+    )
+    trainer.fit(module, DataLoader(Synthetic(cfg, 4), batch_size=None))
+    assert trainer.global_step == 2
+    after = dict(module.named_parameters())
+    assert all(bool(torch.isfinite(p).all()) for p in after.values())
+    moved = {name.split(".")[1] for name, p in before.items() if not torch.equal(p, after[name])}
+    assert {"decoder"} <= moved
+
+
+PAIRS = {(m, "dmc" if t in DMC else "metaworld"): n for n, t, m, _ in cells()}
+
+
+@pytest.mark.parametrize(("method", "suite"), PAIRS)
+def test_every_method_of_the_experiments_takes_two_updates(method: str, suite: str) -> None:
+    torch.manual_seed(0)
+    words = ["data=folder", "size=tiny", "trainer=cpu", "world_model.image.channels=[4,8,16]"]
+    cfg = configured(f"experiment={PAIRS[method, suite]}", *words, "world_model.bonus.neighbours=4")
+    module, _ = build_finetune(cfg, 4, None)
+    two_updates(module, cfg)
+    if cfg.world_model.lower is not None and suite == "dmc":  # videos know no suite
+        two_updates(build_pretrain(cfg), cfg)
