@@ -150,8 +150,9 @@ class Collector:
             outcome = self.envs.step(action)
         obs, reward, terminated, truncated, info = outcome
         # An environment that was done has ignored the action and begun its next episode.
-        told = {"action": action, "reward": reward, "terminated": terminated}
-        self._write(obs, told | {"truncated": truncated}, self._done, info)
+        told: dict[str, NDArray[Any]] = {"action": action, "reward": reward}
+        told |= {"terminated": terminated, "truncated": truncated}
+        self._write(obs, told, self._done, info)
 
     def close(self) -> None:
         """Complete what labels still arrive for, and close the environments' processes."""
