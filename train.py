@@ -26,7 +26,7 @@ import callbacks
 from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
 from callbacks.evaluate import EvaluatePolicy
-from callbacks.labels import RecordLabels
+from callbacks.labels import RecordLabels, label_corpus
 from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
@@ -260,6 +260,7 @@ def summary(run: Run, found: Evaluation) -> None:
 
 
 STAGES = {"all": train_all, "pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}
+STAGES |= {"label": lambda run: label_corpus(run.cfg)}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from mapo_lightning.checkpoint import (
     write_checkpoint,
 )
 from mapo_lightning.config import RunConfig
+from mapo_lightning.data.corpus import CorpusLabelling
 from mapo_lightning.data.replay import Replay, ReplaySpec
 from mapo_lightning.datamodule import VideoDataModule
 from mapo_lightning.envs.collector import (
@@ -37,7 +38,7 @@ from mapo_lightning.finetune import ActingPolicy, FinetuneModule
 from mapo_lightning.models.actor_critic import DreamerAgent
 from mapo_lightning.models.world_model import WorldModel
 from mapo_lightning.pretrain import PretrainModule
-from mapo_lightning.semantics.labeler import build_labeler, semantic_dim
+from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.marks import read_marks
 from mapo_lightning.types import CheckpointError, ConfigError, Frames
 
@@ -78,6 +79,22 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
     return VideoDataModule(
         cfg.data, shared_store(cfg), cfg.pretrain.batch_size, work / name, cfg.seed
     )
+
+
+def build_labelling(cfg: RunConfig, rank: int, world: int) -> CorpusLabelling:
+    """Everything that labels this process's part of all videos.
+
+    Raises:
+        ConfigError: Nobody is to be asked.
+    """
+    if cfg.vlm.kind == "none":
+        raise ConfigError("stage=label needs a describer: vlm=flow, openai_server or another")
+    module = build_videos(cfg)
+    # A corpus is labelled to the end: nulls for want of a server are of no use here.
+    if cfg.vlm.on_outage == "null":
+        module.vlm = replace(module.vlm, on_outage="wait")
+    number, count = cfg.label.part()
+    return CorpusLabelling(module.clips("all"), (number * world + rank, count * world))
 
 
 def shared_store(cfg: RunConfig) -> Any:
@@ -224,6 +241,16 @@ class _WholeFiles(TorchCheckpointIO):
         write_checkpoint(checkpoint, Path(path))
 
 
+class _Saving(ModelCheckpoint):
+    """Lightning saves nothing at the end of training if a checkpoint was due before: this does."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the trained model, unless the last update was one with a checkpoint."""
+        super().on_train_end(trainer, pl_module)
+        if trainer.global_step != self._last_global_step_saved:
+            trainer.save_checkpoint(self.last_model_path)
+
+
 def build_trainer(
     cfg: RunConfig,
     updates: int,
@@ -233,7 +260,7 @@ def build_trainer(
     validate_every: int | None = None,
 ) -> L.Trainer:
     """Lightning's Trainer for one stage of ``updates`` optimiser updates."""
-    saving = ModelCheckpoint(
+    saving = _Saving(
         dirpath=folder,
         filename="{step}",
         every_n_train_steps=cfg.callbacks.checkpoint_every,

@@ -126,6 +126,9 @@ def load_pretrained(
 ) -> LoadReport:
     """Take over named parts of a pre-trained world model, each of them exactly.
 
+    Deviation: clean-start. ContextWM and PreLAR make one optimiser step on the fresh model before
+    they load, and keep its Adam moments; here every optimiser starts after loading.
+
     Args:
         world_model: The model of the new stage.
         checkpoint: As `read_checkpoint` gives it.

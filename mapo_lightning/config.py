@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -109,7 +110,8 @@ class TrainerConfig:
     strategy: str = "auto"
     """auto, or ddp."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Numbers in the networks; KL terms, returns and distributions stay in float32."""
+    """Numbers in the networks; KL terms, returns and distributions stay in float32.
+    Deviation: bf16. The published code has fp16 with a loss scaler; bf16 needs none."""
     threads: int = 0
     """Torch threads of each process; 0 leaves torch's choice. Tiny models want 1 or 2."""
     keep_memory: bool = True
@@ -129,11 +131,37 @@ class TrainerConfig:
 
 
 @dataclass
+class LabelConfig:
+    """What stage=label does: every window of all videos gets its label."""
+
+    shard: str = "0/1"
+    """Which part of the corpus, as i/n with i from 0: for jobs on several machines. Processes that
+    torchrun starts share a part out among themselves."""
+    dry: bool = False
+    """Only say how many windows and questions there are, and how long they would take."""
+    probe: int = 16
+    """Questions that dry=true asks to measure the rate; their answers are kept. 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.probe < 0:
+            raise ConfigError(f"probe must not be negative, got {self.probe}")
+        self.part()
+
+    def part(self) -> tuple[int, int]:
+        """The shard as (number, count)."""
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
+        if not match or not int(match[1]) < int(match[2]):
+            raise ConfigError(f"shard must be i/n with i from 0 to n-1, got '{self.shard}'")
+        return int(match[1]), int(match[2])
+
+
+@dataclass
 class RunConfig:
     """One run of train.py."""
 
-    stage: Literal["all", "pretrain", "finetune", "evaluate"] = "all"
-    """all: pre-train, fine-tune and evaluate in one go; or one of them."""
+    stage: Literal["all", "pretrain", "finetune", "evaluate", "label"] = "all"
+    """all: pre-train, fine-tune and evaluate in one go; or one of them; label: only fill the label
+    store with every window of the videos."""
     method: str = "mapo"
     """Published system, for the record; chosen with method=NAME."""
     seed: int = 0
@@ -155,6 +183,8 @@ class RunConfig:
     """Videos that the demo renders."""
     vlm: VlmConfig = field(default_factory=VlmConfig)
     """Who describes them."""
+    label: LabelConfig = field(default_factory=LabelConfig)
+    """Labelling a whole corpus."""
     env: EnvConfig = field(default_factory=EnvConfig)
     """Task."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from mapo_lightning.data.ahead import collate_clips, settle
 from mapo_lightning.data.clips import Clip, ClipDataset
 from mapo_lightning.data.replay import Replay
 from mapo_lightning.data.windows import VideoDataConfig, VideoIndex, scan_videos
 from mapo_lightning.semantics.describer import VlmConfig
+from mapo_lightning.semantics.factory import build_labeler
+from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.types import Batch
 
 _HELD_OUT_CLIPS = 16
@@ -37,6 +40,7 @@ class VideoDataModule(L.LightningDataModule):
         self.data, self.vlm, self.batch_size = data, vlm, batch_size
         self.root, self.seed = root, seed
         self.index: VideoIndex | None = None
+        self._labeler: Labeler | None = None
 
     def setup(self, stage: str) -> None:
         """Scan the folder once; bad files go to the quarantine report."""
@@ -67,6 +71,7 @@ class VideoDataModule(L.LightningDataModule):
             self.clips("train"),
             batch_size=self.batch_size,
             num_workers=workers,
+            collate_fn=collate_clips,
             prefetch_factor=2 if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -76,6 +81,15 @@ class VideoDataModule(L.LightningDataModule):
         """The same held-out clips every time."""
         clips = self.clips("holdout").fixed_clips(_HELD_OUT_CLIPS)
         return DataLoader(clips, batch_size=self.batch_size)  # type: ignore[arg-type]
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Label what the loader's workers could not: a model in this process answers in batches."""
+        if "pending" not in batch:
+            return batch
+        if self._labeler is None:
+            rank = self.trainer.global_rank if self.trainer else 0
+            self._labeler = build_labeler(self.vlm, self.root, f"train-rank{rank}-batch")
+        return settle(batch, self._labeler)
 
     def rollout_batch(self, count: int) -> Batch:
         """The first ``count`` held-out clips, for pictures."""

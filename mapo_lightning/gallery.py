@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mapo_lightning.compose import load_yaml
-from mapo_lightning.data.windows import SUFFIXES
+from mapo_lightning.data.listing import SUFFIXES
 from mapo_lightning.gallery_page import Place, Sample, page
 from mapo_lightning.semantics.marks import read_marks
 from mapo_lightning.semantics.phrase import MAX_TEXT, clean_text
@@ -61,7 +61,7 @@ def draw(
     counts: Counter[str] = Counter()
     elsewhere = 0
     drawn: list[tuple[bytes, tuple[str, StoredLabel, Place, list[Path]]]] = []
-    for key, label in store.stream():
+    for key, label in store.ordered(hidden=False):
         counts[label.status] += 1
         place = _place(label.source)
         if place is None or place.name not in named:

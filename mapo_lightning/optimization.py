@@ -20,7 +20,8 @@ class OptimizerConfig:
     eps: float = 1e-5
     """Added to the root of the second moment."""
     weight_decay: float = 1e-6
-    """L2 penalty inside Adam, as in the PyTorch ports."""
+    """L2 penalty inside Adam, as in the PyTorch ports. Deviation: adam-l2. APV and DreamerV2 in
+    TensorFlow shrink all weights by this factor instead, whatever the learning rate."""
     max_grad_norm: float = 100.0
     """Global norm to which the gradient of each group is clipped."""
 

@@ -106,6 +106,23 @@ def read(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, int]) -
     return video.read_frames(info.path, numbers, size, info.square)
 
 
+def name_window(info: VideoInfo, window: range, size: int) -> tuple[str, str]:
+    """Name a window of frames twice: by content, and for people.
+
+    Args:
+        info: The video.
+        window: Frames of the video.
+        size: Short side that they are read at, in pixels.
+
+    Returns:
+        Its identity; and the file's name with the numbers that the file itself has, which are
+        others where the video was thinned out.
+    """
+    own = window if info.numbers is None else info.numbers[window.start : window.stop : window.step]
+    seen, shown = (f"frames {part[0]}..{part[-1]} step {part.step}" for part in (window, own))
+    return f"{info.fingerprint} {seen} size {size}", f"{info.path.name} {shown}"
+
+
 def _numbers(info: VideoInfo, indices: Sequence[int]) -> list[int]:
     assert info.numbers is not None
     if min(indices) < 0 or max(indices) >= info.frames:

@@ -2,7 +2,8 @@
 
 Initialisation follows the published code: Xavier-uniform weights and zero biases for layers that a
 network creates directly, PyTorch's defaults inside residual stacks, attention and the GRU
-(facts 3.5).
+(facts 3.5). Deviation: prelar-init. PreLAR's own code starts all of its layers but norms with
+Xavier; here it starts like the systems that it is compared with.
 """
 
 from __future__ import annotations

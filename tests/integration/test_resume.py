@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -51,6 +52,7 @@ def steps_held(replay: Path) -> int:
     return sum(entries - 1 for _, entries in [*index["episodes"], *index["open"]])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_its_checkpoint_was(tmp_path: Path) -> None:
     words = [*FINETUNE, "run_dir=run", "tracking.enabled=true"]
     words += ["finetune.agent_steps=400", "callbacks.checkpoint_every=5"]
@@ -77,11 +79,7 @@ def test_a_killed_run_goes_on_where_its_checkpoint_was(tmp_path: Path) -> None:
     assert 2 * 4 <= added <= 2 * 7  # five agent steps, two environments, what was owed
     # Nothing of the replay is lost: the episodes under way were closed where they were.
     assert after["mapo"]["env_frames"] == 2 * steps_held(tmp_path / "run/replay/rank0")
-    # And to the end, from the folder alone.
-    said = train(tmp_path, "resume=run", "finetune.agent_steps=400")
-    assert "after 800 frames" in said
-    assert read_checkpoint(tmp_path / "run/finetune/last.ckpt")["global_step"] == 60
-    assert "has all of its 60 updates" in train(tmp_path, "resume=run/finetune/last.ckpt")
+    assert f"has all of its {made + 1} updates" in train(tmp_path, "resume=run/finetune/last.ckpt")
     check_one_mlflow_run(tmp_path / "runs/mlflow.db")
 
 
@@ -97,21 +95,8 @@ def check_one_mlflow_run(path: Path) -> None:
     assert any("finetune.agent_steps: 400 -> " in text for text in tags.values())
 
 
-def test_resuming_twice_from_one_checkpoint_gives_the_same_weights(tmp_path: Path) -> None:
-    words = [*FINETUNE, "run_dir=run", "finetune.agent_steps=150", "callbacks.checkpoint_every=3"]
-    train(tmp_path, *words)
-    subprocess.run(["cp", "-r", "run", "copy"], cwd=tmp_path, check=True)
-    for folder in ("run", "copy"):
-        train(tmp_path, f"resume={folder}", "finetune.agent_steps=165")
-    first, second = (
-        read_checkpoint(tmp_path / folder / "finetune/last.ckpt") for folder in ("run", "copy")
-    )
-    assert first["global_step"] == second["global_step"] == 13
-    for key, tensor in first["state_dict"].items():
-        assert torch.equal(tensor, second["state_dict"][key]), key
-
-
 DIGEST = """
+import hashlib
 import sys
 from pathlib import Path
 import lightning as L
@@ -121,9 +106,9 @@ from mapo_lightning import build
 
 class Digest(L.Callback):
     def on_train_end(self, trainer, module):
-        state = {k: v.flatten().tolist() for k, v in module.agent.state_dict().items()}
-        state["lower"] = module.world_model.lower.gru.proj.weight.flatten().tolist()
-        Path(f"rank{trainer.global_rank}.txt").write_text(repr(state))
+        weights = {k: p.detach().numpy().tobytes() for k, p in module.named_parameters()}
+        digests = {k: hashlib.sha256(data).hexdigest() for k, data in weights.items()}
+        Path(f"rank{trainer.global_rank}.txt").write_text(repr(digests))
 
 make = build.build_trainer
 build.build_trainer = lambda cfg, n, at, calls, *rest: make(cfg, n, at, [*calls, Digest()], *rest)
@@ -172,7 +157,9 @@ def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) ->
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    train(folder, *FINETUNE, "run_dir=run", "evaluate.num_envs=2", "method=contextwm")
+    train(folder, *FINETUNE, "run_dir=run", "callbacks.checkpoint_every=4")
+    # The last of six updates is saved too, whatever the rhythm of the checkpoints.
+    assert read_checkpoint(folder / "run/finetune/last.ckpt")["global_step"] == 6
     return folder
 
 
@@ -182,7 +169,7 @@ def test_a_checkpoint_is_played_without_its_settings_at_hand(trained: Path, tmp_
     said = train(tmp_path, *words, "tracking.enabled=true", "run_dir=played")
     assert "toy/disc after 260 frames, 4 episodes from reset seeds 1000..1003" in said
     tree = json.loads((tmp_path / "played/evaluation.json").read_text())
-    assert (tree["method"], tree["env_frames"]) == ("contextwm", 260)
+    assert (tree["method"], tree["env_frames"]) == ("mapo", 260)
     assert [e["seed"] for e in tree["policies"]["agent"]["episodes"]] == [1000, 1001, 1002, 1003]
     films = sorted(path.name for path in (tmp_path / "played/videos").iterdir())
     assert films == ["seed_1000.mp4", "seed_1001.mp4"]
@@ -194,30 +181,17 @@ def test_a_checkpoint_is_played_without_its_settings_at_hand(trained: Path, tmp_
     assert metrics["eval/return_random"] == pytest.approx(tree["policies"]["random"]["return"])
     artifacts = [p.as_posix() for p in (tmp_path / "runs/artifacts").rglob("*.mp4")]
     assert any("videos/seed_1001" in path for path in artifacts)
-    # The command line wins: another task of the same widths, other episodes.
-    other = train(tmp_path, *words, "env.name=disc_anywhere", "evaluate.seed=7")
-    assert "toy/disc_anywhere after 260 frames, 4 episodes from reset seeds 7..10" in other
 
 
-def test_what_cannot_be_played_or_resumed_gets_one_sentence(trained: Path, tmp_path: Path) -> None:
-    whole = trained / "run/finetune/last.ckpt"
-    (tmp_path / "notes.ckpt").write_text("no weights in here")
-    (tmp_path / "cut.ckpt").write_bytes(whole.read_bytes()[:9999])
-    moved = tmp_path / "moved.ckpt"
-    moved.write_bytes(whole.read_bytes())
-    (tmp_path / "empty").mkdir()
-    refused = [
-        (["stage=evaluate", "checkpoint=notes.ckpt"], "notes.ckpt' is"),
-        (["stage=evaluate", "checkpoint=cut.ckpt"], "cut.ckpt' is damaged"),
-        (["stage=evaluate", f"checkpoint={whole}", "method=mapo"], "made with method=contextwm"),
-        (["stage=evaluate", f"checkpoint={whole}", "world_model.upper.deter=99"], "leave out"),
-        (["resume=empty"], "the folder 'empty' holds no checkpoint"),
-        (["resume=moved.ckpt", "finetune.agent_steps=150"], "needs the folder"),
-        ([f"resume={whole}", "stage=pretrain"], "is a checkpoint of stage=finetune"),
-    ]
-    for words, sentence in refused:
-        said = train(tmp_path, *words, code=2)
-        errors = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1, said
-        assert sentence in errors[0]
-        assert "Traceback" not in said
+def test_resuming_twice_from_one_checkpoint_gives_the_same_weights(
+    trained: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):  # a run may be moved as a whole
+        shutil.copytree(trained / "run", tmp_path / name)
+        train(tmp_path, f"resume={name}", "finetune.agent_steps=150")
+    first, second = (
+        read_checkpoint(tmp_path / name / "finetune/last.ckpt") for name in ("one", "two")
+    )
+    assert first["global_step"] == second["global_step"] == 10
+    for key, tensor in first["state_dict"].items():
+        assert torch.equal(tensor, second["state_dict"][key]), key

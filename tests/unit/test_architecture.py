@@ -40,6 +40,7 @@ ABOVE: dict[str, set[str]] = {
     "artifacts": {"tracking", "data"},
     "doctor": {"tracking", "envs"},
     "evaluation": {"artifacts", "envs"},
+    "labels": {"semantics"},
 }
 # Above all rooms: they put the parts together and may import every one of them.
 FRONT = {"config", "build", "origin", "agent", "quality", "gallery", "gallery_page"}
@@ -54,8 +55,10 @@ DOORS = {
     "mlflow": {"mlflow_store.py"},
     "mujoco": {"envs/gl.py"},
     "omegaconf": {"compose.py"},
+    "openai": {"semantics/openai_server.py"},
+    "pyarrow": {"labels.py"},
     "scipy": {"evaluation.py"},
-    "transformers": {"semantics/qwen.py"},
+    "transformers": {"semantics/qwen.py", "semantics/text_encoder.py"},
 }
 LIGHTNING = {"datamodule.py", "pretrain.py", "finetune.py", "optimization.py", "tracking.py"}
 LIGHTNING |= {"build.py"}

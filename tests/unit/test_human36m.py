@@ -10,9 +10,11 @@ import pytest
 from miniatures import write_images
 from scenes import numbered
 
+from mapo_lightning.data.clips import ClipDataset
 from mapo_lightning.data.footage import read
 from mapo_lightning.data.video import write_mp4
 from mapo_lightning.data.windows import VideoDataConfig, VideoIndex, scan_videos
+from mapo_lightning.semantics.describer import VlmConfig
 from mapo_lightning.types import VideoError
 
 
@@ -94,3 +96,14 @@ def test_what_is_no_human36m_gets_one_clear_sentence(tmp_path: Path) -> None:
     write_images(root / "S1" / "Videos" / "%06d.jpg", numbered(3))
     with pytest.raises(VideoError, match=r"is no Human3\.6M: no file in it or its folders"):
         scan(root)
+
+
+def test_labels_name_the_frames_that_the_file_has(human: Path, tmp_path: Path) -> None:
+    """A page of labels reads the file by these numbers, and knows nothing of thinning out."""
+    data = VideoDataConfig(kind="human36m", clip_length=5)
+    source = ClipDataset(scan(human).train, data, VlmConfig(), tmp_path)
+    names = [
+        source._requests(video, [3])[0].source.removeprefix(f"{video.path.name} ")
+        for video in source.videos
+    ]
+    assert sorted(names) == ["frames 0..15 step 5", "frames 1..16 step 5"]

@@ -10,7 +10,8 @@ import pytest
 
 from mapo_lightning.semantics.describer import Reply, VlmConfig
 from mapo_lightning.semantics.embed import HashedSlots
-from mapo_lightning.semantics.labeler import Labeler, build_labeler, frames_identity, label_key
+from mapo_lightning.semantics.factory import build_labeler
+from mapo_lightning.semantics.labeler import Labeler, frames_identity, label_key
 from mapo_lightning.semantics.marks import FORMAT, Marks, read_marks
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.types import ConfigError, Frames

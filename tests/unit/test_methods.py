@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from mapo_lightning.build import build_finetune, build_pretrain
 from mapo_lightning.compose import compose
 from mapo_lightning.config import RunConfig
-from mapo_lightning.semantics.labeler import semantic_dim
+from mapo_lightning.semantics.factory import semantic_dim
 from mapo_lightning.types import Batch
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -128,3 +129,12 @@ def test_every_shipped_file_composes_and_says_what_it_is(path: Path) -> None:
     cfg = configured(*words)
     assert cfg.finetune.updates(1) > 0
     assert path.read_text().startswith("# ")
+
+
+def test_the_ablations_of_the_method_page_compose() -> None:
+    page = (CONF.parent / "docs" / "methods.md").read_text()
+    spans = [span for span in re.findall(r"`([^`\n]+)`", page) if re.match(r"\S+=\S", span)]
+    lines = [span.split() for span in spans if not span.endswith(("=", "*"))]
+    assert len(lines) >= 15
+    for words in lines:
+        configured(*(word for word in words if not word.startswith("init_from=")))

@@ -163,9 +163,10 @@ def examples(folder: Path, describer: FlowDescriber | Stubborn) -> list[LabelExa
 def test_a_good_describer_is_told_from_a_stubborn_one(tmp_path: Path) -> None:
     found = []
     for describer in (FlowDescriber(), Stubborn()):
-        labeler = Labeler(describer, LabelStore(tmp_path / describer.name, "w"), HashedSlots())
-        quality = measure(labeler, examples(tmp_path, describer))
-        again = measure(labeler, examples(tmp_path, describer))
+        store = LabelStore(tmp_path / describer.name, "w", durable=False)
+        labeler, windows = Labeler(describer, store, HashedSlots()), examples(tmp_path, describer)
+        quality = measure(labeler, windows)
+        again = measure(labeler, windows)
         assert repr(again) == repr(quality)  # NaN is no equal of itself
         assert labeler.stats.asked == 4 * 16  # the second time everything is known
         found.append(quality)
