@@ -103,7 +103,11 @@ class CollectExperience(L.Callback):
         started = time.perf_counter()
         self._owed += pl_module.cfg.train_every
         if self._owed >= self.collector.envs.num_envs:
-            taken = self.collector.collect(self.policy, self._owed)
+            # The next update runs while the environments' processes simulate and draw the last
+            # step: replay lacks it for that long, and the policy that took it was the newest.
+            exact = torch.are_deterministic_algorithms_enabled()
+            ahead = pl_module.cfg.collect_ahead and not exact
+            taken = self.collector.collect(self.policy, self._owed, ahead)
             self._owed -= taken
             self._count(trainer, pl_module, taken)
         self.seconds += time.perf_counter() - started
@@ -118,6 +122,10 @@ class CollectExperience(L.Callback):
                 "collect/agent_steps", sum(e.agent_steps for e in finished) / len(finished)
             )
             finished.clear()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take in the step under way."""
+        self.collector.settle()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Wait for labels under way, and close the environments' processes."""

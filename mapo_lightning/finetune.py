@@ -34,6 +34,10 @@ class FinetuneConfig:
     """Updates on the prefill before the agent acts."""
     train_every: int = 5
     """Agent steps between updates."""
+    collect_ahead: bool = True
+    """The environments simulate and draw a step while the next update runs, which hides all of it
+    if ``env.num_envs`` is at least ``train_every``. Replay gets that step one update later; the
+    order of everything stays fixed. Off with ``trainer.deterministic``."""
     batch_size: int = 16
     """Replayed chunks per update and rank."""
     chunk_length: int = 50

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import Replay, ReplayError
@@ -84,6 +84,7 @@ class Collector:
         self.envs, self.tracker, self.replay, self.seed = envs, tracker, replay, seed
         self.finished: list[Episode] = []
         self._step: Step | None = None
+        self._under_way: NDArray[np.float32] | None = None
         self._done = np.zeros(envs.num_envs, bool)
         self._score = np.zeros(envs.num_envs)
         self._length = np.zeros(envs.num_envs, np.int64)
@@ -110,22 +111,48 @@ class Collector:
         begun = np.random.SeedSequence([self.seed, self.replay.begun])
         self.seed = int(begun.generate_state(1)[0])
 
-    def collect(self, policy: Policy, agent_steps: int) -> int:
-        """Play until at least ``agent_steps`` more actions are taken; returns how many were."""
+    def collect(self, policy: Policy, agent_steps: int, ahead: bool = False) -> int:
+        """Play until at least ``agent_steps`` more actions are taken.
+
+        Args:
+            policy: Asked once per step.
+            agent_steps: Actions to take, over all environments.
+            ahead: Leave the last step under way in the environments' processes; the next call, or
+                ``settle``, takes its outcome in. Without processes of their own it makes no
+                difference.
+
+        Returns:
+            How many actions were taken, the one under way included.
+        """
         taken = 0
         while taken < agent_steps:
+            self.settle()
             if self._step is None:
                 obs, _ = self.envs.reset(seed=self.seed)
                 self._write(obs, None, np.ones(self.envs.num_envs, bool), {})
             assert self._step is not None
-            action = policy(self._step)
-            before = self._done
-            obs, reward, terminated, truncated, info = self.envs.step(action)
-            # An environment that was done has ignored the action and begun its next episode.
-            outcome = {"action": action, "reward": reward, "terminated": terminated}
-            self._write(obs, outcome | {"truncated": truncated}, before, info)
-            taken += int((~before).sum())
+            self._under_way = policy(self._step)
+            if isinstance(self.envs, AsyncVectorEnv):
+                self.envs.step_async(self._under_way)
+            taken += int((~self._done).sum())
+            if not ahead:
+                self.settle()
         return taken
+
+    def settle(self) -> None:
+        """Wait for the step under way, if there is one, and write it."""
+        action, self._under_way = self._under_way, None
+        if action is None:
+            return
+        if isinstance(self.envs, AsyncVectorEnv):
+            outcome = self.envs.step_wait()
+        else:
+            outcome = self.envs.step(action)
+        obs, reward, terminated, truncated, info = outcome
+        # An environment that was done has ignored the action and begun its next episode.
+        told: dict[str, NDArray[Any]] = {"action": action, "reward": reward}
+        told |= {"terminated": terminated, "truncated": truncated}
+        self._write(obs, told, self._done, info)
 
     def close(self) -> None:
         """Complete what labels still arrive for, and close the environments' processes."""

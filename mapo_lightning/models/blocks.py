@@ -51,7 +51,7 @@ class ResidualLayer(nn.Module):
         self.residual = nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
         )
@@ -64,7 +64,9 @@ class ResidualLayer(nn.Module):
     def forward(self, x_NCHW: Tensor, attended_NCHW: Tensor | None = None) -> Tensor:
         """Skip of ``x_NCHW`` plus residual of what attention made of it, if there was any."""
         inner_NCHW = x_NCHW if attended_NCHW is None else attended_NCHW
-        return F.relu(self.skip(x_NCHW) + self.residual(inner_NCHW))
+        # In place: the norms' outputs are needed by nobody else, and small maps stay in the cache.
+        out_NCHW = self.residual(inner_NCHW).add_(self.skip(x_NCHW))
+        return F.relu(out_NCHW, inplace=True)
 
 
 def residual_stack(inputs: int, outputs: int, layers: int, change_last: bool) -> nn.ModuleList:

@@ -57,7 +57,7 @@ class CrossAttention(nn.Module):
         out_NLC = self.out(out_NGLC.transpose(1, 2).flatten(2))
         out_NLC = F.dropout(out_NLC, self.dropout, self.training)
         out_NCHW = out_NLC.transpose(1, 2).reshape(x_NCHW.shape)
-        return F.relu(x_NCHW + self.norm(out_NCHW))
+        return F.relu(self.norm(out_NCHW).add_(x_NCHW), inplace=True)
 
     def _draw(self, scene_BLC: Tensor, count: int) -> Tensor:
         """A fresh random subset of the tokens for each of ``count`` frames, (N, kept, 2C)."""

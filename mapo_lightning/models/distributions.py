@@ -83,19 +83,20 @@ class TruncatedNormal(NamedTuple):
         mean, std = raw.float().chunk(2, dim=-1)
         return cls(mean.tanh(), 2.0 * torch.sigmoid(std / 2.0) + MIN_STD)
 
-    def _edges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardised lower and upper edge, and the mass between them."""
-        low, high = (-1.0 - self.mean) / self.std, (1.0 - self.mean) / self.std
-        mass = (torch.special.ndtr(high) - torch.special.ndtr(low)).clamp(min=1e-8)
-        return low, high, mass
+    def _edges(self) -> tuple[Tensor, Tensor]:
+        """Standardised lower and upper edge, and erf(edge / sqrt(2)) of both, (2, ..., A) each."""
+        half, centre = self.std.reciprocal(), self.mean / self.std
+        edges = torch.stack([-half - centre, half - centre])
+        return edges, torch.erf(edges * math.sqrt(0.5))
 
     def sample(self, noise: Tensor) -> Tensor:
         """Reparameterised sample from uniform ``noise`` (..., A); gradients reach mean and std."""
-        low, _, mass = self._edges()
-        quantile = (torch.special.ndtr(low) + noise * mass).clamp(1e-6, 1.0 - 1e-6)
-        x = self.mean + self.std * torch.special.ndtri(quantile)
-        clipped: Tensor = x + (x.clamp(-EDGE, EDGE) - x).detach()
-        return clipped
+        _, (low, high) = self._edges()
+        # 2q - 1 of the quantile q in [1e-6, 1 - 1e-6].
+        centred = torch.lerp(low, high, noise).clamp(2e-6 - 1.0, 1.0 - 2e-6)
+        x = torch.addcmul(self.mean, self.std, torch.erfinv(centred), value=math.sqrt(2.0))
+        clipped = x.clamp(-EDGE, EDGE)
+        return x + (clipped - x).detach() if x.requires_grad else clipped
 
     def mode(self) -> Tensor:
         """Most probable action, (..., A)."""
@@ -103,10 +104,10 @@ class TruncatedNormal(NamedTuple):
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, summed over the A dimensions, (...)."""
-        low, high, mass = self._edges()
-        edge = (low * _normal_pdf(low) - high * _normal_pdf(high)) / (2.0 * mass)
-        return (0.5 * math.log(2 * math.pi * math.e) + self.std.log() + mass.log() + edge).sum(-1)
-
-
-def _normal_pdf(x: Tensor) -> Tensor:
-    return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        edges, (low, high) = self._edges()
+        mass = (0.5 * (high - low)).clamp(min=1e-8)
+        bent = edges * torch.exp(-0.5 * edges.square())
+        edge = (bent[0] - bent[1]) * (0.5 / math.sqrt(2 * math.pi)) / mass
+        nats = 0.5 * math.log(2 * math.pi * math.e) + (self.std * mass).log() + edge
+        total: Tensor = nats.sum(-1)
+        return total

@@ -62,16 +62,23 @@ _Inner = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def gru(entry: Tensor, deter_in: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, _Inner]:
     """Normed GRU: next state (B, D), and (gates, mean, rstd, reset, proposal, candidate, update).
 
-    Source: facts 2.2. The update gate's bias of -1 makes a fresh cell remember.
+    The norm's offset ``beta`` holds the update gate's -1, see `remembering`. Source: facts 2.2.
     """
     matrix, bias, gamma, beta = weights
     gates = F.linear(entry, matrix, bias).float()
     normed, mean, rstd = torch.native_layer_norm(gates, gates.shape[-1:], gamma, beta, NORM_EPS)
-    reset, proposal, update = normed.chunk(3, dim=-1)
-    reset, update = torch.sigmoid(reset), torch.sigmoid(update - 1.0)
+    proposal = normed.chunk(3, dim=-1)[1]
+    # One call for both gates; that of the proposal's part is not used.
+    reset, _, update = torch.sigmoid(normed).chunk(3, dim=-1)
     candidate = torch.tanh(reset * proposal)
     deter = torch.lerp(deter_in, candidate, update)
     return deter, (gates, mean, rstd, reset, proposal, candidate, update)
+
+
+def remembering(beta: Tensor) -> Tensor:
+    """The norm's offset with -1 for the update gate, so that a fresh cell remembers; (3D,)."""
+    third = beta.shape[0] // 3
+    return torch.cat([beta[: 2 * third], beta[2 * third :] - 1.0])
 
 
 def step(
@@ -129,7 +136,10 @@ def _step_backward(
         g_logits = g_logits + logits_BX
     g_logits = g_logits.to(dtype)
     g_seen = _aten.elu_backward(g_logits @ w.logits, 1.0, 1.0, 1.0, True, s.hidden)
-    g_deter = deter_BD + g_seen @ w.deter
+    if dtype == deter_BD.dtype:
+        g_deter = torch.addmm(deter_BD, g_seen, w.deter)
+    else:
+        g_deter = deter_BD + g_seen @ w.deter
     kept = g_deter * s.update
     g_update = _aten.sigmoid_backward(g_deter * (s.candidate - s.deter_in), s.update)
     g_inner = _aten.tanh_backward(kept, s.candidate)

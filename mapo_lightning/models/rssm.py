@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 from mapo_lightning.models.blocks import xavier
 from mapo_lightning.models.distributions import balanced_kl, one_hot_sample
-from mapo_lightning.models.recurrence import NORM_EPS, Step, Weights, gru, step, unrolled
+from mapo_lightning.models.recurrence import (
+    NORM_EPS,
+    Step,
+    Weights,
+    gru,
+    remembering,
+    step,
+    unrolled,
+)
 from mapo_lightning.types import ConfigError
 
 
@@ -73,7 +81,7 @@ class RSSMState(NamedTuple):
 class NormedGRU(nn.Module):
     """GRU cell with one layer norm over all gates; gate order reset, candidate, update.
 
-    The update gate's bias of -1 makes a fresh cell remember. Source: facts 2.2.
+    Source: facts 2.2.
     """
 
     def __init__(self, inputs: int, deter: int) -> None:
@@ -84,7 +92,9 @@ class NormedGRU(nn.Module):
     def forward(self, x_BU: Tensor, deter_BD: Tensor) -> Tensor:
         """Next state (B, D) from the input (B, U) and the last one."""
         entry = torch.cat([x_BU, deter_BD.to(x_BU.dtype)], dim=-1)
-        return gru(entry, deter_BD, [*self.linear.parameters(), *self.norm.parameters()])[0]
+        linear, norm = self.linear, self.norm
+        weights = linear.weight, linear.bias, norm.weight, remembering(norm.bias)
+        return gru(entry, deter_BD, weights)[0]
 
 
 class RSSM(nn.Module):
@@ -263,7 +273,7 @@ class RSSM(nn.Module):
             linear.weight.to(dtype),
             linear.bias.to(dtype),
             norm.weight,
-            norm.bias,
+            remembering(norm.bias),
             deter_weight.to(dtype),
             last.weight.to(dtype),
             last.bias.to(dtype),

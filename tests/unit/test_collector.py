@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import perf_counter, sleep
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import Replay, ReplayConfig, ReplayError, ReplaySpec
@@ -184,3 +185,47 @@ def test_random_actions_are_held_as_long_as_asked() -> None:
     assert np.array_equal(drawn[0], drawn[2])
     assert np.array_equal(drawn[3], drawn[5])
     assert not np.array_equal(drawn[2], drawn[3])
+
+
+class SlowClock(Clock):
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        sleep(0.25)
+        return super().step(action)
+
+
+def test_a_step_under_way_does_not_hold_up_the_learner(tmp_path: Path) -> None:
+    envs = AsyncVectorEnv([SlowClock], context="fork", autoreset_mode=AutoresetMode.NEXT_STEP)
+    replay = Replay(tmp_path / "replay", ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
+    collector = Collector(envs, tracker(tmp_path, 1)[0], replay, seed=0)
+    policy = RandomPolicy(2, seed=0)
+    collector.collect(policy, 1)
+    started = perf_counter()
+    assert collector.collect(policy, 1, ahead=True) == 1
+    assert perf_counter() - started < 0.2
+    collector.settle()
+    assert perf_counter() - started > 0.2
+    collector.close()
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_collecting_ahead_writes_the_same_experience(parallel: bool, tmp_path: Path) -> None:
+    found = []
+    for ahead in (True, False):
+        envs: VectorEnv = clocks(2)
+        if parallel:
+            envs = AsyncVectorEnv(
+                [Clock, Clock], context="fork", autoreset_mode=AutoresetMode.NEXT_STEP
+            )
+        folder = tmp_path / f"{ahead}"
+        replay = Replay(folder, ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
+        collector = Collector(envs, tracker(folder, 2)[0], replay, seed=0)
+        policy, taken = RandomPolicy(2, seed=0), 0
+        for count in (1, 2, 5, 60, 3, 40):
+            taken += collector.collect(policy, count, ahead)
+        collector.settle()
+        found.append((taken, replay.sample(np.random.default_rng(0), 20, 9), collector.finished))
+        collector.close()
+    assert found[0][0] == found[1][0]
+    assert found[0][2] == found[1][2]
+    for key, value in found[0][1].items():
+        np.testing.assert_array_equal(value, found[1][1][key])

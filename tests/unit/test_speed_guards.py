@@ -1,0 +1,35 @@
+"""Ceilings that only ever go down: kernels and host syncs of one step, at size=tiny."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.speed import Operations, Work, operations
+
+# Kernels of one step, a few to spare. A change that needs more says why.
+CEILING = {"pretrain tiny": 1650, "finetune tiny": 3150}
+
+
+@pytest.mark.parametrize("case", sorted(CEILING))
+def test_a_step_starts_few_kernels_and_never_waits_for_the_device(case: str) -> None:
+    torch.set_num_threads(1)
+    counted = operations(Work(case).ours)
+    assert not counted.syncs, f"the host waits for the device: {dict(counted.syncs)}"
+    assert 0.9 * CEILING[case] < counted.kernels.total() <= CEILING[case], (
+        f"{counted.kernels.most_common(12)}"
+    )
+
+
+def test_the_plain_step_needs_three_times_as_many() -> None:
+    plain = operations(Work("finetune tiny").stepper("reference"))
+    assert plain.kernels.total() > 3 * CEILING["finetune tiny"] * 0.95
+    assert plain.syncs.total() > 100
+
+
+def test_the_counter_sees_syncs_kernels_and_views() -> None:
+    x = torch.ones(3)
+    with Operations() as counted:
+        assert float((x + 1.0)[:2].sum()) == 4.0
+    assert counted.kernels == {"add": 1, "sum": 1}
+    assert counted.syncs.total() == 1
