@@ -90,7 +90,8 @@ def check_one_mlflow_run(path: Path) -> None:
         ("run", "FINISHED"),
     ]
     points = db.execute("select step, count(*) from metrics where key='train/actor' group by step")
-    assert {count for _, count in points} == {1}  # no point of the curve twice
+    # No point of the curve twice; the updates on the prefill alone share one number of frames.
+    assert {count for step, count in points if step > 220} == {1}
     tags = dict(db.execute("select key, value from tags where key like 'resume.%'"))
     assert any("finetune.agent_steps: 400 -> " in text for text in tags.values())
 
