@@ -129,7 +129,7 @@ def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) ->
     def run(*words: str) -> str:
         done = subprocess.run(
             [sys.executable, str(script), *words],
-            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False,
+            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
