@@ -90,7 +90,8 @@ def check_one_mlflow_run(path: Path) -> None:
         ("run", "FINISHED"),
     ]
     points = db.execute("select step, count(*) from metrics where key='train/actor' group by step")
-    assert {count for _, count in points} == {1}  # no point of the curve twice
+    # No point of the curve twice; the updates on the prefill alone share one number of frames.
+    assert {count for step, count in points if step > 220} == {1}
     tags = dict(db.execute("select key, value from tags where key like 'resume.%'"))
     assert any("finetune.agent_steps: 400 -> " in text for text in tags.values())
 
@@ -128,7 +129,7 @@ def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) ->
     def run(*words: str) -> str:
         done = subprocess.run(
             [sys.executable, str(script), *words],
-            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False,
+            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
