@@ -4,6 +4,8 @@ python train.py                                    the demo: pre-train, fine-tun
 python train.py env=toy                            a small world that needs no renderer
 python train.py stage=pretrain data=folder data.root=DIR
 python train.py stage=finetune env=dmc_walker_run init_from=runs/NAME/pretrain/last.ckpt
+python train.py stage=evaluate checkpoint=runs/NAME/finetune/last.ckpt
+python train.py resume=runs/NAME                   go on where a run was interrupted
 python train.py --help                             every group, file and field
 python train.py ... --show                         print the resolved run and stop
 """
@@ -11,36 +13,35 @@ python train.py ... --show                         print the resolved run and st
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import callbacks
 from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
-from callbacks.evaluate import EvaluatePolicy, Score, floors
-from callbacks.labels import RecordLabels
-from callbacks.progress import PhaseProgress
+from callbacks.evaluate import EvaluatePolicy
+from callbacks.labels import RecordLabels, label_corpus
+from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
 from mapo_lightning import build, tracking
-from mapo_lightning.checkpoint import read_checkpoint
-from mapo_lightning.compose import Composed, compose
+from mapo_lightning.checkpoint import check_fit, read_checkpoint
+from mapo_lightning.compose import Composed
 from mapo_lightning.config import RunConfig
 from mapo_lightning.datamodule import ReplayDataModule
-from mapo_lightning.finetune import ActingPolicy
+from mapo_lightning.evaluation import Evaluation, Score, floors
 from mapo_lightning.optimization import TrainedModule
-from mapo_lightning.runtime import keep_freed_memory
+from mapo_lightning.origin import Resumed, configure, resumed
+from mapo_lightning.runtime import keep_freed_memory, rank, run_folder
 from mapo_lightning.types import ConfigError, MapoError
 
+NAMES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("mapo")
 
@@ -52,6 +53,7 @@ class Run(NamedTuple):
     composed: Composed[RunConfig]
     folder: Path
     parent: str | None  # MLflow run that holds those of the phases
+    resumed: Resumed
 
 
 def main(argv: list[str]) -> int:
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
-        composed = compose(argv, RunConfig, HERE / "conf")
+        composed = configure(argv, HERE / "conf")
         if composed.text is not None:
             print(composed.text)
             return 0
@@ -84,23 +86,13 @@ def start(composed: Composed[RunConfig]) -> Run:
         torch.set_num_threads(cfg.trainer.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     name = f"{cfg.method}-{cfg.env.name}" if cfg.stage != "pretrain" else f"{cfg.method}-videos"
-    folder = Path(cfg.run_dir or _run_folder(name)).absolute()
-    os.environ["MAPO_RUN_DIR"] = str(folder)  # ranks that this process starts share it
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = run_folder(name, cfg.run_dir)
     if tracking.is_main_process():
         composed.save(folder / "config.yaml")
+    earlier = resumed(cfg)
     tags = {"method": cfg.method, "stage": cfg.stage, "run_dir": str(folder)}
-    return Run(cfg, composed, folder, tracking.start_parent(cfg.tracking, folder.name, tags))
-
-
-def _run_folder(name: str) -> str:
-    """Folder of this run; the same on every rank, whoever starts the ranks."""
-    given = os.environ.get("MAPO_RUN_DIR")
-    if given:
-        return given
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    stamp = f"job{job}" if job and job != "none" else time.strftime("%Y%m%d-%H%M%S")
-    return f"runs/{stamp}-{name}"
+    parent = tracking.start_parent(cfg.tracking, folder.name, tags, earlier.tracked("parent"))
+    return Run(cfg, composed, folder, parent, earlier)
 
 
 def play(run: Run) -> int:
@@ -124,7 +116,9 @@ def play(run: Run) -> int:
 def train_all(run: Run) -> None:
     """Pre-train where the method does, fine-tune from it, and sum up."""
     checkpoint = None
-    if run.cfg.world_model.lower is not None:
+    if run.resumed.phase == "finetune":
+        log.info("pre-training was finished before; fine-tuning goes on")
+    elif run.cfg.world_model.lower is not None:
         checkpoint = pretrain(run)
     else:
         log.info("%s learns from scratch: there is nothing to pre-train.", run.cfg.method)
@@ -134,9 +128,11 @@ def train_all(run: Run) -> None:
 def pretrain(run: Run) -> Path:
     """Stage 1; returns the last checkpoint."""
     cfg = run.cfg
+    if run.resumed.finished("pretrain", cfg.pretrain.updates):
+        return run.resumed.path
     if cfg.data.kind == "demo" and tracking.is_main_process():
-        with tqdm(desc="rendering videos", unit="video") as bar:
-            build.render_demo(cfg, partial(_show, bar))
+        with counting("rendering videos", "video") as show:
+            build.render_demo(cfg, show)
     data = build.build_videos(cfg)
     data.setup("fit")
     assert data.index is not None
@@ -148,18 +144,9 @@ def pretrain(run: Run) -> Path:
         data.root / "quarantine.jsonl",
     )
     module = build.build_pretrain(cfg)
-    _stamp(run, module, "pretrain")
-    labels = RecordLabels(cfg.callbacks.phrases)
+    labels = RecordLabels(cfg.callbacks)
     extra = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
-    trainer = _trainer(
-        run,
-        "pretrain",
-        cfg.pretrain.updates,
-        extra,
-        {"image": "train/image"},
-        cfg.pretrain.validate_every,
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=_resume(run, "pretrain"), weights_only=True)
+    fit(run, "pretrain", module, data, cfg.pretrain.updates, extra, {"image": "train/image"})
     asked, windows = int(labels.total["asked"]), int(labels.total["windows"])
     log.info(
         "the describer was asked about %d of %d windows; the others were known", asked, windows
@@ -169,64 +156,82 @@ def pretrain(run: Run) -> Path:
 
 def finetune(run: Run, init_from: Path | None = None) -> None:
     """Stage 2, with an evaluation before and after, and a summary."""
-    cfg = run.cfg
+    cfg, seed = run.cfg, run.cfg.seed + rank()
+    updates = cfg.finetune.updates(cfg.trainer.devices * cfg.trainer.num_nodes)
+    if run.resumed.finished("finetune", updates):
+        return
     init_from = init_from or (Path(cfg.init_from) if cfg.init_from else None)
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-    stage = build.build_collection(cfg, run.folder / "replay", rank)
+    if run.resumed.phase == "finetune":
+        init_from = None  # its own checkpoint holds all parts
+    stage = build.build_collection(cfg, run.folder / "replay", rank())
     module, report = build.build_finetune(cfg, stage.action_dim, init_from)
     if report is not None:
         log.info("from %s: %s", init_from, report)
-    _stamp(run, module, "finetune", action_dim=stage.action_dim)
     play = partial(build.play_episodes, cfg)
     repeat = cfg.env.frames_per_step
-    unlearned = floors(play, stage.action_dim, cfg.evaluate.seed)
-    evaluation = EvaluatePolicy(play, unlearned, cfg.evaluate.every, fps=max(5, 50 // repeat))
+    evaluation = EvaluatePolicy(
+        play,
+        floors(play, stage.action_dim),
+        cfg.evaluate.seeds,
+        cfg.about,
+        cfg.evaluate.every,
+        cfg.env.fps,
+    )
     extra = [
-        CollectExperience(stage.collector, repeat, cfg.seed + rank),
+        CollectExperience(stage.collector, repeat, seed),
         ImaginationRollout(cfg.callbacks.rollout_every),
         evaluation,
     ]
-    ranks = cfg.trainer.devices * cfg.trainer.num_nodes
-    updates = cfg.finetune.updates(ranks)
     watch = {"return": "collect/return", "reward": "train/imagined_reward"}
-    trainer = _trainer(run, "finetune", updates, extra, watch)
-    data = ReplayDataModule(
-        stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, cfg.seed + rank
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=_resume(run, "finetune"), weights_only=True)
-    if trainer.is_global_zero and evaluation.score is not None:
-        summary(run, evaluation.floors, evaluation.score, module.env_frames or 0)
+    data = ReplayDataModule(stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, seed)
+    fit(run, "finetune", module, data, updates, extra, watch, action_dim=stage.action_dim)
+    if evaluation.newest is not None:
+        summary(run, evaluation.newest)
 
 
 def evaluate(run: Run) -> None:
     """Play a trained agent's test episodes."""
     cfg = run.cfg
-    content = read_checkpoint(Path(cfg.checkpoint or ""))
-    action_dim = content["mapo"].get("action_dim")
-    if action_dim is None:
-        raise ConfigError(
-            f"'{cfg.checkpoint}' is a pre-training checkpoint and holds no agent; give one that "
-            "stage=finetune made"
-        )
-    module, _ = build.build_finetune(cfg, action_dim, None)
-    build.restore(module, content, Path(cfg.checkpoint or ""))
+    if not tracking.is_main_process():
+        return
+    path = Path(cfg.checkpoint or "")
+    module, card = build.load_finetuned(cfg, path)
+    module.to(build.best_device(cfg.trainer.accelerator))
     play = partial(build.play_episodes, cfg)
-    episodes, _ = play(lambda: ActingPolicy(module.world_model, module.agent, explore=False), 0)
-    unlearned = floors(play, action_dim, cfg.evaluate.seed)
-    summary(run, unlearned, Score(tuple(episodes)), content["mapo"]["env_frames"])
+    episodes, films = play(build.greedy(module), cfg.evaluate.videos)
+    about = cfg.about | {"checkpoint": str(path), "env_frames": card["env_frames"]}
+    unlearned = floors(play, card["action_dim"])
+    found = Evaluation(Score(tuple(episodes)), unlearned, cfg.evaluate.seeds, about)
+    found.save_films(run.folder / "videos", films, cfg.env.fps)
+    summary(run, found)
+    found.record(tracking.make_logger(cfg.tracking, "evaluate", run.parent), films, cfg.env.fps)
 
 
-def _trainer(
+def fit(
     run: Run,
-    phase: str,
+    phase: Literal["pretrain", "finetune"],
+    module: TrainedModule,
+    data: L.LightningDataModule,
     updates: int,
     extra: list[L.Callback],
     watch: dict[str, str],
-    validate_every: int | None = None,
-) -> L.Trainer:
-    """Trainer of one phase with its MLflow run."""
+    **widths: int,
+) -> None:
+    """Train one phase in its own MLflow run, from the start or from a checkpoint."""
     cfg = run.cfg
-    logger = tracking.make_logger(cfg.tracking, phase, run.parent)
+    earlier = run.resumed.path if run.resumed.phase == phase else None
+    if earlier is not None:
+        check_fit(module, read_checkpoint(earlier, mapped=True), earlier)
+    identity = run.resumed.tracked(phase)
+    logger = tracking.make_logger(cfg.tracking, phase, run.parent, run_id=identity)
+    module.card = {  # what a checkpoint tells about itself
+        "stage": phase,
+        "method": cfg.method,
+        "config": run.composed.redacted_yaml,
+        "mlflow_parent": run.parent or "",
+        "mlflow_run": (logger.run_id if logger else None) or "",
+        **widths,
+    }
     around: list[L.Callback] = [
         MLflowRecorder(
             run.composed.redacted_yaml,
@@ -238,57 +243,24 @@ def _trainer(
     if cfg.callbacks.codebook:
         around.append(CodebookUpdate())
     if cfg.callbacks.progress:
-        around.append(
-            PhaseProgress({"pretrain": "pre-training", "finetune": "fine-tuning"}[phase], watch)
-        )
-    return build.build_trainer(
-        cfg, updates, run.folder / phase, around + extra, logger, validate_every
-    )
+        around.append(PhaseProgress(NAMES[phase], watch))
+    validate_every = cfg.pretrain.validate_every if phase == "pretrain" else None
+    folder = run.folder / phase
+    trainer = build.build_trainer(cfg, updates, folder, around + extra, logger, validate_every)
+    trainer.fit(module, datamodule=data, ckpt_path=earlier, weights_only=True)
 
 
-def _stamp(run: Run, module: TrainedModule, phase: str, **widths: int) -> None:
-    """Write down in every checkpoint what it is."""
-    module.card = {
-        "stage": phase,
-        "method": run.cfg.method,
-        "config": run.composed.redacted_yaml,
-        "mlflow_parent": run.parent or "",
-        **widths,
-    }
-
-
-def _resume(run: Run, phase: str) -> str | None:
-    """Checkpoint to go on from, if it belongs to this phase."""
-    if run.cfg.resume is None:
-        return None
-    stage = read_checkpoint(Path(run.cfg.resume))["mapo"]["stage"]
-    if stage == "finetune":
-        raise ConfigError(
-            "resume= takes pre-training checkpoints only: the replay of a fine-tuning run is not "
-            "saved with its checkpoint yet, and going on without it would unlearn"
-        )
-    return run.cfg.resume if stage == phase else None
-
-
-def _show(bar: tqdm[None], done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
-
-
-def summary(run: Run, before: dict[str, Score], after: Score, env_frames: int) -> None:
-    """Print what came out of it."""
-    cfg = run.cfg
-    count = cfg.evaluate.episodes
-    print(f"\n{cfg.env.kind}/{cfg.env.name} after {env_frames:,} frames, {count} episodes:")
-    for name, score in (before | {cfg.method: after}).items():
-        success = "" if score.success is None else f", success {score.success:.0%}"
-        print(f"  {name:<12} return {score.mean:8.1f} ± {score.spread:.1f}{success}")
-    print(f"Checkpoints: {run.folder}")
-    if cfg.tracking.enabled:
+def summary(run: Run, found: Evaluation) -> None:
+    """Print what came out of it, and write it down."""
+    found.save(run.folder / "evaluation.json")
+    print("", *found.lines(), sep="\n")
+    print(f"Everything of this run: {run.folder}")
+    if run.cfg.tracking.enabled:
         print("Videos of the dreams, curves and phrases: make ui, then open http://127.0.0.1:5000")
 
 
 STAGES = {"all": train_all, "pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}
+STAGES |= {"label": lambda run: label_corpus(run.cfg)}
 
 
 if __name__ == "__main__":

@@ -6,15 +6,22 @@ import time
 from typing import Any
 
 import lightning as L
+import torch
+import torch.distributed as dist
 
+from mapo_lightning.datamodule import ReplayDataModule
 from mapo_lightning.envs.collector import Collector, RandomPolicy
 from mapo_lightning.finetune import ActingPolicy, FinetuneModule
+from mapo_lightning.types import CheckpointError
 
 
 class CollectExperience(L.Callback):
     """Play at random before training, then ``train_every`` agent steps after each update.
 
     The prefill belongs into ``on_fit_start``: the first batch is drawn before ``on_train_start``.
+
+    A checkpoint gets an entry ``collection``: for every rank the index of its replay, the steps it
+    owes and the state of its random numbers. The experience itself stays in the replay's folder.
 
     Args:
         collector: Plays and writes; every rank has its own environments and replay.
@@ -28,11 +35,14 @@ class CollectExperience(L.Callback):
         self.policy: ActingPolicy | None = None
         self.seconds = 0.0
         self._owed = 0
+        self._resumed: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Play at random until the prefill is there and at least one chunk can be drawn."""
         assert isinstance(pl_module, FinetuneModule)
         self.policy = ActingPolicy(pl_module.world_model, pl_module.agent, explore=True)
+        if self._resumed is not None:
+            return
         share = -(-pl_module.cfg.prefill // trainer.world_size)
         random = RandomPolicy(
             self.collector.replay.spec.action_dim, self.seed, pl_module.cfg.prefill_hold
@@ -41,6 +51,46 @@ class CollectExperience(L.Callback):
         while taken < share or not self.collector.replay.can_sample(pl_module.cfg.chunk_length):
             taken += self.collector.collect(random, self.collector.envs.num_envs)
         self._count(trainer, pl_module, taken)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Gather what every rank needs to go on; called on all of them."""
+        own = {
+            "replay": self.collector.replay.state(),
+            "owed": self._owed,
+            "chunks": _data(trainer).rng.bit_generator.state,
+            "torch": torch.get_rng_state(),
+        }
+        if pl_module.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(pl_module.device)
+        ranks = [own]
+        if trainer.world_size > 1:
+            ranks = [{}] * trainer.world_size
+            dist.all_gather_object(ranks, own)
+        checkpoint["collection"] = ranks
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the replay back; comes before ``on_fit_start``."""
+        ranks = checkpoint.get("collection", [])
+        if len(ranks) != trainer.world_size:
+            raise CheckpointError(
+                f"this checkpoint holds the experience of {len(ranks)} processes and the run has "
+                f"{trainer.world_size}: resume with as many processes as it was trained with"
+            )
+        self._resumed = ranks[trainer.global_rank]
+        self.collector.restore(self._resumed["replay"])
+        self._owed = self._resumed["owed"]
+        _data(trainer).rng.bit_generator.state = self._resumed["chunks"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw on where the checkpoint's process was."""
+        if self._resumed is not None:
+            torch.set_rng_state(self._resumed["torch"].cpu())
+            if "cuda" in self._resumed and pl_module.device.type == "cuda":
+                torch.cuda.set_rng_state(self._resumed["cuda"].cpu(), pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
@@ -57,8 +107,11 @@ class CollectExperience(L.Callback):
             self._owed -= taken
             self._count(trainer, pl_module, taken)
         self.seconds += time.perf_counter() - started
-        finished = self.collector.finished
+        finished, tracker = self.collector.finished, self.collector.tracker
         due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due:
+            pl_module.log("labels/skipped", float(tracker.skipped))
+            pl_module.log("labels/waiting", float(tracker.waiting))
         if finished and due:
             pl_module.log("collect/return", sum(e.score for e in finished) / len(finished))
             pl_module.log(
@@ -67,10 +120,15 @@ class CollectExperience(L.Callback):
             finished.clear()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Close the environments' processes."""
-        self.collector.envs.close()
+        """Wait for labels under way, and close the environments' processes."""
+        self.collector.close()
 
     def _count(self, trainer: L.Trainer, module: FinetuneModule, taken: int) -> None:
         """Add simulator frames of all ranks; each takes the same number."""
         assert module.env_frames is not None
         module.env_frames += taken * self.action_repeat * trainer.world_size
+
+
+def _data(trainer: L.Trainer) -> ReplayDataModule:
+    data: ReplayDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    return data

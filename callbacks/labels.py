@@ -1,32 +1,43 @@
-"""Watches the labels: how many were asked for, how many said nothing, and what they look like."""
+"""Watches the labels: how many were asked for, how good they are, and what they look like."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import logging
+import math
+import os
+import sys
+from typing import Any
 
 import lightning as L
 import torch
+from tqdm import tqdm
 
-from callbacks.recorder import recorder_of
-from mapo_lightning.data.clips import LabelExample
-from mapo_lightning.types import Batch
+from callbacks.recorder import MLflowRecorder, recorder_of
+from mapo_lightning import build, tracking
+from mapo_lightning.config import CallbacksConfig, RunConfig
+from mapo_lightning.data.clips import ClipDataset
+from mapo_lightning.data.corpus import LabelProgress
+from mapo_lightning.datamodule import VideoDataModule
+from mapo_lightning.gallery import draw
+from mapo_lightning.gallery_page import page
+from mapo_lightning.quality import measure_clips
+from mapo_lightning.semantics.describer import NullDescriber
+from mapo_lightning.types import Batch, MapoError
 
-COUNTS = ("asked", "hits", "null", "windows")
+log = logging.getLogger(__name__)
 
-
-class _HasExamples(Protocol):
-    def label_examples(self, count: int) -> list[LabelExample]: ...
+COUNTS = ("asked", "hits", "null", "rejected", "windows")
 
 
 class RecordLabels(L.Callback):
-    """Log ``vlm/...`` counts while training, and phrases next to their frames at the end.
+    """Log ``vlm/...`` counts while training; phrases, their page and their quality at the end.
 
     Args:
-        examples: Windows in the picture; 0 draws none.
+        cfg: How many windows each of them takes; 0 leaves it out.
     """
 
-    def __init__(self, examples: int) -> None:
-        self.examples = examples
+    def __init__(self, cfg: CallbacksConfig) -> None:
+        self.cfg = cfg
         self.total = dict.fromkeys(COUNTS, torch.zeros((), dtype=torch.long))
 
     def on_train_batch_end(
@@ -48,12 +59,71 @@ class RecordLabels(L.Callback):
                     "vlm/asked": self.total["asked"].float(),
                     "vlm/hit_rate": self.total["hits"] / windows,
                     "vlm/null_rate": self.total["null"] / windows,
+                    "vlm/rejected": self.total["rejected"].float(),
                 }
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the picture."""
+        """Draw the picture and the page, and judge the labels; a failure is no one's loss."""
         recorder = recorder_of(trainer)
-        if recorder is not None and trainer.is_global_zero and self.examples:
-            data: _HasExamples = trainer.datamodule  # type: ignore[attr-defined]
-            recorder.log_phrases(trainer, data.label_examples(self.examples), trainer.global_step)
+        if recorder is None or trainer.logger is None or not trainer.is_global_zero:
+            return
+        data: VideoDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        clips = data.clips("all")
+        try:
+            self._show(trainer, recorder, clips)
+            if self.cfg.quality and not isinstance(clips.labeler.describer, NullDescriber):
+                found = measure_clips(clips, self.cfg.quality)
+                recorder.log_table(trainer, "label_quality", [found.row()], trainer.global_step)
+                figures = {
+                    "labels/direction_as_points": found.flow.share,
+                    "labels/direction_as_simulator": found.truth.share,
+                    "labels/still_null": found.still_null,
+                }
+                known = {name: x for name, x in figures.items() if math.isfinite(x)}
+                recorder.log_metrics(trainer, known, trainer.global_step)
+        except MapoError as error:  # the model is trained; the report on its labels can be repeated
+            log.warning("the labels were not recorded in full: %s", error)
+        finally:
+            clips.labeler.close()
+
+    def _show(self, trainer: L.Trainer, recorder: MLflowRecorder, clips: ClipDataset) -> None:
+        step = trainer.global_step
+        if self.cfg.phrases:
+            recorder.log_phrases(trainer, clips.label_examples(self.cfg.phrases), step)
+        store = clips.labeler.store
+        if self.cfg.gallery and store.root.is_dir():
+            sample = draw(store, [video.path for video in clips.videos], self.cfg.gallery)
+            title = ", ".join(sorted({video.path.parent.name for video in clips.videos})[:3])
+            recorder.log_page(trainer, "labels", page(sample, title, clips.labeler.marks), step)
+
+
+def label_corpus(cfg: RunConfig) -> None:
+    """Fill the label store with every window of the videos, with a bar; or only count.
+
+    Raises:
+        ConfigError: There are no videos, or nobody to ask.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if cfg.data.kind == "demo" and tracking.is_main_process():
+        build.render_demo(cfg)
+    work = build.build_labelling(cfg, rank, int(os.environ.get("WORLD_SIZE", "1")))
+    if cfg.label.dry:
+        log.info("%s", work.estimate(cfg.label.probe))
+        return
+    pause = 0.1 if sys.stderr.isatty() else 15.0
+    with tqdm(
+        total=work.windows, desc="labelling", unit="window", mininterval=pause, disable=rank > 0
+    ) as bar:
+        done = work.run(lambda progress: _show(bar, progress))
+    log.info("%s", done)
+
+
+def _show(bar: Any, now: LabelProgress) -> None:
+    eta = "?" if now.eta_seconds is None else tqdm.format_interval(now.eta_seconds)
+    text = (
+        f"{now.rate:.1f} asked/s, known {now.stats.hits}, null {now.null_rate:.0%}, "
+        f"left {max(0, now.missing - now.stats.asked)} in {eta}"
+    )
+    bar.set_postfix_str(text, refresh=False)
+    bar.update(now.done + now.lost - bar.n)

@@ -178,6 +178,11 @@ class MLflowRecorder(L.Callback):
         target = f"pages/{name}/{artifacts.step_name(step)}.html"
         artifacts.log_html(_run_of(trainer), body, target, name)
 
+    def log_page(self, trainer: L.Trainer, name: str, page: str, step: int) -> None:
+        """Record a whole HTML page as ``pages/<name>/step_00001200.html``, as it stands."""
+        target = f"pages/{name}/{artifacts.step_name(step)}.html"
+        artifacts.log_page(_run_of(trainer), page, target)
+
     def log_table(
         self, trainer: L.Trainer, name: str, rows: Sequence[Mapping[str, object]], step: int
     ) -> None:

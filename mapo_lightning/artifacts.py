@@ -84,6 +84,11 @@ def log_html(logger: object, body: str, name: str, title: str = "") -> bool:
     return _made(logger, name, lambda path: path.write_text(page, encoding="utf-8"))
 
 
+def log_page(logger: object, page: str, name: str) -> bool:
+    """Record a whole HTML page under ``name``; it brings its own policy and is not changed."""
+    return _made(logger, name, lambda path: path.write_text(page, encoding="utf-8"))
+
+
 def log_table(logger: object, rows: Sequence[Mapping[str, object]], name: str) -> bool:
     """Record rows as ``<name>.csv`` and ``<name>.json``.
 

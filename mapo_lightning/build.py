@@ -12,25 +12,34 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from mapo_lightning.checkpoint import LoadReport, load_pretrained, read_checkpoint
+from mapo_lightning.checkpoint import (
+    LoadReport,
+    check_fit,
+    load_pretrained,
+    read_checkpoint,
+    write_checkpoint,
+)
 from mapo_lightning.config import RunConfig
+from mapo_lightning.data.corpus import CorpusLabelling
 from mapo_lightning.data.replay import Replay, ReplaySpec
 from mapo_lightning.datamodule import VideoDataModule
 from mapo_lightning.envs.collector import (
     Collector,
     Episode,
     Policy,
-    SemanticTracker,
     run_episodes,
 )
 from mapo_lightning.envs.demo import render_demo_videos
 from mapo_lightning.envs.spec import EnvConfig, make_vector_env
-from mapo_lightning.finetune import FinetuneModule
+from mapo_lightning.envs.tracker import SemanticTracker
+from mapo_lightning.finetune import ActingPolicy, FinetuneModule
 from mapo_lightning.models.actor_critic import DreamerAgent
 from mapo_lightning.models.world_model import WorldModel
 from mapo_lightning.pretrain import PretrainModule
-from mapo_lightning.semantics.labeler import build_labeler, semantic_dim
+from mapo_lightning.semantics.factory import build_labeler, semantic_dim
+from mapo_lightning.semantics.marks import read_marks
 from mapo_lightning.types import CheckpointError, ConfigError, Frames
 
 
@@ -60,13 +69,32 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
         ConfigError: No folder of videos is given.
     """
     if not cfg.data.root:
-        raise ConfigError("data=folder needs data.root=DIR, the folder that holds your videos")
+        raise ConfigError(
+            f"data={cfg.data.kind} needs data.root=DIR, the folder that holds your videos"
+        )
+    read_marks(cfg.vlm.marks)  # here, where its complaint is one sentence and not a worker's
     corpus = hashlib.blake2b(str(Path(cfg.data.root).absolute()).encode(), digest_size=4)
     name = f"{Path(cfg.data.root).name}-{corpus.hexdigest()}"
     work = Path(cfg.work_dir).absolute()
     return VideoDataModule(
         cfg.data, shared_store(cfg), cfg.pretrain.batch_size, work / name, cfg.seed
     )
+
+
+def build_labelling(cfg: RunConfig, rank: int, world: int) -> CorpusLabelling:
+    """Everything that labels this process's part of all videos.
+
+    Raises:
+        ConfigError: Nobody is to be asked.
+    """
+    if cfg.vlm.kind == "none":
+        raise ConfigError("stage=label needs a describer: vlm=flow, openai_server or another")
+    module = build_videos(cfg)
+    # A corpus is labelled to the end: nulls for want of a server are of no use here.
+    if cfg.vlm.on_outage == "null":
+        module.vlm = replace(module.vlm, on_outage="wait")
+    number, count = cfg.label.part()
+    return CorpusLabelling(module.clips("all"), (number * world + rank, count * world))
 
 
 def shared_store(cfg: RunConfig) -> Any:
@@ -102,20 +130,35 @@ def build_finetune(
     return FinetuneModule(world_model, agent, cfg.finetune), report
 
 
-def restore(module: FinetuneModule, content: Mapping[str, Any], path: Path) -> None:
-    """Put a checkpoint's weights into a module of the same configuration.
+def load_finetuned(cfg: RunConfig, path: Path) -> tuple[FinetuneModule, Mapping[str, Any]]:
+    """A trained agent with its world model, and its checkpoint's card.
 
     Raises:
-        CheckpointError: The checkpoint belongs to another method, size or task.
+        CheckpointError: The file is no checkpoint, holds no agent, or does not fit ``cfg``.
     """
-    try:
-        module.load_state_dict(content["state_dict"])
-    except RuntimeError as error:
-        first = next(line.strip() for line in str(error).splitlines() if line.startswith("\t"))
+    content = read_checkpoint(path)
+    card: Mapping[str, Any] = content["mapo"]
+    if "action_dim" not in card:
         raise CheckpointError(
-            f"'{path}' was made with method={content['mapo']['method']} and does not fit this "
-            f"model: {first} Use the same method=, size= and env="
-        ) from error
+            f"'{path}' is a pre-training checkpoint and holds no agent; give one that "
+            "stage=finetune made"
+        )
+    module, _ = build_finetune(cfg, card["action_dim"], None)
+    check_fit(module, content, path)
+    module.load_state_dict(content["state_dict"])
+    return module, card
+
+
+def best_device(accelerator: str) -> torch.device:
+    """Where to run networks outside a Trainer: its choice of hardware, for one process.
+
+    Raises:
+        ConfigError: A GPU is asked for and there is none.
+    """
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"trainer.accelerator={accelerator}, but there is no GPU")
+    wanted = accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if wanted else "cpu")
 
 
 class Stage2(NamedTuple):
@@ -133,7 +176,7 @@ def build_collection(cfg: RunConfig, folder: Path, rank: int) -> Stage2:
     action_dim = int(envs.single_action_space.shape[0])  # type: ignore[index]
     spec = ReplaySpec((cfg.env.size, cfg.env.size, 3), action_dim, semantic_dim(cfg.vlm))
     replay = Replay(folder / f"rank{rank}", cfg.replay, spec)
-    tracker = build_tracker(cfg, envs.num_envs, f"collect-{rank}")
+    tracker = build_tracker(cfg, envs.num_envs, f"collect-{rank}", late=answers_late(cfg))
     return Stage2(Collector(envs, tracker, replay, seed), replay, action_dim)
 
 
@@ -142,28 +185,70 @@ def labelled_env(cfg: RunConfig) -> EnvConfig:
     return replace(cfg.env, label_size=cfg.vlm.env_frame_size or cfg.env.label_size)
 
 
-def build_tracker(cfg: RunConfig, envs: int, writer: str) -> SemanticTracker:
-    """Labels of what ``envs`` environments show."""
+def answers_late(cfg: RunConfig) -> bool:
+    """Whether collecting goes on without waiting for the describer."""
+    if cfg.vlm.env_late is not None:
+        return cfg.vlm.env_late
+    # These two answer within a frame, and a run that waits for them repeats exactly.
+    return cfg.vlm.kind not in ("flow", "none") and not cfg.trainer.deterministic
+
+
+def build_tracker(cfg: RunConfig, envs: int, writer: str, late: bool = False) -> SemanticTracker:
+    """Labels of what ``envs`` environments show; ``late``: without waiting for them."""
     vlm = shared_store(cfg)
     labeler = build_labeler(vlm, Path(cfg.work_dir).absolute(), writer)
-    return SemanticTracker(labeler, vlm, envs, f"{cfg.env.kind}/{cfg.env.name}")
+    return SemanticTracker(labeler, vlm, envs, f"{cfg.env.kind}/{cfg.env.name}", late)
+
+
+def greedy(module: FinetuneModule) -> Callable[[int], Policy]:
+    """The agent's policy for a batch of test episodes, and the seed of its random numbers.
+
+    Posteriors are sampled in evaluation too: the same agent must get the same score twice.
+    """
+
+    def policy_of(seed: int) -> Policy:
+        torch.manual_seed(seed)
+        return ActingPolicy(module.world_model, module.agent, explore=False)
+
+    return policy_of
 
 
 def play_episodes(
-    cfg: RunConfig, policy_of: Callable[[], Policy], film: int
+    cfg: RunConfig, policy_of: Callable[[int], Policy], film: int
 ) -> tuple[list[Episode], list[Frames]]:
-    """Play the evaluation's episodes: the same reset seeds whoever plays."""
-    count = min(cfg.evaluate.num_envs, cfg.evaluate.episodes)
-    seeds = [cfg.evaluate.seed + i for i in range(cfg.evaluate.episodes)]
+    """Play the evaluation's episodes: the same reset seeds whoever plays.
+
+    Leaves the program's random numbers as they were.
+    """
+    count, seeds = min(cfg.evaluate.num_envs, cfg.evaluate.episodes), cfg.evaluate.seeds
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     envs = make_vector_env(labelled_env(cfg), cfg.evaluate.seed, count)
     try:
-        # Posteriors are sampled in evaluation too: the same agent must get the same score twice.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg.evaluate.seed)
+        with torch.random.fork_rng(devices=devices):
             tracker = build_tracker(cfg, count, "evaluate")
             return run_episodes(envs, tracker, policy_of, seeds, film)
     finally:
         envs.close()
+
+
+class _WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints at once or not at all, also where the temporary folder is another disk."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Write one checkpoint."""
+        write_checkpoint(checkpoint, Path(path))
+
+
+class _Saving(ModelCheckpoint):
+    """Lightning saves nothing at the end of training if a checkpoint was due before: this does."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the trained model, unless the last update was one with a checkpoint."""
+        super().on_train_end(trainer, pl_module)
+        if trainer.global_step != self._last_global_step_saved:
+            trainer.save_checkpoint(self.last_model_path)
 
 
 def build_trainer(
@@ -175,7 +260,7 @@ def build_trainer(
     validate_every: int | None = None,
 ) -> L.Trainer:
     """Lightning's Trainer for one stage of ``updates`` optimiser updates."""
-    saving = ModelCheckpoint(
+    saving = _Saving(
         dirpath=folder,
         filename="{step}",
         every_n_train_steps=cfg.callbacks.checkpoint_every,
@@ -183,6 +268,7 @@ def build_trainer(
         save_top_k=1,
         monitor=None,
         save_on_train_epoch_end=True,
+        enable_version_counter=False,  # a resumed run replaces its own files
     )
     return L.Trainer(
         accelerator=cfg.trainer.accelerator,
@@ -198,6 +284,7 @@ def build_trainer(
         limit_val_batches=None if validate_every else 0,
         num_sanity_val_steps=0,
         callbacks=[*callbacks, saving],
+        plugins=[_WholeFiles()],
         logger=logger or False,
         enable_progress_bar=False,
         enable_model_summary=False,

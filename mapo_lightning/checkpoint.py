@@ -6,6 +6,8 @@ tracking run) that lets a file be used without the command that made it.
 
 from __future__ import annotations
 
+import logging
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mapo_lightning.types import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 class LoadReport(NamedTuple):
@@ -32,8 +36,35 @@ class LoadReport(NamedTuple):
         return "loaded {loaded}; fresh {fresh}; ignored {ignored}".format(**named)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint at once or not at all: a killed process leaves the older one whole.
+
+    Raises:
+        CheckpointError: The disk is full or cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part")  # on the same disk, so that renaming is atomic
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"cannot write the checkpoint '{path}': {reason}. Free some disk space; the checkpoint "
+            "before it is intact, resume= goes on from there"
+        ) from error
+
+
+def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Read a checkpoint of this package.
+
+    Args:
+        path: The file.
+        mapped: Leave the tensors on disk until they are used: enough for whoever wants the card.
 
     Raises:
         CheckpointError: It is missing, damaged, holds code, or was not made by this package.
@@ -41,7 +72,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at '{path}'; give the path of a .ckpt file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"'{path}' is refused: it is damaged, or holds more than plain tensors, strings and "
@@ -56,6 +87,38 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "mapo" not in content or "state_dict" not in content:
         raise CheckpointError(f"'{path}' was not saved by this package: it has no 'mapo' card")
     return content
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest whole checkpoint of a run's folder, one of fine-tuning before pre-training's.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    for phase in ("finetune", "pretrain"):
+        files = sorted((folder / phase).glob("*.ckpt"), key=lambda file: -file.stat().st_mtime_ns)
+        for path in files:
+            try:
+                read_checkpoint(path, mapped=True)
+            except CheckpointError as error:
+                log.warning("%s", error)
+            else:
+                return path
+    raise CheckpointError(f"the folder '{folder}' holds no checkpoint that can be read")
+
+
+def check_fit(model: nn.Module, content: Mapping[str, Any], path: Path) -> None:
+    """Compare a checkpoint with a model of all its parts, tensor by tensor.
+
+    Raises:
+        CheckpointError: Names the first tensor that is missing, left over or of another shape.
+    """
+    card = content["mapo"]
+    advice = (
+        f"'{path}' was made with method={card.get('method')} and brings its own settings along; "
+        "leave out method=, size=, env= and world_model.*"
+    )
+    _check_part("", model.state_dict(), content["state_dict"], advice)
 
 
 def load_pretrained(
@@ -84,8 +147,9 @@ def load_pretrained(
     children = {name: child for name, child in children.items() if any(child.state_dict())}
     wanted = [name for name in parts if name in children]
     made_by = checkpoint["mapo"].get("method", "another method")
+    advice = f"the checkpoint was made with method={made_by}; use the same method= and size="
     for part in wanted:
-        _check_part(part, children[part].state_dict(), stored.get(part, {}), made_by)
+        _check_part(f"{part}.", children[part].state_dict(), stored.get(part, {}), advice)
         children[part].load_state_dict(stored[part])
     return LoadReport(
         tuple(wanted),
@@ -95,18 +159,17 @@ def load_pretrained(
 
 
 def _check_part(
-    part: str, wanted: Mapping[str, Tensor], stored: Mapping[str, Tensor], made_by: str
+    prefix: str, wanted: Mapping[str, Tensor], stored: Mapping[str, Tensor], advice: str
 ) -> None:
     """Name the first tensor that does not fit."""
-    advice = f"the checkpoint was made with method={made_by}; use the same method= and size="
     for name, tensor in wanted.items():
         if name not in stored:
-            raise CheckpointError(f"the checkpoint has no '{part}.{name}': {advice}")
+            raise CheckpointError(f"the checkpoint has no '{prefix}{name}': {advice}")
         if stored[name].shape != tensor.shape:
             raise CheckpointError(
-                f"'{part}.{name}' is {tuple(stored[name].shape)} in the checkpoint and "
+                f"'{prefix}{name}' is {tuple(stored[name].shape)} in the checkpoint and "
                 f"{tuple(tensor.shape)} in the model: {advice}"
             )
     for name in stored:
         if name not in wanted:
-            raise CheckpointError(f"the model has no '{part}.{name}': {advice}")
+            raise CheckpointError(f"the model has no '{prefix}{name}': {advice}")

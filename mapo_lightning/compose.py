@@ -8,7 +8,6 @@ root, so a group file may also set keys outside its own section. Lists are repla
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,21 @@ from omegaconf.errors import OmegaConfBaseException
 from mapo_lightning.command_line import CommandLine
 from mapo_lightning.conf_groups import Groups, help_text, unknown_key
 from mapo_lightning.redact import redact
-from mapo_lightning.schema import did_you_mean, flatten, hints, lookup, section, type_name, unwrap
+from mapo_lightning.schema import (
+    as_integers,
+    did_you_mean,
+    flatten,
+    hints,
+    lookup,
+    may_be_null,
+    only_keys,
+    section,
+    type_name,
+    unwrap,
+)
 from mapo_lightning.types import ConfigError
 
 T = TypeVar("T")
-
-_REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,13 @@ class Composed(Generic[T]):
         draft.replace(path)
 
 
-def compose(argv: Sequence[str], schema: type[T], conf_dir: Path) -> Composed[T]:
+Base = tuple[str, Mapping[str, Any]]
+"""Origin, for messages, and the keys of a run that another one builds upon."""
+
+
+def compose(
+    argv: Sequence[str], schema: type[T], conf_dir: Path, base: Base | None = None
+) -> Composed[T]:
     """Compose a run from the words of a command line.
 
     Args:
@@ -69,6 +83,7 @@ def compose(argv: Sequence[str], schema: type[T], conf_dir: Path) -> Composed[T]
             ``config=FILE`` (a saved run as the base), ``--show``, ``--help [PREFIX]``.
         schema: Root dataclass; every field has a default.
         conf_dir: Folder with ``config.yaml`` and one folder per group.
+        base: An earlier run, in place of ``config.yaml``; ``config=FILE`` wins over it.
 
     Returns:
         The run, with :attr:`Composed.text` set where the words ask to print rather than to run.
@@ -79,7 +94,7 @@ def compose(argv: Sequence[str], schema: type[T], conf_dir: Path) -> Composed[T]
     """
     words = CommandLine.parse(argv)
     groups = Groups(conf_dir, load_yaml)
-    chosen, leaves, base = _sort_words(words.overrides, groups, schema)
+    chosen, leaves, base = _sort_words(words.overrides, groups, schema, base)
     tree = OmegaConf.structured(schema)
     for origin, content in _sources(groups, chosen, base):
         for key, value in _leaves(schema, content, origin):
@@ -105,6 +120,18 @@ def compose(argv: Sequence[str], schema: type[T], conf_dir: Path) -> Composed[T]
     )
 
 
+def from_base(base: Base, schema: type[T]) -> T:
+    """Build a run from another one's keys alone, where no configuration folder is at hand.
+
+    Raises:
+        ConfigError: A key is unknown, or a value of the wrong type or out of range.
+    """
+    tree = OmegaConf.structured(schema)
+    for key, value in _leaves(schema, base[1], base[0]):
+        _set(tree, schema, key, value, base[0])
+    return _build(tree, schema)
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file as plain dicts, lists and leaves, references unresolved.
 
@@ -123,16 +150,15 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def _sort_words(
-    overrides: Sequence[str], groups: Groups, schema: type
-) -> tuple[dict[str, str | None], list[tuple[str, str]], Path | None]:
+    overrides: Sequence[str], groups: Groups, schema: type, base: Base | None
+) -> tuple[dict[str, str | None], list[tuple[str, str]], Base | None]:
     """Tell group choices, leaf overrides and the base file apart; refuse unknown keys."""
     picked: dict[str, str | None] = {}
     leaves: list[tuple[str, str]] = []
-    base: Path | None = None
     for word in overrides:
         key, _, value = word.partition("=")
         if key == "config" and key not in hints(schema):
-            base = Path(value)
+            base = value, load_yaml(Path(value))
         elif key in groups.files:
             picked[key] = None if value == "null" else value
             groups.check(key, picked[key])
@@ -140,21 +166,15 @@ def _sort_words(
             _check_key(schema, key, "", groups.files)
             leaves.append((key, value))
     # `group=null` also empties the section of that name, where the schema lets it be empty.
-    off = [(g, "null") for g, name in picked.items() if name is None and _may_be_null(schema, g)]
+    off = [(g, "null") for g, name in picked.items() if name is None and may_be_null(schema, g)]
     return groups.choose(picked, defaults=base is None), off + leaves, base
 
 
-def _may_be_null(schema: type, name: str) -> bool:
-    return name in hints(schema) and unwrap(hints(schema)[name])[1]
-
-
-def _sources(
-    groups: Groups, chosen: Mapping[str, str | None], base: Path | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _sources(groups: Groups, chosen: Mapping[str, str | None], base: Base | None) -> Iterator[Base]:
     """Yield (name for messages, content) of every file, in the order of merging."""
     root = groups.folder / "config.yaml"
     if base is not None:
-        yield str(base), load_yaml(base)
+        yield base
     elif root.is_file():
         yield f"{groups.folder.name}/{root.name}", groups.values(root)
     for group, name in chosen.items():
@@ -204,7 +224,7 @@ def _set(tree: DictConfig, schema: type, key: str, value: Any, origin: str) -> N
     hint = lookup(schema, key)
     _wake_parents(tree, schema, key)
     try:  # merge: dicts grow, lists are replaced
-        OmegaConf.update(tree, key, _as_integers(value, hint), merge=isinstance(value, dict))
+        OmegaConf.update(tree, key, as_integers(value, hint), merge=isinstance(value, dict))
     except OmegaConfBaseException as error:
         place = f"{origin}: " if origin else ""
         close = did_you_mean(str(value), type_name(hint).removeprefix("one of ").split(", "))
@@ -222,17 +242,6 @@ def _wake_parents(tree: DictConfig, schema: type, key: str) -> None:
         cls = section(lookup(schema, parent))
         if cls is not None and OmegaConf.select(tree, parent) is None:
             OmegaConf.update(tree, parent, OmegaConf.structured(cls))
-
-
-def _as_integers(value: Any, hint: Any) -> Any:
-    inner, _ = unwrap(hint)
-    if inner is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list) and getattr(inner, "__args__", None):
-        return [_as_integers(item, inner.__args__[0]) for item in value]
-    if isinstance(value, dict) and len(getattr(inner, "__args__", ())) == 2:
-        return {name: _as_integers(item, inner.__args__[1]) for name, item in value.items()}
-    return value
 
 
 def _build(tree: DictConfig, schema: type[T]) -> T:
@@ -271,7 +280,7 @@ def _resolved(tree: DictConfig) -> Any:
             }
         if isinstance(node, list):
             return [visit(item, f"{key}[{index}]") for index, item in enumerate(node)]
-        if isinstance(node, str) and "${" in node and _only_keys(raw, node):
+        if isinstance(node, str) and "${" in node and only_keys(raw, node):
             try:
                 return OmegaConf.select(tree, key)
             except OmegaConfBaseException as error:
@@ -280,19 +289,6 @@ def _resolved(tree: DictConfig) -> Any:
         return node
 
     return visit(raw, "")
-
-
-def _only_keys(raw: Any, text: str, depth: int = 0) -> bool:
-    """Tell whether a text with references leads to other keys only, however indirectly."""
-    for reference in _REFERENCE.findall(text):
-        target: Any = raw
-        for part in reference.split("."):
-            target = target.get(part) if isinstance(target, dict) else None
-        if ":" in reference or reference.startswith(".") or depth > 16:
-            return False
-        if isinstance(target, dict | list) or not _only_keys(raw, str(target), depth + 1):
-            return False
-    return True
 
 
 def _dump(tree: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mapo_lightning.data.replay import ReplayConfig
 from mapo_lightning.data.windows import VideoDataConfig
@@ -50,11 +51,21 @@ class EvaluateConfig:
     """Updates between evaluations in training; one more is made at the end."""
     num_envs: int = 2
     """Environments that play side by side."""
+    videos: int = 3
+    """Episodes that stage=evaluate films; evaluations in training film one."""
 
     def __post_init__(self) -> None:
         for name in ("episodes", "every", "num_envs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "videos"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Reset seed of every episode."""
+        return tuple(range(self.seed, self.seed + self.episodes))
 
 
 @dataclass
@@ -69,10 +80,18 @@ class CallbacksConfig:
     """Updates between checkpoints; one more is made at the end."""
     phrases: int = 24
     """Windows in the table of phrases that is recorded at the end of pre-training."""
+    gallery: int = 200
+    """Windows in the page of labels that is recorded at the end of pre-training; 0: no page."""
+    quality: int = 48
+    """Windows by which the labels are judged at the end of pre-training; each costs four more
+    questions to the describer. 0: not at all."""
     progress: bool = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
+        for name in ("gallery", "quality"):
+            if not 0 <= getattr(self, name) <= 2000:
+                raise ConfigError(f"{name} must lie in [0, 2000], got {getattr(self, name)}")
         for name in ("rollout_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -112,11 +131,37 @@ class TrainerConfig:
 
 
 @dataclass
+class LabelConfig:
+    """What stage=label does: every window of all videos gets its label."""
+
+    shard: str = "0/1"
+    """Which part of the corpus, as i/n with i from 0: for jobs on several machines. Processes that
+    torchrun starts share a part out among themselves."""
+    dry: bool = False
+    """Only say how many windows and questions there are, and how long they would take."""
+    probe: int = 16
+    """Questions that dry=true asks to measure the rate; their answers are kept. 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.probe < 0:
+            raise ConfigError(f"probe must not be negative, got {self.probe}")
+        self.part()
+
+    def part(self) -> tuple[int, int]:
+        """The shard as (number, count)."""
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
+        if not match or not int(match[1]) < int(match[2]):
+            raise ConfigError(f"shard must be i/n with i from 0 to n-1, got '{self.shard}'")
+        return int(match[1]), int(match[2])
+
+
+@dataclass
 class RunConfig:
     """One run of train.py."""
 
-    stage: Literal["all", "pretrain", "finetune", "evaluate"] = "all"
-    """all: pre-train, fine-tune and evaluate in one go; or one of them."""
+    stage: Literal["all", "pretrain", "finetune", "evaluate", "label"] = "all"
+    """all: pre-train, fine-tune and evaluate in one go; or one of them; label: only fill the label
+    store with every window of the videos."""
     method: str = "mapo"
     """Published system, for the record; chosen with method=NAME."""
     seed: int = 0
@@ -128,15 +173,18 @@ class RunConfig:
     init_from: str | None = None
     """Pre-training checkpoint that fine-tuning starts from; null starts fresh."""
     checkpoint: str | None = None
-    """Fine-tuning checkpoint that stage=evaluate plays."""
+    """Fine-tuning checkpoint that stage=evaluate plays, with the settings it was made with."""
     resume: str | None = None
-    """Pre-training checkpoint whose training goes on, with its optimiser and counters."""
+    """Checkpoint, or folder of a run, whose training goes on: with its settings, optimiser, replay,
+    counters and MLflow runs."""
     data: VideoDataConfig = field(default_factory=VideoDataConfig)
     """Videos."""
     demo: DemoConfig = field(default_factory=DemoConfig)
     """Videos that the demo renders."""
     vlm: VlmConfig = field(default_factory=VlmConfig)
     """Who describes them."""
+    label: LabelConfig = field(default_factory=LabelConfig)
+    """Labelling a whole corpus."""
     env: EnvConfig = field(default_factory=EnvConfig)
     """Task."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
@@ -157,6 +205,12 @@ class RunConfig:
     """Hardware."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its evaluations are of."""
+        task = f"{self.env.kind}/{self.env.name}"
+        return {"method": self.method, "task": task, "seed": self.seed}
 
     def __post_init__(self) -> None:
         if self.stage == "evaluate" and not self.checkpoint:

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from mapo_lightning.data.clips import Clip, ClipDataset, LabelExample
+from mapo_lightning.data.ahead import collate_clips, settle
+from mapo_lightning.data.clips import Clip, ClipDataset
 from mapo_lightning.data.replay import Replay
 from mapo_lightning.data.windows import VideoDataConfig, VideoIndex, scan_videos
 from mapo_lightning.semantics.describer import VlmConfig
+from mapo_lightning.semantics.factory import build_labeler
+from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.types import Batch
 
 _HELD_OUT_CLIPS = 16
@@ -37,6 +40,7 @@ class VideoDataModule(L.LightningDataModule):
         self.data, self.vlm, self.batch_size = data, vlm, batch_size
         self.root, self.seed = root, seed
         self.index: VideoIndex | None = None
+        self._labeler: Labeler | None = None
 
     def setup(self, stage: str) -> None:
         """Scan the folder once; bad files go to the quarantine report."""
@@ -55,7 +59,10 @@ class VideoDataModule(L.LightningDataModule):
             "holdout": index.holdout or index.train,
             "all": index.videos,
         }[split]
-        return ClipDataset(videos, self.data, self.vlm, self.root, self.seed, rank, world, split)
+        aside = self.root / "quarantine.jsonl"
+        return ClipDataset(
+            videos, self.data, self.vlm, self.root, self.seed, rank, world, split, aside
+        )
 
     def train_dataloader(self) -> DataLoader[Clip]:
         """Batches without end; the trainer's budget of updates stops them."""
@@ -64,6 +71,7 @@ class VideoDataModule(L.LightningDataModule):
             self.clips("train"),
             batch_size=self.batch_size,
             num_workers=workers,
+            collate_fn=collate_clips,
             prefetch_factor=2 if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -74,22 +82,29 @@ class VideoDataModule(L.LightningDataModule):
         clips = self.clips("holdout").fixed_clips(_HELD_OUT_CLIPS)
         return DataLoader(clips, batch_size=self.batch_size)  # type: ignore[arg-type]
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Label what the loader's workers could not: a model in this process answers in batches."""
+        if "pending" not in batch:
+            return batch
+        if self._labeler is None:
+            rank = self.trainer.global_rank if self.trainer else 0
+            self._labeler = build_labeler(self.vlm, self.root, f"train-rank{rank}-batch")
+        return settle(batch, self._labeler)
+
     def rollout_batch(self, count: int) -> Batch:
         """The first ``count`` held-out clips, for pictures."""
         batch: Batch = default_collate(self.clips("holdout").fixed_clips(count))
         return {key: value for key, value in batch.items() if not key.startswith("vlm_")}
 
-    def label_examples(self, count: int) -> list[LabelExample]:
-        """Windows of all videos with their phrases, for pictures."""
-        return self.clips("all").label_examples(count)
-
 
 class _Chunks(IterableDataset[Batch]):
     """Chunks drawn from replay, batch after batch without end."""
 
-    def __init__(self, replay: Replay, batch_size: int, length: int, seed: int) -> None:
+    def __init__(
+        self, replay: Replay, batch_size: int, length: int, rng: np.random.Generator
+    ) -> None:
         self.replay, self.batch_size, self.length = replay, batch_size, length
-        self.rng = np.random.default_rng(seed)
+        self.rng = rng
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -114,10 +129,12 @@ class ReplayDataModule(L.LightningDataModule):
     def __init__(self, replay: Replay, batch_size: int, length: int, seed: int) -> None:
         super().__init__()
         self.replay, self.batch_size, self.length, self.seed = replay, batch_size, length, seed
+        self.rng = np.random.default_rng(seed)
+        """Draws the chunks; its state belongs into a checkpoint."""
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches without end; the trainer's budget of updates stops them."""
-        chunks = _Chunks(self.replay, self.batch_size, self.length, self.seed)
+        chunks = _Chunks(self.replay, self.batch_size, self.length, self.rng)
         return DataLoader(chunks, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def rollout_batch(self, count: int) -> Batch:

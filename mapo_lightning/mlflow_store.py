@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+log = logging.getLogger(__name__)
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Point = tuple[str, float, int, int]
 """Name, value, time in ms since 1970, step."""
@@ -101,6 +103,9 @@ def start_run(
 ) -> str:
     """Start a run, or set a run that ended going again; return its id."""
     ours = {"host": socket.gethostname(), "pid": str(os.getpid()), **tags}
+    if run_id is not None and not _exists(mlflow, run_id):
+        log.warning("this MLflow store has no run %s to go on with: a new one is started", run_id)
+        run_id = None
     if run_id is None:
         git = git_state(Path.cwd())
         about = {"mlflow.runName": name, "mlflow.source.name": Path(sys.argv[0]).name or "python"}
@@ -111,6 +116,13 @@ def start_run(
     mlflow.update_run(run_id, status="RUNNING")
     set_tags(mlflow, run_id, {**ours, "resume.count": str(count)})
     return run_id
+
+
+def _exists(mlflow: MlflowClient, run_id: str) -> bool:
+    try:
+        return str(mlflow.get_run(run_id).info.lifecycle_stage) == "active"
+    except errors():
+        return False
 
 
 def close_dead_runs(mlflow: MlflowClient, experiment: str) -> None:

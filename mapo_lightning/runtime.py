@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+import time
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
 _MIB = 2**20
@@ -33,3 +36,29 @@ def keep_freed_memory() -> bool:
     )
     taken = [mallopt(name, value) == 1 for name, value in settings]
     return all(taken)
+
+
+def run_folder(name: str, given: str = "") -> Path:
+    """Folder of this run; the same on every rank, whoever starts the ranks.
+
+    Args:
+        name: What to call it where none is given, after the time or the job.
+        given: The folder that the user wants.
+
+    Returns:
+        Its absolute path, made if missing.
+    """
+    folder = given or os.environ.get("MAPO_RUN_DIR", "")
+    if not folder:
+        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+        stamp = f"job{job}" if job and job != "none" else time.strftime("%Y%m%d-%H%M%S")
+        folder = f"runs/{stamp}-{name}"
+    path = Path(folder).absolute()
+    os.environ["MAPO_RUN_DIR"] = str(path)  # ranks that this process starts share it
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def rank() -> int:
+    """Number of this process among all of a job, right where no Trainer has counted them yet."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))

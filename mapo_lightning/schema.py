@@ -9,12 +9,15 @@ import ast
 import difflib
 import inspect
 import itertools
+import re
 import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+_REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 
 class Field(NamedTuple):
@@ -156,3 +159,33 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def only_keys(raw: Any, text: str, depth: int = 0) -> bool:
+    """Tell whether a text with references leads to other keys only, however indirectly."""
+    for reference in _REFERENCE.findall(text):
+        target: Any = raw
+        for part in reference.split("."):
+            target = target.get(part) if isinstance(target, dict) else None
+        if ":" in reference or reference.startswith(".") or depth > 16:
+            return False
+        if isinstance(target, dict | list) or not only_keys(raw, str(target), depth + 1):
+            return False
+    return True
+
+
+def may_be_null(schema: type, name: str) -> bool:
+    """Tell whether the schema lets the section ``name`` be empty."""
+    return name in hints(schema) and unwrap(hints(schema)[name])[1]
+
+
+def as_integers(value: Any, hint: Any) -> Any:
+    """Turn whole numbers written as 1e5 into integers where the schema wants integers."""
+    inner, _ = unwrap(hint)
+    if inner is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list) and getattr(inner, "__args__", None):
+        return [as_integers(item, inner.__args__[0]) for item in value]
+    if isinstance(value, dict) and len(getattr(inner, "__args__", ())) == 2:
+        return {name: as_integers(item, inner.__args__[1]) for name, item in value.items()}
+    return value

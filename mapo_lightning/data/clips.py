@@ -5,30 +5,34 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mapo_lightning.data.video import VideoFileError, VideoInfo, read_frames
-from mapo_lightning.data.windows import VideoDataConfig
-from mapo_lightning.semantics.describer import VlmConfig
-from mapo_lightning.semantics.labeler import (
-    Label,
-    Labeler,
-    WindowRequest,
-    build_labeler,
-    semantic_dim,
+from mapo_lightning.data.ahead import (
+    WindowFrames,
+    count_labels,
+    hold_labels,
+    pend,
+    run_ahead,
 )
+from mapo_lightning.data.footage import read
+from mapo_lightning.data.source import VideoFileError, VideoInfo
+from mapo_lightning.data.windows import VideoDataConfig
+from mapo_lightning.semantics.describer import StreamingDescriber, VlmConfig
+from mapo_lightning.semantics.factory import build_labeler, semantic_dim
+from mapo_lightning.semantics.labeler import Label, Labeler, WindowRequest
 from mapo_lightning.semantics.phrase import Phrase, Status
 from mapo_lightning.types import Frames, VideoError
 
 log = logging.getLogger(__name__)
 
-Clip = dict[str, NDArray[Any]]
-"""One clip: the batch keys of `types` without the leading B, and the counts ``vlm_*``."""
+Clip = dict[str, Any]
+"""One clip: the batch keys of `types` without B, ``video``, and the counts ``vlm_*``."""
 
 
 class LabelExample(NamedTuple):
@@ -42,6 +46,12 @@ class LabelExample(NamedTuple):
     text: str
     status: Status
     phrase: Phrase | None
+    path: Path
+    """Where the video lies."""
+    last: int
+    """Last frame of the window in the video."""
+    label: str = ""
+    """Class that the data set gives the video; empty where it gives none."""
 
 
 class ClipDataset(IterableDataset[Clip]):
@@ -100,7 +110,9 @@ class ClipDataset(IterableDataset[Clip]):
             worker = get_worker_info()
             number = "main" if worker is None else f"worker{worker.id}"
             writer = f"{self.split}-rank{self.rank}-{number}"
-            self._labeler = build_labeler(self.vlm, self.root, writer)
+            share = max(1, self.vlm.concurrency // (1 if worker is None else worker.num_workers))
+            vlm = replace(self.vlm, concurrency=share)
+            self._labeler = build_labeler(vlm, self.root, writer)
         return self._labeler
 
     def __iter__(self) -> Iterator[Clip]:
@@ -109,24 +121,15 @@ class ClipDataset(IterableDataset[Clip]):
         Raises:
             VideoError: Every video has failed.
         """
-        worker = get_worker_info()
-        stream = (self.seed, self.rank, 0 if worker is None else worker.id)
-        usable, dropped, draw = list(range(len(self.videos))), 0, 0
-        while usable:
-            # A generator per draw: the n-th draw is the same however the earlier ones went.
-            rng = np.random.default_rng((*stream, draw))
-            draw += 1
-            number = usable[int(rng.integers(len(usable)))]
-            starts = self.videos[number].frames - self.data.span + 1
+        usable, dropped = list(range(len(self.videos))), 0
+        for number, ready in run_ahead(self._draws(usable), self._clips_in_flight()):
             try:
-                if starts < 1:
-                    detail = f"it has fewer than {self.data.span} frames"
-                    raise VideoFileError(self.videos[number].path, "too_short", detail)
-                clip = self.clip_at(number, int(rng.integers(starts)))
+                clip = ready()
             except VideoFileError as error:
-                usable.remove(number)
-                dropped += 1
-                self._report(error)
+                if number in usable:
+                    usable.remove(number)
+                    dropped += 1
+                    self._report(error)
                 continue
             yield clip | {"videos_dropped": np.array(dropped, np.int64)}
         raise VideoError(
@@ -134,48 +137,86 @@ class ClipDataset(IterableDataset[Clip]):
             "each. Was the folder moved or unmounted?"
         )
 
-    def clip_at(self, video: int, start: int) -> Clip:
+    def _draws(self, usable: list[int]) -> Iterator[tuple[int, Callable[[], Clip]]]:
+        """Draw videos and starts without end, or until no video is usable."""
+        worker = get_worker_info()
+        stream = (self.seed, self.rank, 0 if worker is None else worker.id)
+        describer, draw = self.labeler.describer, 0
+        defer = not describer.in_worker and not self.vlm.cached_only
+        while usable:
+            # A generator per draw: the n-th draw is the same however the earlier ones went.
+            rng = np.random.default_rng((*stream, draw))
+            draw += 1
+            number = usable[int(rng.integers(len(usable)))]
+            starts = self.videos[number].frames - self.data.span + 1
+            start = int(rng.integers(starts)) if starts >= 1 else -1
+            yield number, partial(self.clip_at, number, start, defer)
+
+    def _clips_in_flight(self) -> int:
+        """Clips that wait for labels side by side: enough to keep a server busy."""
+        describer, windows = (
+            self.labeler.describer,
+            max(1, self.data.clip_length // self.vlm.stride),
+        )
+        busy = 2 * describer.concurrency if isinstance(describer, StreamingDescriber) else 0
+        return 1 + -(-busy // windows)
+
+    def clip_at(self, video: int, start: int, defer: bool = False) -> Clip:
         """Read one clip.
 
         Args:
             video: Index into ``videos``.
             start: First frame, from 0 to ``frames - data.span``.
+            defer: Leave questions to the training process, which asks for a batch at once: windows
+                that nobody has labelled are null and come along as ``pending``.
 
         Returns:
             ``obs`` (T, S, S, 3) uint8; ``semantic`` (T, V) float32, zero where unknown;
             ``has_semantic`` (T,) bool; ``position`` (T,) int64, 0..T-1; ``is_first`` (T,) bool,
-            true at 0; and int64 counts of this clip's windows: ``vlm_windows`` all of them,
+            true at 0; ``video`` int64, its index in ``videos``, where its label stands; and int64
+            counts of this clip's windows: ``vlm_windows`` all of them,
             ``vlm_asked`` those the describer was asked about, ``vlm_hits`` those known before,
-            ``vlm_null`` those in which nothing significant happens or that cannot be read.
+            ``vlm_null`` those in which nothing significant happens, that cannot be read or are
+            rejected, and ``vlm_rejected`` those whose label a person has rejected.
 
         Raises:
             VideoFileError: The video cannot be read any more.
         """
         info, length, stride = self.videos[video], self.data.clip_length, self.data.frame_stride
         frames = [start + t * stride for t in range(length)]
+        if not 0 <= start <= info.frames - self.data.span:
+            raise VideoFileError(info.path, "too_short", f"it has {info.frames} frames")
         size = self.data.image_size
-        obs = read_frames(info.path, frames, (size, size))
+        obs = read(info, frames, (size, size))
         # Index 0 has no past inside the clip: the state starts afresh there.
         ends = [None, *(self._window_end(frame) for frame in frames[1:])]
         wanted = sorted({end for end in ends if end is not None})
-        before = self.labeler.stats
-        answers = self.labeler.label(self._requests(info, wanted))
-        after = self.labeler.stats
-        labels = dict(zip(wanted, answers, strict=True))
-        semantic, known = self._per_frame(ends, labels)
-        counts = {
-            "vlm_windows": len(wanted),
-            "vlm_asked": after.asked - before.asked,
-            "vlm_hits": after.hits - before.hits,
-            "vlm_null": sum(not label.known for label in answers),
-        }
+        requests = self._requests(info, wanted)
+        lookup = self.labeler.lookup if defer else self.labeler.label
+        answers: dict[int, Label | None] = dict(zip(wanted, lookup(requests), strict=True))
+        labels = {end: label for end, label in answers.items() if label is not None}
+        semantic, known = hold_labels(ends, labels, self.semantic_dim)
+        counts = count_labels(len(wanted), labels.values(), self.vlm.kind != "none")
         return {
             "obs": obs,
             "semantic": semantic,
             "has_semantic": known,
             "position": np.arange(length, dtype=np.int64),
             "is_first": np.arange(length) == 0,
-        } | {name: np.array(count, np.int64) for name, count in counts.items()}
+            "video": np.array(video, np.int64),
+            **counts,
+            **({"pending": pend(ends, wanted, requests, labels)} if defer else {}),
+        }
+
+    def window_ends(self, video: int) -> range:
+        """Last frames of all windows of a video that clips may ask about."""
+        step = self.data.frame_stride
+        first, grid = (self.vlm.window - 1) * step, self.vlm.stride * step
+        return range(first, self.videos[video].frames, grid)
+
+    def window_requests(self, video: int, ends: Sequence[int]) -> list[WindowRequest]:
+        """Questions about windows of a video, which are decoded together."""
+        return self._requests(self.videos[video], ends)
 
     def fixed_clips(self, count: int) -> list[Clip]:
         """Return the same clips on every call, spread over the videos; for validation.
@@ -206,7 +247,15 @@ class ClipDataset(IterableDataset[Clip]):
             first = start // grid * grid
             examples.append(
                 LabelExample(
-                    request.frames(), info.path.name, first, label.text, label.status, label.phrase
+                    frames=request.frames(),
+                    video=info.path.name,
+                    start=first,
+                    text=label.text,
+                    status=label.status,
+                    phrase=label.phrase,
+                    path=info.path,
+                    last=first + reach,
+                    label=info.label,
                 )
             )
         return examples
@@ -231,24 +280,13 @@ class ClipDataset(IterableDataset[Clip]):
     def _requests(self, info: VideoInfo, ends: Sequence[int]) -> list[WindowRequest]:
         step, size = self.data.frame_stride, self.vlm.frame_size
         reach = (self.vlm.window - 1) * step
-        fetch = _Windows(info.path, ends, reach, step, size)
+        fetch = WindowFrames(info, ends, reach, step, size)
         requests = []
         for end in ends:
             where = f"frames {end - reach}..{end} step {step}"
             identity = f"{info.fingerprint} {where} size {size}"
             requests.append(WindowRequest(identity, f"{info.path.name} {where}", fetch.at(end)))
         return requests
-
-    def _per_frame(
-        self, ends: Sequence[int | None], labels: dict[int, Label]
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Hold each window's vector until the next: ((T, V), (T,))."""
-        semantic = np.zeros((len(ends), self.semantic_dim), np.float32)
-        known = np.zeros(len(ends), np.bool_)
-        for t, end in enumerate(ends):
-            if end is not None and labels[end].known:
-                semantic[t], known[t] = labels[end].vector, True
-        return semantic, known
 
     def _report(self, error: VideoFileError) -> None:
         log.warning("dropped from %s: %s", self.split, error)
@@ -257,23 +295,3 @@ class ClipDataset(IterableDataset[Clip]):
             self.quarantine.parent.mkdir(parents=True, exist_ok=True)
             with self.quarantine.open("a") as file:  # one short line: appended as a whole
                 file.write(json.dumps(row) + "\n")
-
-
-class _Windows:
-    """Decodes all windows of a clip in one go, the first time one of them is needed."""
-
-    def __init__(self, path: Path, ends: Sequence[int], reach: int, step: int, size: int) -> None:
-        self.path, self.reach, self.step, self.size = path, reach, step, size
-        wanted = {f for end in ends for f in range(end - reach, end + 1, step)}
-        self.indices = sorted(wanted)
-        self.frames: Frames | None = None
-
-    def at(self, end: int) -> Callable[[], Frames]:
-        """Return a function that gives the window ending at a frame."""
-        return lambda: self._window(end)
-
-    def _window(self, end: int) -> Frames:
-        if self.frames is None:
-            self.frames = read_frames(self.path, self.indices, self.size)
-        rows = [self.indices.index(f) for f in range(end - self.reach, end + 1, self.step)]
-        return self.frames[rows]

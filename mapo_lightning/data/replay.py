@@ -3,8 +3,8 @@
 An episode under way lies in memory; once ended it becomes one file. Chunks are read through
 memory maps, so memory does not grow with the replay.
 
-`Replay.state` names exactly the episodes of a moment. Files that the newest saved state names are
-not deleted before the next one is saved, so the newest checkpoint always finds its episodes.
+`Replay.state` names exactly the episodes of a moment. The files that the last two states name are
+not deleted: a process that dies while it writes a checkpoint leaves the one before it usable.
 """
 
 from __future__ import annotations
@@ -67,12 +67,23 @@ class Replay:
         self._entries: dict[int, int] = {}  # episode -> its entries N + 1, oldest first
         self._open: dict[int, tuple[int, GrowingEpisode]] = {}  # env -> (episode, so far)
         self._next_episode = 0
-        self._saved: set[int] = set()  # episodes that the newest saved state names
+        self._states: list[frozenset[int]] = []  # episodes that the last two states name
+        self._index: dict[str, Any] | None = None  # the newest state
+
+    @property
+    def root(self) -> Path:
+        """Folder of the episodes."""
+        return self._folder.root
 
     @property
     def episodes(self) -> int:
         """Whole episodes held."""
         return len(self._entries)
+
+    @property
+    def begun(self) -> int:
+        """Episodes begun, those under way and those evicted among them."""
+        return self._next_episode
 
     def add(self, env_id: int, step: Mapping[str, Any]) -> EntryId:
         """Append one entry to the episode that an environment is in.
@@ -192,13 +203,15 @@ class Replay:
             "open": [[episode, growing.length] for episode, growing in self._open.values()],
         }
         self._folder.write_index(index)
-        kept = self._entries.keys() | {episode for episode, _ in self._open.values()}
-        for episode in self._saved - kept:
-            self._folder.delete(episode)
-        self._saved = set(kept)
+        if index != self._index:  # a checkpoint may be written twice, under two names
+            before = frozenset().union(*self._states)
+            held = frozenset(self._entries) | {episode for episode, _ in self._open.values()}
+            self._states, self._index = [*self._states[-1:], held], index
+            for episode in before.difference(*self._states):
+                self._folder.delete(episode)
         return index
 
-    def restore(self, state: Mapping[str, Any] | None = None) -> None:
+    def restore(self, state: Mapping[str, Any] | None = None) -> int:
         """Return to a saved state; what was under way then is closed as cut short.
 
         Episodes written after that state are deleted: the resumed run lives through that time
@@ -207,6 +220,9 @@ class Replay:
         Args:
             state: What `state` returned; None: the newest one in the folder.
 
+        Returns:
+            Agent steps in the episodes dropped.
+
         Raises:
             ReplayError: There is no state, or it is not one of a replay.
         """
@@ -214,16 +230,19 @@ class Replay:
         self._entries, self._open, self.steps = {}, {}, 0
         self._next_episode = index["next_episode"]
         under_way = {episode for episode, _ in index["open"]}
+        lost = 0
         for episode, entries in sorted([*index["episodes"], *index["open"]]):
             if entries < 2:
                 continue  # a first observation alone is no agent step
             try:
                 self._take_back(episode, entries, cut_short=episode in under_way)
             except ReplayError as error:
+                lost += entries - 1
                 log.warning("replay: dropped an episode of %d steps: %s", entries - 1, error)
         self._folder.delete_all_but(set(self._entries))
-        self._saved = set(self._entries)
+        self._states, self._index = [frozenset(self._entries)], None
         self._evict()
+        return lost
 
     def _take_back(self, episode: int, entries: int, *, cut_short: bool) -> None:
         found = self._folder.open(episode)
@@ -263,7 +282,7 @@ class Replay:
         while self.steps > self.cfg.capacity and len(self._entries) > 1:
             episode = next(iter(self._entries))
             self.steps -= self._entries.pop(episode) - 1
-            if episode not in self._saved:
+            if not any(episode in state for state in self._states):
                 self._folder.delete(episode)
 
 

@@ -3,99 +3,48 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import av
 import cv2
 import decord
 import numpy as np
 
+from mapo_lightning.data.source import (
+    Reason,
+    VideoFileError,
+    VideoInfo,
+    fingerprint,
+    middle_square,
+    target_size,
+)
 from mapo_lightning.types import Frames, VideoError
+
+__all__ = [
+    "Reason",
+    "VideoFileError",
+    "VideoInfo",
+    "check_video",
+    "fingerprint",
+    "probe_video",
+    "read_frames",
+    "resize",
+    "write_mp4",
+]
 
 # OpenCV's threads do not survive a fork: a DataLoader worker would wait for them for ever.
 cv2.setNumThreads(1)
 
-Reason = Literal[
-    "missing",  # no such file, or not a file
-    "empty",  # zero bytes
-    "unreadable",  # not a video, cut off, or no permission
-    "no_video",  # only sound or subtitles
-    "codec",  # a video in a format the decoder does not know
-    "damaged",  # opens, but frames cannot be decoded or are lost
-    "too_short",  # fewer frames than a clip needs
-    "too_large",  # bigger than any honest training video
-    "outside",  # a link that leads out of the video folder
-]
-"""Why a video cannot be used."""
-
-_HASHED = 1 << 16  # bytes of head and of tail that identify a file
 _MAX_PIXELS = 8192 * 4320
 _MAX_FRAMES = 5_000_000
 _CHUNK = 32  # frames decoded at once when a whole file is checked
 _OVERSAMPLED = 4  # decode at most this many times larger than asked for, then average
 _DECORD_ERRORS = (RuntimeError, IndexError, decord.DECORDError)
-
-
-class VideoFileError(VideoError):
-    """One video cannot be used.
-
-    Args:
-        path: The file.
-        reason: Category of the cause.
-        detail: What was found and what to do.
-    """
-
-    def __init__(self, path: Path, reason: Reason, detail: str) -> None:
-        super().__init__(f"cannot use video '{path}': {detail}")
-        self.path, self.reason, self.detail = path, reason, detail
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel between DataLoader processes with all parts."""
-        return type(self), (self.path, self.reason, self.detail)
-
-
-class VideoInfo(NamedTuple):
-    """What is known about a readable video without looking at its pictures."""
-
-    path: Path
-    fingerprint: str
-    """Hash of size, head and tail of the file: names the content, not the place."""
-    frames: int
-    """Number of frames that the decoder offers."""
-    width: int
-    """Pixels."""
-    height: int
-    """Pixels."""
-    fps: float
-    """Frames per second."""
-
-
-def fingerprint(path: Path) -> str:
-    """Hash a file's size, first and last 64 KiB.
-
-    Raises:
-        VideoFileError: The file is missing, empty or cannot be opened.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-            digest.update(file.read(_HASHED))
-            file.seek(max(0, size - _HASHED))
-            digest.update(file.read(_HASHED))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise VideoFileError(path, "missing", "there is no such file") from error
-    except OSError as error:
-        raise VideoFileError(path, "unreadable", f"{error.strerror}") from error
-    if size == 0:
-        raise VideoFileError(path, "empty", "it has no bytes; copy it again")
-    return digest.hexdigest()
 
 
 def probe_video(path: Path) -> VideoInfo:
@@ -194,7 +143,9 @@ def _count_intact(path: Path) -> int:
     return intact
 
 
-def read_frames(path: Path, indices: Sequence[int], size: int | tuple[int, int]) -> Frames:
+def read_frames(
+    path: Path, indices: Sequence[int], size: int | tuple[int, int], square: bool = False
+) -> Frames:
     """Decode frames, scaled down by averaging so that fine detail does not flicker.
 
     Args:
@@ -202,6 +153,7 @@ def read_frames(path: Path, indices: Sequence[int], size: int | tuple[int, int])
         indices: Frame numbers, from 0, in any order.
         size: (height, width) in pixels, the aspect ratio is not kept; or the short side, the
             aspect ratio is kept.
+        square: Cut the square in the middle out first.
 
     Returns:
         RGB frames (T, height, width, 3), uint8.
@@ -212,11 +164,11 @@ def read_frames(path: Path, indices: Sequence[int], size: int | tuple[int, int])
     if not path.is_file():
         raise VideoFileError(path, "missing", "there is no such file")
     height, width = _source_size(path)
-    if isinstance(size, int):
-        scale = size / min(height, width)
-        size = (round(height * scale), round(width * scale))
+    kept = (min(height, width),) * 2 if square else (height, width)
+    size = target_size(kept, size)
     # Of a huge picture the decoder makes a smaller one, still large enough to average over.
-    decoded = min(height, _OVERSAMPLED * size[0]), min(width, _OVERSAMPLED * size[1])
+    rows, columns = (min(1.0, _OVERSAMPLED * size[i] / kept[i]) for i in (0, 1))
+    decoded = round(height * rows), round(width * columns)
     reader = _open(path, None if decoded == (height, width) else decoded)
     if max(indices) >= len(reader) or min(indices) < 0:
         raise VideoFileError(
@@ -225,7 +177,8 @@ def read_frames(path: Path, indices: Sequence[int], size: int | tuple[int, int])
             f"asked for frames {min(indices)}..{max(indices)}, it has {len(reader)}; was it "
             "changed while in use? Start again to scan the folder anew",
         )
-    return resize(_decode(reader, path, indices), size)
+    frames = _decode(reader, path, indices)
+    return resize(middle_square(frames) if square else frames, size)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -5,21 +5,18 @@ Shapes: N environments side by side, H W image, V semantic vector, A action.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
-from mapo_lightning.data.replay import Replay
-from mapo_lightning.semantics.describer import VlmConfig
-from mapo_lightning.semantics.labeler import Labeler
-from mapo_lightning.types import POSITIONS, Frames
+from mapo_lightning.data.replay import Replay, ReplayError
+from mapo_lightning.envs.tracker import SemanticTracker, Step
+from mapo_lightning.types import Frames
 
-Step = dict[str, NDArray[Any]]
-"""One step of N environments; keys as in ``mapo_lightning.types``, leading axis (N,)."""
+_MAY_BE_LOST = 0.1  # share of a replay without which a run still resumes
 
 Policy = Callable[[Step], NDArray[np.float32]]
 """Maps a step to actions (N, A) in [-1, 1]."""
@@ -71,61 +68,6 @@ class StillPolicy:
         return np.zeros((len(step["is_first"]), self.action_dim), np.float32)
 
 
-class SemanticTracker:
-    """Labels the newest frames of N environments and holds each label until the next one.
-
-    Windows lie on a grid from the start of an episode, as in videos: with a window and a grid of 4,
-    the frames 3, 7, 11, ... end one. Source: facts O2, O4, O6, O7, O9.
-    """
-
-    def __init__(self, labeler: Labeler, cfg: VlmConfig, envs: int, source: str) -> None:
-        self.labeler, self.cfg, self.source = labeler, cfg, source
-        self.recent: list[deque[Frames]] = [deque(maxlen=cfg.window) for _ in range(envs)]
-        self.age = np.full(envs, -1, np.int64)
-        width = labeler.semantic_dim
-        self.held = np.zeros((envs, width), np.float32)
-        self.known = np.zeros(envs, bool)
-        self.next: list[tuple[NDArray[np.float32], bool, int] | None] = [None] * envs
-
-    def update(self, obs: dict[str, NDArray[np.uint8]], is_first: NDArray[np.bool_]) -> Step:
-        """Take in the newest frames, ask where a window ends, and return the labels in force.
-
-        Args:
-            obs: ``image`` and perhaps ``label_image``, (N, H, W, 3).
-            is_first: Environments whose episode has just begun, (N,).
-
-        Returns:
-            ``semantic`` (N, V), ``has_semantic`` (N,) and ``position`` (N,).
-        """
-        frames = obs.get("label_image", obs["image"])
-        ended: list[int] = []
-        for n, first in enumerate(is_first):
-            if first:
-                self.recent[n].clear()
-                self.age[n], self.known[n], self.held[n] = -1, False, 0.0
-                self.next[n] = None
-            self.age[n] += 1
-            self.recent[n].append(frames[n].copy())
-            grid_age = self.age[n] - (self.cfg.window - 1)
-            if grid_age >= 0 and grid_age % self.cfg.env_every == 0:
-                ended.append(n)
-        if ended:
-            windows = [np.stack(self.recent[n]) for n in ended]
-            for n, label in zip(
-                ended, self.labeler.label_frames(windows, self.source), strict=True
-            ):
-                self.next[n] = (label.vector, label.known, int(self.age[n]) + self.cfg.offset)
-        for n, answer in enumerate(self.next):
-            if answer is not None and self.age[n] >= answer[2]:
-                self.held[n], self.known[n] = answer[0], answer[1]
-                self.next[n] = None
-        return {
-            "semantic": self.held.copy(),
-            "has_semantic": self.known.copy(),
-            "position": self.age % POSITIONS,
-        }
-
-
 class Collector:
     """Plays without end, writes every step to replay and remembers finished episodes.
 
@@ -147,6 +89,27 @@ class Collector:
         self._length = np.zeros(envs.num_envs, np.int64)
         self._success: list[float | None] = [None] * envs.num_envs
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the experience of an earlier process, from fresh episodes.
+
+        Args:
+            state: What ``replay.state`` returned. The episodes under way then end where they were:
+                no simulator can be put back into the middle of one.
+
+        Raises:
+            ReplayError: The replay is gone, or a good part of it is.
+        """
+        lost = self.replay.restore(state)
+        if lost > _MAY_BE_LOST * (lost + self.replay.steps):
+            raise ReplayError(
+                f"{lost} agent steps of the checkpoint's replay are missing in "
+                f"'{self.replay.root}', and going on without them would unlearn; resuming needs "
+                "the folder that the checkpoint was written beside, as it was"
+            )
+        # Not the episodes that the run began with once more.
+        begun = np.random.SeedSequence([self.seed, self.replay.begun])
+        self.seed = int(begun.generate_state(1)[0])
+
     def collect(self, policy: Policy, agent_steps: int) -> int:
         """Play until at least ``agent_steps`` more actions are taken; returns how many were."""
         taken = 0
@@ -163,6 +126,11 @@ class Collector:
             self._write(obs, outcome | {"truncated": truncated}, before, info)
             taken += int((~before).sum())
         return taken
+
+    def close(self) -> None:
+        """Complete what labels still arrive for, and close the environments' processes."""
+        self.tracker.close(self.replay)
+        self.envs.close()
 
     def _write(
         self,
@@ -184,8 +152,11 @@ class Collector:
             ended[live] = (outcome["terminated"] | outcome["truncated"])[live]
         step = {"obs": obs["image"], "is_first": first, **self.tracker.update(obs, first)}
         rest = {"action": action, "reward": reward, "is_last": ended, "is_terminal": terminal}
+        entry = step | self.tracker.to_store() | rest
         for n in range(envs):
-            self.replay.add(n, {key: x[n] for key, x in (step | rest).items()})
+            where = self.replay.add(n, {key: x[n] for key, x in entry.items()})
+            self.tracker.stored(n, where)
+        self.tracker.complete(self.replay)
         self._account(reward, first, ended, info)
         self._step, self._done = step, ended
 
@@ -212,7 +183,7 @@ class Collector:
 def run_episodes(
     envs: VectorEnv,
     tracker: SemanticTracker,
-    policy_of: Callable[[], Policy],
+    policy_of: Callable[[int], Policy],
     seeds: Sequence[int],
     film: int = 0,
 ) -> tuple[list[Episode], list[Frames]]:
@@ -221,7 +192,8 @@ def run_episodes(
     Args:
         envs: N environments; the seeds are played N at a time.
         tracker: Labels of what the environments show.
-        policy_of: Makes the policy for one batch of episodes, without memory of earlier ones.
+        policy_of: Makes the policy for one batch of episodes, without memory of earlier ones, from
+            the batch's first reset seed: what a batch does depends on nothing played before it.
         seeds: Reset seed of every episode.
         film: Number of episodes whose frames are kept.
 
@@ -235,7 +207,7 @@ def run_episodes(
         kept = max(0, min(film - start, len(batch)))
         # A short last batch plays its last seed more than once and counts it once.
         padded = batch + [batch[-1]] * (envs.num_envs - len(batch))
-        played, filmed = _play_batch(envs, tracker, policy_of(), padded, kept)
+        played, filmed = _play_batch(envs, tracker, policy_of(batch[0]), padded, kept)
         episodes += played[: len(batch)]
         films += filmed
     return episodes, films

@@ -7,8 +7,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from mapo_lightning.envs.gl import OffscreenCamera, moving_parts, prepare_gl, tint_scenery
-from mapo_lightning.envs.wrappers import Outcome
-from mapo_lightning.types import EnvironmentSetupError, Frames
+from mapo_lightning.envs.wrappers import Outcome, no_such_task
+from mapo_lightning.types import Frames
 
 
 class DmcTask:
@@ -82,5 +82,4 @@ def _split(name: str, known: tuple[tuple[str, str], ...]) -> tuple[str, str]:
     for domain, task in known:
         if name == f"{domain}_{task}":
             return domain, task
-    listed = ", ".join(sorted(f"{domain}_{task}" for domain, task in known))
-    raise EnvironmentSetupError(f"dm_control has no task '{name}'; it has: {listed}")
+    raise no_such_task("dm_control", name, (f"{domain}_{task}" for domain, task in known))

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from mapo_lightning.envs.gl import OffscreenCamera, moving_parts, prepare_gl, tint_scenery
-from mapo_lightning.envs.wrappers import Outcome
+from mapo_lightning.envs.wrappers import Outcome, no_such_task
 from mapo_lightning.types import EnvironmentSetupError, Frames
 
 
@@ -33,8 +33,7 @@ class MetaWorldTask:
 
         self.name = name.removesuffix("-v3")
         if f"{self.name}-v3" not in TASKS:
-            listed = ", ".join(sorted(key.removesuffix("-v3") for key in TASKS))
-            raise EnvironmentSetupError(f"metaworld has no task '{name}'; it has: {listed}")
+            raise no_such_task("metaworld", name, (key.removesuffix("-v3") for key in TASKS))
         self._env: Any = TASKS[f"{self.name}-v3"](reward_function_version="v2")
         # Without these three the goal is frozen, or drawn from numpy's global random state.
         self._env._set_task_called = True

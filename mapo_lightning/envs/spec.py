@@ -72,6 +72,11 @@ class EnvConfig:
         """Environment frames per agent step: ``action_repeat``, or what the suite uses."""
         return self.action_repeat or SUITE_REPEAT[self.kind]
 
+    @property
+    def fps(self) -> int:
+        """Frames per second of an episode's video, one frame per agent step."""
+        return max(5, 50 // self.frames_per_step)
+
 
 def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:
     """Build one environment.

@@ -6,7 +6,9 @@ suites share. Frames are drawn only when the agent sees them, not for every repe
 
 from __future__ import annotations
 
+import difflib
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
@@ -54,6 +56,15 @@ class Simulator(Protocol):
     def close(self) -> None:
         """Free what the simulator holds; a second call does nothing."""
         ...
+
+
+def no_such_task(suite: str, name: str, known: Iterable[str]) -> EnvironmentSetupError:
+    """The error for a task that a suite has not: names the nearest one, then all."""
+    tasks = sorted(known)
+    near = difflib.get_close_matches(name, tasks, 1, 0.0)[0]
+    return EnvironmentSetupError(
+        f"{suite} has no task '{name}', did you mean '{near}'? It has: {', '.join(tasks)}"
+    )
 
 
 class PixelEnv(gym.Env[Any, Any]):

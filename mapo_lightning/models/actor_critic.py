@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mapo_lightning.models.blocks import frozen, mlp
+from mapo_lightning.models.blocks import Recorded, frozen, mlp
 from mapo_lightning.models.distributions import TruncatedNormal
 from mapo_lightning.models.returns import lambda_returns, step_weights
 from mapo_lightning.models.rssm import RSSMState
@@ -93,17 +93,22 @@ class DreamerAgent(nn.Module):
             world_model: Dreamt in; its parameters receive no gradient.
             start: Control states without history, axes (N,).
         """
-        entropies: list[Tensor] = []
+        record = Recorded(self.actor)
+        noises: list[Tensor] = []
+        policies: list[TruncatedNormal] = []
 
         def act(i: int, state: RSSMState) -> Tensor:
+            policy = TruncatedNormal.from_raw(record(state.feat))
+            noises.append(torch.rand_like(policy.mean))
+            return policy.sample(noises[i])
+
+        def replay() -> Tensor:
             # The policy sees the state as data; its action keeps its gradient (facts 2.4, 6).
-            policy = self.policy(state.feat.detach())
-            entropies.append(policy.entropy())
-            return policy.sample(torch.rand_like(policy.mean))
+            policies.append(TruncatedNormal.from_raw(record.replay()))
+            return policies[0].sample(torch.stack(noises))
 
         with frozen(world_model):
-            states = world_model.imagine(start, act, self.cfg.horizon)
-            feat_INF = torch.stack([state.feat for state in states])
+            feat_INF = world_model.imagine(start, act, self.cfg.horizon, replay).feat
             reward_IN = world_model.head("reward", feat_INF)
             discount_IN = self._discount(world_model, feat_INF)
             slow_IN = self.target(feat_INF).float().squeeze(-1)
@@ -111,7 +116,7 @@ class DreamerAgent(nn.Module):
             reward_IN[:-1], slow_IN[:-1], discount_IN[:-1], slow_IN[-1], self.cfg.lam
         )
         weight_IN = step_weights(discount_IN)
-        entropy_IN = torch.stack(entropies)
+        entropy_IN = policies[0].entropy()
         # Eq. (5). The action taken in state i first shows in the target of state i + 1.
         gain_IN = target_IN[1:] + self.cfg.entropy * entropy_IN[:-1]
         actor = -(weight_IN[:-2] * gain_IN).mean()

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -98,3 +98,55 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for p in params:
             p.requires_grad_(True)
+
+
+class Recorded:
+    """Runs an `mlp` step after step without autograd, and gives all steps one backward together.
+
+    Step by step, autograd would add up every weight's gradient once per step. Inputs are data: no
+    gradient reaches them.
+    """
+
+    def __init__(self, network: nn.Sequential) -> None:
+        self.layers = [layer for layer in network if isinstance(layer, nn.Linear)]
+        self.taken: list[list[Tensor]] = []  # step -> input of every layer, and the output
+
+    @torch.no_grad()
+    def __call__(self, x_BF: Tensor) -> Tensor:
+        """Output (B, outputs) of one step."""
+        values: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            values.append(F.elu(x_BF) if i else x_BF)
+            x_BF = layer(values[-1])
+        self.taken.append([*values, x_BF])
+        return x_BF
+
+    def replay(self) -> Tensor:
+        """Outputs of all steps in a graph, (I, B, outputs)."""
+        values = [torch.stack(parts) for parts in zip(*self.taken, strict=True)]
+        weights = [p for layer in self.layers for p in (layer.weight, layer.bias)]
+        out: Tensor = _Replayed.apply(values, *weights)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Replayed(torch.autograd.Function):
+    """Gradients of a recorded network's weights: one product per layer."""
+
+    @staticmethod
+    def forward(ctx: Any, values: list[Tensor], *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(*values[:-1], *weights[::2])
+        return values[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        half = len(ctx.saved_tensors) // 2
+        values, weights = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
+        grad = grads[0].flatten(0, -2)
+        found: list[Tensor] = []
+        for i in reversed(range(half)):
+            value = values[i].flatten(0, -2).to(grad.dtype)
+            found = [grad.t() @ value, grad.sum(0), *found]
+            if i:
+                grad = grad @ weights[i].to(grad.dtype)
+                grad = torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, True, value)
+        return None, *found

@@ -11,11 +11,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 MIN_STD = 0.1
 EDGE = 1.0 - 1e-6
 """Samples of the policy are clipped to ±EDGE, straight-through (facts 4)."""
+
+
+def draw_one_hot(probs_K: Tensor, noise: Tensor) -> Tensor:
+    """Draw one-hot samples, (..., K), with the class that uniform ``noise`` (...) picks.
+
+    The inverse of the cumulated probabilities at ``noise``: no distribution object, no host sync.
+    """
+    index = torch.searchsorted(probs_K.cumsum(dim=-1), noise[..., None].contiguous(), right=True)
+    # Rounding may leave the total a hair under the noise.
+    return torch.zeros_like(probs_K).scatter_(-1, index.clamp_(max=probs_K.shape[-1] - 1), 1.0)
 
 
 def one_hot_sample(logits_K: Tensor, noise: Tensor) -> Tensor:
@@ -29,10 +38,7 @@ def one_hot_sample(logits_K: Tensor, noise: Tensor) -> Tensor:
         (..., K) float32: the value is the one-hot sample, the gradient the softmax's.
     """
     probs_K = logits_K.float().softmax(dim=-1)
-    below_K = (probs_K.detach().cumsum(dim=-1) <= noise[..., None]).float()
-    below_K[..., -1] = 0.0  # rounding may leave the total a hair under the noise
-    hard_K = F.pad(below_K, (1, 0), value=1.0)[..., :-1] - below_K
-    return hard_K + (probs_K - probs_K.detach())
+    return draw_one_hot(probs_K.detach(), noise) + (probs_K - probs_K.detach())
 
 
 def categorical_kl(p_logits_SK: Tensor, q_logits_SK: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def normalised(obs: Tensor) -> Tensor:
     The result keeps the frames' memory order, which is what convolutions call channels-last.
     """
     frame_NHWC = obs.flatten(0, -4) if obs.ndim > 4 else obs
-    return frame_NHWC.permute(0, 3, 1, 2).float().div(255.0).sub(0.5)
+    return frame_NHWC.permute(0, 3, 1, 2).to(torch.float32, copy=True).div_(255.0).sub_(0.5)
 
 
 class ResNetEncoder(nn.Module):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mapo_lightning.models.blocks import xavier
 from mapo_lightning.models.distributions import balanced_kl, one_hot_sample
+from mapo_lightning.models.recurrence import NORM_EPS, Step, Weights, gru, step, unrolled
 from mapo_lightning.types import ConfigError
 
 
@@ -78,14 +79,12 @@ class NormedGRU(nn.Module):
     def __init__(self, inputs: int, deter: int) -> None:
         super().__init__()
         self.linear = nn.Linear(inputs + deter, 3 * deter)
-        self.norm = nn.LayerNorm(3 * deter, eps=1e-3)
+        self.norm = nn.LayerNorm(3 * deter, eps=NORM_EPS)
 
     def forward(self, x_BU: Tensor, deter_BD: Tensor) -> Tensor:
         """Next state (B, D) from the input (B, U) and the last one."""
-        gates = self.norm(self.linear(torch.cat([x_BU, deter_BD.to(x_BU.dtype)], dim=-1)))
-        reset_BD, candidate_BD, update_BD = gates.float().chunk(3, dim=-1)
-        candidate_BD = torch.tanh(torch.sigmoid(reset_BD) * candidate_BD)
-        return torch.lerp(deter_BD, candidate_BD, torch.sigmoid(update_BD - 1.0))
+        entry = torch.cat([x_BU, deter_BD.to(x_BU.dtype)], dim=-1)
+        return gru(entry, deter_BD, [*self.linear.parameters(), *self.norm.parameters()])[0]
 
 
 class RSSM(nn.Module):
@@ -161,38 +160,32 @@ class RSSM(nn.Module):
         deter_weight, seen_weight = correct.weight.split_with_sizes(
             [self.cfg.deter, embed_BTE.shape[-1]], dim=1
         )
-        hoisted = (
-            self._drive(action_BTA * keep_BT1),
-            F.linear(embed_BTE, seen_weight, correct.bias),
-            keep_BT1,
-            noise_BTS,
-        )
-        post = self._scan(state, hoisted, deter_weight)
+        driven_BTU = self._drive(action_BTA * keep_BT1)
+        seen_BTU = F.linear(embed_BTE, seen_weight, correct.bias)
+        weights = self._weights(deter_weight, self.posterior)
+        before = state.stoch.flatten(1), state.deter
+        taken = self._follow(weights, before, driven_BTU, seen_BTU, keep_BT1, noise_BTS)
+        deter, stoch, logits = unrolled(taken, 1, keep_BT1, driven_BTU, seen_BTU, before, weights)
+        post = self._state(deter, stoch, logits)
         return post, self._grouped(self.prior(post.deter))
 
-    def _scan(
-        self, state: RSSMState, hoisted: tuple[Tensor, ...], deter_weight: Tensor
-    ) -> RSSMState:
-        """The recurrence itself, over (driven, seen, keep, noise), each (B, T, ...)."""
-        inp_weight, _ = self._input_weights()
-        deter_BD, stoch_BSK = state.deter, state.stoch
-        deters, stochs, logits = [], [], []
+    @staticmethod
+    @torch.no_grad()
+    def _follow(weights: Weights, state: tuple[Tensor, Tensor], *inputs_BT: Tensor) -> list[Step]:
+        """Take the steps of (driven, seen, keep, noise), each (B, T, ...), without autograd."""
+        stoch_BX, deter_BD = state
+        taken: list[Step] = []
         for driven_BU, seen_BU, keep_B1, noise_BS in zip(
-            *(x.unbind(1) for x in hoisted), strict=True
+            *(x.transpose(0, 1).contiguous().unbind() for x in inputs_BT), strict=True
         ):
-            kept_BX = stoch_BSK.flatten(-2) * keep_B1
-            x_BU = F.elu(driven_BU + F.linear(kept_BX, inp_weight))
-            deter_BD = self.cell(x_BU, deter_BD * keep_B1)
-            hidden_BU = F.elu(seen_BU + F.linear(deter_BD, deter_weight))
-            logits_BSK = self._grouped(self.posterior[2](hidden_BU))
-            stoch_BSK = one_hot_sample(logits_BSK, noise_BS)
-            deters.append(deter_BD)
-            stochs.append(stoch_BSK)
-            logits.append(logits_BSK)
-        return RSSMState(*(torch.stack(parts, 1) for parts in (deters, stochs, logits)))
+            taken.append(
+                step(weights, driven_BU, seen_BU, stoch_BX * keep_B1, deter_BD * keep_B1, noise_BS)
+            )
+            stoch_BX, deter_BD = taken[-1].stoch, taken[-1].deter
+        return taken
 
     def imagine_step(self, prev: RSSMState, action_BA: Tensor, noise_BS: Tensor) -> RSSMState:
-        """Predict one step: p(s_t | s_{t-1}, a_{t-1})."""
+        """Predict one step with autograd: p(s_t | s_{t-1}, a_{t-1})."""
         inp_weight, _ = self._input_weights()
         x_BU = F.elu(self._drive(action_BA) + F.linear(prev.stoch.flatten(-2), inp_weight))
         deter_BD = self.cell(x_BU, prev.deter)
@@ -200,25 +193,43 @@ class RSSM(nn.Module):
         return RSSMState(deter_BD, one_hot_sample(logits_BSK, noise_BS), logits_BSK)
 
     def imagine(
-        self, start: RSSMState, action_of: Callable[[int, RSSMState], Tensor], steps: int
-    ) -> list[RSSMState]:
+        self,
+        start: RSSMState,
+        action_of: Callable[[int, RSSMState], Tensor],
+        steps: int,
+        replay: Callable[[], Tensor] | None = None,
+    ) -> RSSMState:
         """Roll the prior out.
 
         Args:
             start: States to leave from, axes (B,).
-            action_of: Action (B, A) to take in the state that step i starts from.
+            action_of: Action (B, A) to take in the state that step i starts from; asked without
+                autograd.
             steps: Number I of steps.
+            replay: The actions that ``action_of`` gave, (I, B, A), in a graph: gradients of the
+                states reach them, and no other input. None: no gradients at all.
 
         Returns:
-            ``steps`` states, the start not included.
+            States with axes (I, B), the start not included.
         """
-        shape = (steps, *start.stoch.shape[:-1])
-        noise_IBS = torch.rand(shape, device=start.deter.device)
-        states, state = [], start
-        for i in range(steps):
-            state = self.imagine_step(state, action_of(i, state), noise_IBS[i])
-            states.append(state)
-        return states
+        first = self.prior[0]
+        assert isinstance(first, nn.Linear)
+        noise_IBS = torch.rand((steps, *start.stoch.shape[:-1]), device=start.deter.device)
+        before = start.stoch.flatten(1), start.deter
+        state, taken = start, list[Step]()
+        with torch.no_grad():
+            weights = self._weights(first.weight, self.prior)
+            bias = first.bias.to(weights.gates.dtype)
+            for i in range(steps):
+                driven_BU = self._drive(action_of(i, state))
+                entry = before if i == 0 else (taken[-1].stoch, taken[-1].deter)
+                taken.append(step(weights, driven_BU, bias, *entry, noise_IBS[i]))
+                state = self._state(taken[-1].deter, taken[-1].stoch, taken[-1].logits)
+        if replay is None:
+            parts = [torch.stack([getattr(x, k) for x in taken]) for k in RSSMState._fields]
+            return self._state(*parts)
+        driven_IBU = self._drive(replay())
+        return self._state(*unrolled(taken, 0, None, driven_IBU, bias, before, weights))
 
     def kl(self, post_BTSK: Tensor, prior_BTSK: Tensor, free_nats: float) -> Tensor:
         """Balanced KL of this model, scalar nats per step."""
@@ -236,6 +247,30 @@ class RSSM(nn.Module):
         """
         flat = self.cfg.stoch * self.cfg.classes
         return self.inp.weight[:, :flat], self.inp.weight[:, flat:]
+
+    def _weights(self, deter_weight: Tensor, head: nn.Sequential) -> Weights:
+        """What a step multiplies with, in the dtype of the products, to be cast once a sequence.
+
+        ``head`` is prior or posterior, ``deter_weight`` its first layer's part for the state.
+        """
+        kind = deter_weight.device.type
+        given = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if given else deter_weight.dtype
+        linear, norm, last = self.cell.linear, self.cell.norm, head[2]
+        assert isinstance(last, nn.Linear)
+        return Weights(
+            self._input_weights()[0].to(dtype),
+            linear.weight.to(dtype),
+            linear.bias.to(dtype),
+            norm.weight,
+            norm.bias,
+            deter_weight.to(dtype),
+            last.weight.to(dtype),
+            last.bias.to(dtype),
+        )
+
+    def _state(self, deter: Tensor, stoch: Tensor, logits: Tensor) -> RSSMState:
+        return RSSMState(deter, self._grouped(stoch), self._grouped(logits))
 
     def _grouped(self, flat: Tensor) -> Tensor:
         """(..., S*K) -> (..., S, K)."""

@@ -201,17 +201,15 @@ class WorldModel(nn.Module):
         return self.heads.read(name, feat)
 
     def imagine(
-        self, start: RSSMState, action_of: Callable[[int, RSSMState], Tensor], steps: int
-    ) -> list[RSSMState]:
+        self,
+        start: RSSMState,
+        action_of: Callable[[int, RSSMState], Tensor],
+        steps: int,
+        replay: Callable[[], Tensor],
+    ) -> RSSMState:
         """Dream with the control dynamics; no frames and no phrases are needed there (O8).
 
-        Args:
-            start: Control states to leave from, axes (B,).
-            action_of: Environment action (B, A) taken in the state that step i starts from.
-            steps: Number I of steps.
-
-        Returns:
-            I + 1 states, ``start`` first.
+        Arguments of ``RSSM.imagine``; returns states with axes (I + 1, B), ``start`` first.
         """
         dynamics = self.upper or self.lower
         assert dynamics is not None
@@ -219,7 +217,8 @@ class WorldModel(nn.Module):
         def drive(i: int, state: RSSMState) -> Tensor:
             return self._encode_action(action_of(i, state))
 
-        return [start, *dynamics.imagine(start, drive, steps)]
+        dreamt = dynamics.imagine(start, drive, steps, lambda: self._encode_action(replay()))
+        return RSSMState(*(torch.cat([a[None], b]) for a, b in zip(start, dreamt, strict=True)))
 
     def _encode_action(self, action_BA: Tensor) -> Tensor:
         """What an environment action becomes before it drives the control dynamics."""
@@ -252,7 +251,7 @@ class WorldModel(nn.Module):
             lambda i, _: drive_BTA[:, seen + i],
             batch["obs"].shape[1] - seen,
         )
-        dreamt_BTF = torch.stack([state.feat for state in dream], dim=1)
+        dreamt_BTF = dream.feat.transpose(0, 1)
         feat_BTF = torch.cat([belief.control.feat, dreamt_BTF], dim=1)
         context = self.context(shown["obs"]) if self.context is not None else NO_CONTEXT
         mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), context.maps).float()

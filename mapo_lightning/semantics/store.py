@@ -8,15 +8,18 @@ it was still asking for. Everything stored is text, numbers or raw float16: noth
 from __future__ import annotations
 
 import fcntl
+import functools
+import heapq
 import itertools
 import json
 import os
 import sqlite3
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple, cast, get_args
+from typing import IO, Concatenate, NamedTuple, ParamSpec, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +53,30 @@ class StoredLabel(NamedTuple):
     """For people: which frames of which file."""
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _one_at_a_time(
+    method: Callable[Concatenate[LabelStore, P], R],
+) -> Callable[Concatenate[LabelStore, P], R]:
+    """Let one thread in, in the process that opened the files."""
+
+    @functools.wraps(method)
+    def alone(store: LabelStore, *args: P.args, **words: P.kwargs) -> R:
+        # SQLite connections must not cross a fork: the child forgets them and opens its own.
+        if store._pid != os.getpid():
+            store._forget()
+        with store._one:
+            return method(store, *args, **words)
+
+    return cast("Callable[Concatenate[LabelStore, P], R]", alone)
+
+
 class LabelStore:
     """Labels of all processes that share a folder; each writes to a file of its own.
+
+    Threads of one process may share it.
 
     The folder and the file are made on the first write, in the process that writes, so that a
     store can be built in the parent of DataLoader workers and travel to them.
@@ -75,6 +100,7 @@ class LabelStore:
         self._own: sqlite3.Connection | None = None
         self._lock: IO[bytes] | None = None
         self._memory: OrderedDict[str, StoredLabel] = OrderedDict()
+        self._one = threading.RLock()  # one thread at a time
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle what says where the store is, not what is open."""
@@ -87,6 +113,7 @@ class LabelStore:
         self.claims = Claims(self.root / "claims")
         self._forget()
 
+    @_one_at_a_time
     def get(self, keys: Iterable[str]) -> dict[str, StoredLabel]:
         """Look labels up, in memory first, then in every writer's file.
 
@@ -99,7 +126,6 @@ class LabelStore:
         Raises:
             DescriberError: A file of the store is not a label store, or is damaged.
         """
-        self._check_process()
         wanted = list(dict.fromkeys(keys))
         found = {key: self._memory[key] for key in wanted if key in self._memory}
         missing = [key for key in wanted if key not in found]
@@ -112,13 +138,13 @@ class LabelStore:
                 break
         return found
 
+    @_one_at_a_time
     def put(self, labels: Mapping[str, StoredLabel]) -> None:
         """Store labels; they are on disk, and visible to all, when this returns.
 
         Raises:
             DescriberError: The file cannot be written (disk full, no permission).
         """
-        self._check_process()
         if not labels:
             return
         rows = [(key, *_to_row(label)) for key, label in labels.items()]
@@ -135,11 +161,23 @@ class LabelStore:
 
     def items(self) -> dict[str, StoredLabel]:
         """Return every label of every writer, by key; for inspection and tests."""
-        self._check_process()
-        found: dict[str, StoredLabel] = {}
-        for path in sorted(self.root.glob("*.sqlite")):
-            found |= dict(self._read(path, None))
-        return dict(sorted(found.items()))
+        return dict(self.ordered())
+
+    def ordered(self, hidden: bool = True) -> Iterator[tuple[str, StoredLabel]]:
+        """Yield every label of every writer once, by key, without holding them all.
+
+        Args:
+            hidden: Read the describer's hidden states too, which are most of the bytes.
+
+        Raises:
+            DescriberError: A file of the store is not a label store, or is damaged.
+        """
+        files = [self._rows(path, hidden) for path in sorted(self.root.glob("*.sqlite"))]
+        last = None
+        for label_key, label in heapq.merge(*files, key=lambda row: row[0]):
+            if label_key != last:
+                yield label_key, label
+            last = label_key
 
     def close(self) -> None:
         """Close all files and give the writer's name back."""
@@ -151,11 +189,6 @@ class LabelStore:
             if self._lock is not None:
                 self._lock.close()
         self._forget()
-
-    def _check_process(self) -> None:
-        # SQLite connections must not cross a fork: the child forgets them and opens its own.
-        if self._pid != os.getpid():
-            self._forget()
 
     def _remember(self, key: str, label: StoredLabel) -> None:
         self._memory[key] = label
@@ -181,24 +214,36 @@ class LabelStore:
                 self._own.execute(_SCHEMA)
         return self._own
 
-    def _read(self, path: Path, keys: list[str] | None) -> list[tuple[str, StoredLabel]]:
-        try:
+    def _rows(self, path: Path, hidden: bool) -> Iterator[tuple[str, StoredLabel]]:
+        columns = _COLUMNS if hidden else _COLUMNS.replace("hidden", "NULL")
+        with _reading(path), closing(_open(path)) as file:
+            for row in file.execute(f"SELECT {columns} FROM labels ORDER BY key"):
+                yield _from_row(row)
+
+    def _read(self, path: Path, keys: list[str]) -> list[tuple[str, StoredLabel]]:
+        rows: list[tuple[object, ...]] = []
+        found: list[tuple[str, StoredLabel]] = []
+        with _reading(path):
             if path not in self._files:
                 self._files[path] = _open(path)
             file = self._files[path]
-            if keys is None:
-                return [_from_row(row) for row in file.execute(f"SELECT {_COLUMNS} FROM labels")]
-            rows: list[tuple[object, ...]] = []
             for first in range(0, len(keys), _ASK_AT_ONCE):
                 batch = keys[first : first + _ASK_AT_ONCE]
                 marks = ",".join("?" * len(batch))
                 query = f"SELECT {_COLUMNS} FROM labels WHERE key IN ({marks})"
                 with closing(file.execute(query, batch)) as cursor:
                     rows += cursor.fetchall()
-            return [_from_row(row) for row in rows]
-        except (sqlite3.Error, ValueError) as error:
-            if "no such table" in str(error):  # its writer is just being born
-                return []
+            found = [_from_row(row) for row in rows]
+        return found
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file of whatever goes wrong; a file whose writer is just being born is empty."""
+    try:
+        yield
+    except (sqlite3.Error, ValueError) as error:
+        if "no such table" not in str(error):
             raise DescriberError(
                 f"cannot read the label file '{path}': {error}. "
                 "Move it away; its labels will be asked for again."
@@ -208,7 +253,12 @@ class LabelStore:
 def _open(path: Path, create: bool = False) -> sqlite3.Connection:
     """Open read-write: whoever comes first after a kill rolls the unfinished commit back."""
     mode = "rwc" if create else "rw"
-    file = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", timeout=30.0, uri=True)
+    file = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}",
+        timeout=30.0,
+        uri=True,
+        check_same_thread=False,
+    )
     # Not the write-ahead log: that needs memory shared by all readers, which two machines lack.
     file.execute("PRAGMA journal_mode=TRUNCATE")
     return file

@@ -15,7 +15,7 @@ import torch
 from mapo_lightning.build import build_finetune
 from mapo_lightning.compose import compose
 from mapo_lightning.config import RunConfig
-from mapo_lightning.semantics.labeler import semantic_dim
+from mapo_lightning.semantics.factory import semantic_dim
 
 CONF = Path(__file__).parents[2] / "conf"
 FILE = Path(__file__).with_name("losses.json")

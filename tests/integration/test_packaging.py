@@ -41,6 +41,9 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path, root: Path)
         sources = {p.relative_to(root).as_posix() for p in (root / package).rglob("*.py")}
         assert sources <= set(names)
         assert f"{package}/py.typed" in names
+    pages = {p.relative_to(root).as_posix() for p in (root / "mapo_lightning/pages").iterdir()}
+    assert len(pages) == 3
+    assert pages <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

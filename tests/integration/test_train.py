@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from miniatures import write_ssv2
 
 from mapo_lightning.checkpoint import read_checkpoint
 
@@ -84,6 +85,7 @@ def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path:
         "codebook/perplexity_16", "env_frames",
         "eval/return", "eval/return_random", "eval/success", "vlm/asked", "vlm/null_rate",
         "grad_norm/lower", "grad_norm/actor", "rollout/psnr_1", "rollout/ssim_5",
+        "vlm/rejected", "labels/skipped", "labels/still_null",
     }  # fmt: skip
     assert expected <= keys
     frames = [s for (s,) in db.execute("select step from metrics where key='eval/return'")]
@@ -93,11 +95,15 @@ def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path:
     assert "config.yaml" in artifacts
     assert any(name.endswith(".mp4") for name in artifacts)
     assert any(name.endswith(".png") for name in artifacts)
+    (page,) = (tmp_path / "runs/artifacts").rglob("pages/labels/*.html")
+    assert page.read_text().count("<article") == 4
+    (table,) = (tmp_path / "runs/artifacts").rglob("tables/label_quality/*.csv")
+    assert table.read_text().startswith("describer,windows,null,")
 
 
 def test_evaluate_plays_a_checkpoint(toy_videos: Path, tmp_path: Path) -> None:
     words = with_videos(toy_videos)
-    train(tmp_path, *words, "stage=finetune", "run_dir=run")
+    train(tmp_path, *words, "stage=finetune", "run_dir=run", "vlm.env_late=true")
     checkpoint = "checkpoint=run/finetune/last.ckpt"
     said = [train(tmp_path, *words, "stage=evaluate", checkpoint) for _ in range(2)]
     scores = [[line for line in text.splitlines() if line.startswith("  mapo")] for text in said]
@@ -155,6 +161,16 @@ def test_two_ranks_end_with_the_same_codebook(toy_videos: Path, tmp_path: Path) 
     assert first == second
 
 
+def test_something_something_is_learned_from_as_it_lies_on_disk(tmp_path: Path) -> None:
+    webm = write_ssv2(tmp_path / "ssv2") / "20bn-something-something-v2"
+    (webm / "102.webm").write_bytes((webm / "101.webm").read_bytes()[:900])
+    words = [*SMALL, "stage=pretrain", "data=ssv2", f"data.root={tmp_path}/ssv2", "vlm=none"]
+    said = train(tmp_path, *words, "run_dir=run")
+    assert "data=ssv2: 6 videos listed, 0 of them missing" in said
+    assert "videos: 3 to learn from, 2 held out, 1 set aside" in said
+    assert read_checkpoint(tmp_path / "run/pretrain/last.ckpt")["mapo"]["stage"] == "pretrain"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -165,6 +181,9 @@ def test_two_ranks_end_with_the_same_codebook(toy_videos: Path, tmp_path: Path) 
         (["--amp"], "--amp"),
         (["data=folder", "stage=pretrain"], "data.root=DIR"),
         (["data=folder", "stage=pretrain", "data.root=nowhere"], "nowhere"),
+        (["stage=pretrain", "vlm.marks=nowhere.json"], "vlm.marks='nowhere.json'"),
+        (["data=ssv2", "stage=pretrain", "data.root=."], "is no Something-Something V2"),
+        (["data=human36m", "stage=pretrain", "data.root=."], "is no Human3.6M"),
         (["stage=evaluate"], "checkpoint=PATH"),
         (["stage=evaluate", "checkpoint=nothing.ckpt"], "no checkpoint at 'nothing.ckpt'"),
         (["method=dreamerv2", "stage=pretrain"], "nothing to pre-train"),

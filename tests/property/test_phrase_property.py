@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mapo_lightning.semantics.describer import VlmConfig
 from mapo_lightning.semantics.embed import HashedSlots
-from mapo_lightning.semantics.labeler import build_labeler
+from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.phrase import (
     MAX_SLOT,
     SLOTS,

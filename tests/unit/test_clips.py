@@ -58,6 +58,7 @@ def test_clip_content(videos: list[VideoInfo], tmp_path: Path) -> None:
         "has_semantic": ((9,), "bool"),
         "position": ((9,), "int64"),
         "is_first": ((9,), "bool"),
+        "video": scalar,
         "vlm_windows": scalar,
         "vlm_asked": scalar,
         "vlm_hits": scalar,

@@ -12,15 +12,10 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
-from mapo_lightning.data.replay import Replay, ReplayConfig, ReplaySpec
+from mapo_lightning.data.replay import Replay, ReplayConfig, ReplayError, ReplaySpec
 from mapo_lightning.datamodule import chunk_batch
-from mapo_lightning.envs.collector import (
-    Collector,
-    RandomPolicy,
-    SemanticTracker,
-    Step,
-    run_episodes,
-)
+from mapo_lightning.envs.collector import Collector, RandomPolicy, run_episodes
+from mapo_lightning.envs.tracker import SemanticTracker, Step
 from mapo_lightning.semantics.describer import Reply, VlmConfig
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.labeler import Labeler
@@ -110,6 +105,29 @@ def test_finished_episodes_are_counted_once(collected: tuple[Collector, Replay])
     assert replay.steps == 4 * LENGTH
 
 
+def test_a_collector_goes_on_with_the_experience_of_another(
+    collected: tuple[Collector, Replay], tmp_path: Path
+) -> None:
+    collector, replay = collected
+    collector.collect(RandomPolicy(2, 0), 10)  # five steps into the third episodes
+    state = replay.state()
+    watch, _ = tracker(tmp_path / "later", 2)
+    again = Replay(replay.root, ReplayConfig(), replay.spec)
+    later = Collector(clocks(2), watch, again, seed=0)
+    later.restore(state)
+    assert again.steps == 4 * LENGTH + 10
+    assert later.seed != 0  # not the episodes that the run began with
+    assert later.collect(RandomPolicy(2, 0), 2 * LENGTH) == 2 * LENGTH
+    assert again.steps == 6 * LENGTH + 10
+    assert again.episodes == 8
+    for path in sorted(replay.root.glob("*.npy"))[:2]:
+        path.unlink()
+    with pytest.raises(ReplayError, match="60 agent steps of the checkpoint's replay are missing"):
+        Collector(clocks(2), watch, Replay(replay.root, ReplayConfig(), replay.spec), 0).restore(
+            state
+        )
+
+
 def test_labels_lie_on_the_grid_and_are_held(tmp_path: Path) -> None:
     watch, describer = tracker(tmp_path, 1)
     known, changes, last = [], [], None
@@ -153,7 +171,7 @@ def test_evaluation_plays_every_seed_once(count: int, tmp_path: Path) -> None:
         seen.append(step["is_first"])
         return np.zeros((count, 2), np.float32)
 
-    episodes, films = run_episodes(clocks(count), watch, lambda: policy, [5, 6, 7], film=2)
+    episodes, films = run_episodes(clocks(count), watch, lambda seed: policy, [5, 6, 7], film=2)
     total = LENGTH * (LENGTH + 1) / 2
     assert [tuple(e) for e in episodes] == [(total, LENGTH, 1.0)] * 3
     assert [film[:, 0, 0, 0].tolist() for film in films] == [list(range(LENGTH + 1))] * 2

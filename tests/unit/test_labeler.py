@@ -13,14 +13,8 @@ from scenes import cases, moving_square
 from mapo_lightning.data.video import VideoFileError
 from mapo_lightning.semantics.describer import NullDescriber, Reply, VlmConfig
 from mapo_lightning.semantics.embed import HashedSlots
-from mapo_lightning.semantics.labeler import (
-    Labeler,
-    LabelStats,
-    WindowRequest,
-    build_labeler,
-    frames_identity,
-    semantic_dim,
-)
+from mapo_lightning.semantics.factory import build_labeler, semantic_dim
+from mapo_lightning.semantics.labeler import Labeler, LabelStats, WindowRequest, frames_identity
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.types import ConfigError, DescriberError, Frames
 

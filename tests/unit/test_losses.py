@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -123,12 +124,20 @@ class LineWorld(torch.nn.Module):
 
     heads: dict[str, object] = {}  # noqa: RUF012
 
-    def imagine(self, start: Tensor, act: object, steps: int) -> list[Tensor]:
-        states = [start]
-        for i in range(steps):
-            assert callable(act)
-            states.append(LineState(states[-1].feat + act(i, states[-1])))  # type: ignore[attr-defined]
-        return states
+    def imagine(
+        self,
+        start: LineState,
+        act: Callable[[int, LineState], Tensor],
+        steps: int,
+        replay: Callable[[], Tensor],
+    ) -> LineState:
+        with torch.no_grad():
+            state = start
+            for i in range(steps):
+                state = LineState(state.feat + act(i, state))
+        feat = torch.cat([start.feat[None], start.feat + replay().cumsum(0)])
+        torch.testing.assert_close(feat[-1], state.feat)  # the replayed actions are the taken ones
+        return LineState(feat)
 
     def head(self, name: str, feat: Tensor) -> Tensor:
         return feat.squeeze(-1)

@@ -11,7 +11,7 @@ import torch
 from mapo_lightning.build import build_finetune, build_pretrain
 from mapo_lightning.compose import compose
 from mapo_lightning.config import RunConfig
-from mapo_lightning.semantics.labeler import semantic_dim
+from mapo_lightning.semantics.factory import semantic_dim
 from mapo_lightning.types import Batch
 
 CONF = Path(__file__).parents[2] / "conf"

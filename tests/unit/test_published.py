@@ -19,7 +19,7 @@ from mapo_lightning.models.context import ContextConfig
 from mapo_lightning.models.decoder import build_decoder
 from mapo_lightning.models.encoder import ImageConfig, build_encoder
 from mapo_lightning.models.rssm import RSSM, NormedGRU, RSSMConfig
-from mapo_lightning.semantics.labeler import semantic_dim
+from mapo_lightning.semantics.factory import semantic_dim
 
 CONF = Path(__file__).parents[2] / "conf"
 RESNET, HEAD = 1_562_112, 1_301_201

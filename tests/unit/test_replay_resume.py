@@ -64,6 +64,25 @@ def test_the_newest_checkpoint_still_finds_what_was_evicted_after_it(tmp_path: P
     assert len(list(tmp_path.glob("*.npy"))) == 2, "what no state names is gone"
 
 
+def test_a_process_that_dies_while_it_saves_leaves_the_state_before_usable(tmp_path: Path) -> None:
+    replay = make(tmp_path, capacity=20)
+    play(replay, 0, 10)
+    play(replay, 0, 10, start=50)
+    first = replay.state()
+    for _ in range(4):
+        play(replay, 0, 10, start=100)
+    second = replay.state()
+    assert replay.state() == second  # a checkpoint may be written twice, under two names
+    resumed = make(tmp_path, capacity=20)
+    assert resumed.restore(first) == 0  # the second checkpoint never reached the disk
+    assert resumed.sample(np.random.default_rng(0), 20, 11)["reward"].max() == 60
+    play(replay, 0, 10, start=150)
+    third = replay.state()
+    assert third != second
+    files = {int(path.stem.rpartition("-")[2]) for path in tmp_path.glob("*.npy")}
+    assert files <= {episode for state in (second, third) for episode, _ in state["episodes"]}
+
+
 def test_damaged_and_missing_episodes_are_dropped_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from callbacks.evaluate import Score
 from callbacks.rollout import drift, strip
-from mapo_lightning.envs.collector import Episode
 
 
 def test_strip_has_three_rows_a_column_per_clip_and_coloured_edges() -> None:
@@ -37,9 +35,3 @@ def test_drift_against_written_out_psnr() -> None:
     assert metrics["rollout/psnr_still_5"] == pytest.approx(-10 * np.log10(still), rel=1e-4)
     assert 0.0 < metrics["rollout/ssim_5"] < 1.0
     assert "rollout/psnr_10" not in metrics  # the clip is too short for it
-
-
-def test_a_score_is_mean_spread_and_success() -> None:
-    score = Score((Episode(1.0, 5, 1.0), Episode(3.0, 5, 0.0)))
-    assert score.metrics() == {"eval/return": 2.0, "eval/return_std": 1.0, "eval/success": 0.5}
-    assert Score((Episode(1.0, 5, None),)).success is None

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from scenes import damage, numbered, write_sound
 
+from mapo_lightning.data import windows
+from mapo_lightning.data.footage import Footage
+from mapo_lightning.data.source import VideoInfo
 from mapo_lightning.data.video import write_mp4
 from mapo_lightning.data.windows import VideoDataConfig, scan_videos
 from mapo_lightning.types import ConfigError, VideoError
@@ -93,6 +96,42 @@ def test_moved_file_keeps_its_result_and_changed_file_does_not(tmp_path: Path) -
     assert scan_videos(config(root), cache).videos[0].frames == 26
 
 
+def test_a_file_whose_size_and_date_are_known_is_not_read_again(tmp_path: Path) -> None:
+    root, cache = tmp_path / "v", tmp_path / "cache"
+    content = film(root / "a.mp4", 0)
+    first = scan_videos(config(root), cache)
+    date = (root / "a.mp4").stat().st_mtime_ns
+    (root / "a.mp4").write_bytes(bytes(len(content)))
+    os.utime(root / "a.mp4", ns=(date, date))
+    assert scan_videos(config(root), cache) == first  # only a scan that trusts the date passes
+    os.utime(root / "a.mp4", ns=(date, date + 1))
+    with pytest.raises(VideoError, match="1 unreadable"):
+        scan_videos(config(root), cache)
+
+
+def test_an_interrupted_scan_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        film(tmp_path / "v" / f"{number}.mp4", number)
+    examine, seen = Footage.examine, []
+
+    def stop_at_the_third(self: Footage, max_undecodable: float) -> VideoInfo:
+        seen.append(self.path.name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return examine(self, max_undecodable)
+
+    monkeypatch.setattr(windows, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(Footage, "examine", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        scan_videos(config(tmp_path / "v", workers=1), tmp_path / "cache")
+    monkeypatch.setattr(Footage, "examine", examine)
+    remembered = json.loads((tmp_path / "cache" / "videos.json").read_text())["videos"]
+    assert len(remembered) == 2
+    assert len(scan_videos(config(tmp_path / "v"), tmp_path / "cache").videos) == 3
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"version": [1, 0.1], "videos": {"a": {"reason": 3}}}']
 )
@@ -150,11 +189,25 @@ def test_empty_missing_and_unnamed_folders(tmp_path: Path) -> None:
         ("holdout", 0.6),
         ("max_undecodable", -0.1),
         ("workers", -1),
+        ("rate", 0.0),
     ],
 )
 def test_config_ranges(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"{field} must lie in .*, got {value}"):
         VideoDataConfig(**{field: value})
+
+
+def test_a_limit_of_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="limit must be at least 1 video, got 0"):
+        VideoDataConfig(limit=0)
+
+
+def test_a_rate_thins_any_folder_out(tmp_path: Path) -> None:
+    film(tmp_path / "v" / "a.mp4", 0, frames=30)  # 20 frames per second
+    (video,) = scan_videos(config(tmp_path / "v", clip_length=5, rate=5.0), tmp_path).videos
+    assert (video.frames, video.fps, video.numbers) == (8, 5.0, range(0, 30, 4))
+    with pytest.raises(VideoError, match="it has 8 frames, a clip needs 25"):
+        scan_videos(config(tmp_path / "v", rate=5.0), tmp_path)
 
 
 def test_real_damaged_video_is_quarantined(root: Path, tmp_path: Path) -> None:

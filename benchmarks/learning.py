@@ -1,0 +1,195 @@
+"""Does it learn? Every method on one task, same videos, same budget, several seeds.
+
+    python benchmarks/learning.py env=toy                    six methods, three seeds
+    python benchmarks/learning.py env=dmc_cartpole_swingup --seeds 5 --jobs 4
+    python benchmarks/learning.py env=toy --methods mapo,apv finetune.agent_steps=5000
+
+Each (method, seed) is one run of `train.py`: pre-train on the task's videos, fine-tune, evaluate.
+What is finished is not run again, so a stopped benchmark goes on where it was. Words with a `=`
+are overrides for all runs. The table and the picture go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from mlflow.tracking import MlflowClient
+from scipy import stats
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("mapo", "mapo_no_cvq", "contextwm", "apv", "prelar", "dreamerv2")
+# Okabe and Ito's palette: told apart with any kind of colour vision.
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#D55E00")
+
+
+class Result(NamedTuple):
+    """What one run of `train.py` reached."""
+
+    method: str
+    seed: int
+    score: float  # mean return of the test episodes, trained agent
+    floors: dict[str, float]  # the same, by policies that learn nothing
+    curve: list[tuple[int, float]]  # (simulator frames, mean return of the test episodes)
+    hours: float
+
+
+def main() -> None:
+    """Run what is missing, then write the table and the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", default=",".join(METHODS), help="of " + ", ".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each")
+    parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options, overrides = parser.parse_known_args()
+    task = next((w.removeprefix("env=") for w in overrides if w.startswith("env=")), None)
+    if task is None or any("=" not in word for word in overrides):
+        parser.error(f"give the task as env=NAME and overrides as key=value, got {overrides}")
+    methods = options.methods.split(",")
+    if unknown := set(methods) - set(METHODS):
+        parser.error(f"no such method: {', '.join(unknown)}")
+    # The first run of a task renders its videos; the others would collide with it.
+    wanted = [(method, seed) for seed in range(options.seeds) for method in methods]
+    first = [play(options.runs / task, wanted[0], overrides)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rest = pool.map(lambda pair: play(options.runs / task, pair, overrides), wanted[1:])
+        results = first + list(rest)
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = f"learning_{task}"
+    command = "python benchmarks/learning.py " + " ".join(sys.argv[1:])
+    (options.out / f"{name}.md").write_text(report(task, command, results, methods))
+    draw(options.out / f"{name}.png", task, results, methods)
+    print(f"written: {options.out / name}.md and .png")
+
+
+def play(folder: Path, pair: tuple[str, int], overrides: list[str]) -> Result:
+    """Run one (method, seed) unless its result is there already."""
+    method, seed = pair
+    run = (folder / f"{method}-{seed}").absolute()
+    done = run / "result.json"
+    if not done.exists():
+        words = [f"method={method}", f"seed={seed}", f"run_dir={run}", *overrides]
+        words += [f"tracking.uri=sqlite:///{run / 'mlflow.db'}"]
+        run.mkdir(parents=True, exist_ok=True)
+        print(time.strftime("%H:%M:%S"), "train.py", *words, flush=True)
+        began = time.time()
+        with (run / "log.txt").open("w") as log:
+            code = subprocess.run(
+                [sys.executable, str(ROOT / "train.py"), *words],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            ).returncode
+        if code:
+            raise SystemExit(f"method={method} seed={seed} ended with {code}; see {run}/log.txt")
+        measured = {"hours": (time.time() - began) / 3600, **read(run / "mlflow.db")}
+        done.write_text(json.dumps(measured, indent=1))
+    return Result(method, seed, **json.loads(done.read_text()))
+
+
+def read(store: Path) -> dict[str, object]:
+    """Test returns of a run, from its MLflow store."""
+    client = MlflowClient(f"sqlite:///{store}")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    for found in client.search_runs(experiments):
+        if "eval/return" in found.data.metrics:
+            points = client.get_metric_history(found.info.run_id, "eval/return")
+            curve = sorted((point.step, point.value) for point in points)
+            floors = {
+                key.removeprefix("eval/return_"): value
+                for key, value in found.data.metrics.items()
+                if key in ("eval/return_random", "eval/return_still")
+            }
+            return {"score": curve[-1][1], "floors": floors, "curve": curve}
+    raise SystemExit(f"{store} holds no evaluation")
+
+
+def interval(values: list[float]) -> float:
+    """Half of the 95 % confidence interval of a mean over seeds, Student's t."""
+    if len(values) < 2:
+        return float("nan")
+    spread = float(np.std(values, ddof=1)) / np.sqrt(len(values))
+    return float(stats.t.ppf(0.975, len(values) - 1)) * spread
+
+
+def report(task: str, command: str, results: list[Result], methods: list[str]) -> str:
+    """Markdown page with one row per method."""
+    floors = {name: np.mean([r.floors[name] for r in results]) for name in results[0].floors}
+    rows = []
+    for method in methods:
+        mine = [r for r in results if r.method == method]
+        scores = [r.score for r in mine]
+        seeds = ", ".join(f"{score:.1f}" for score in scores)
+        minutes = 60 * np.mean([r.hours for r in mine])
+        times = np.mean(scores) / floors["random"]
+        rows.append(
+            f"| `{method}` | {np.mean(scores):.1f} ± {interval(scores):.1f} | {seeds} "
+            f"| {times:.1f}x | {minutes:.1f} |"
+        )
+    return "\n".join(
+        [
+            f"# Learning on `{task}`",
+            "",
+            f"    {command}",
+            "",
+            f"{time.strftime('%Y-%m-%d')}, {cpu()}, one core per run. Return of the last "
+            f"evaluation: mean ± half of the 95 % interval (Student's t over seeds). Policies "
+            f"that learn nothing: random {floors['random']:.1f}, no action {floors['still']:.1f}.",
+            "",
+            "| method | return | seeds | against random | minutes per run |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            f"![Return over simulator frames](learning_{task}.png)",
+            "",
+        ]
+    )
+
+
+def cpu() -> str:
+    """Name of the processor."""
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return name[1] if name else platform.processor()
+
+
+def draw(path: Path, task: str, results: list[Result], methods: list[str]) -> None:
+    """Curves: mean over seeds with a 95 % band, and the random policy as a line."""
+    figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
+    for method in methods:
+        colour = COLOURS[METHODS.index(method)]
+        curves = [r.curve for r in results if r.method == method]
+        frames = [frame for frame, _ in curves[0]]
+        points = [[value for _, value in curve] for curve in curves]
+        mean = np.mean(points, axis=0)
+        band = np.array([interval(list(column)) for column in zip(*points, strict=True)])
+        axes.plot(frames, mean, color=colour, label=method, lw=2, marker="o", ms=3)
+        axes.fill_between(frames, mean - band, mean + band, color=colour, alpha=0.12, lw=0)
+    floor = np.mean([r.floors["random"] for r in results])
+    axes.axhline(floor, color="0.4", ls="--", lw=1, label="random policy")
+    axes.set(xlabel="simulator frames", ylabel="return of the test episodes", title=task)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if floor > 0 else None)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

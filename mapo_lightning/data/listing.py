@@ -1,0 +1,93 @@
+"""What a data set offers, before any video is opened: one function per layout on disk."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from mapo_lightning.types import ConfigError
+
+SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".avi", ".m4v", ".mov"})
+"""File names that count as videos, lower case."""
+
+
+class Entry(NamedTuple):
+    """One video that is there."""
+
+    path: Path
+    """A video file, a folder of numbered images, or the name of a run of images."""
+    label: str = ""
+    """Class, as text; empty where the data set names none."""
+    validation: bool | None = None
+    """Whether the data set's own split keeps it for validation; None: it has no split."""
+    numbers: tuple[int, ...] = ()
+    """Numbers of the images of a run, ascending."""
+    number_rate: float = 0.0
+    """Image numbers per second, Hz; 0.0 where nothing says it."""
+
+
+@dataclass
+class Listing:
+    """All that a data set offers, and what is amiss."""
+
+    entries: list[Entry] = field(default_factory=list)
+    """Videos that are there, in a fixed order."""
+    missing: list[str] = field(default_factory=list)
+    """Videos that a list names and that are not there."""
+    unlisted: list[str] = field(default_factory=list)
+    """Videos that are there and that no list names, or whose name says nothing."""
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Walk a folder as `os.walk` does, without hidden names and without links to folders."""
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield Path(folder), names, sorted(name for name in files if not name.startswith("."))
+
+
+def list_folder(root: Path) -> Listing:
+    """List every video file of a folder and its subfolders: no classes, no split."""
+    paths = (folder / name for folder, _, files in walk(root) for name in files)
+    return Listing(sorted(Entry(path) for path in paths if path.suffix.lower() in SUFFIXES))
+
+
+def restrict(listing: Listing, classes: Sequence[str], limit: int | None, seed: int) -> list[Entry]:
+    """Choose among the entries.
+
+    Args:
+        listing: All entries.
+        classes: Labels to keep, upper and lower case alike; empty keeps all.
+        limit: Keep at most so many, drawn by their names; the split's shares are kept.
+        seed: Which ones a limit keeps.
+
+    Raises:
+        ConfigError: There is no such class.
+    """
+    known = {entry.label.lower(): entry.label for entry in listing.entries if entry.label}
+    for name in classes:
+        if name.lower() not in known:
+            near = difflib.get_close_matches(name.lower(), known, 1, 0.0)
+            hint = f"did you mean '{known[near[0]]}'?" if near else "it names no classes at all."
+            raise ConfigError(
+                f"data.classes holds '{name}', which is none of the {len(known)} classes of this "
+                f"data set; {hint}"
+            )
+    wanted = {name.lower() for name in classes}
+    kept = [entry for entry in listing.entries if not wanted or entry.label.lower() in wanted]
+    if limit is None or limit >= len(kept):
+        return kept
+
+    def draw(entry: Entry) -> str:
+        return hashlib.blake2b(f"{seed} {entry.path.name}".encode()).hexdigest()
+
+    parts = [[entry for entry in kept if bool(entry.validation) is side] for side in (False, True)]
+    held = min(len(parts[1]), max(bool(parts[1]), round(limit * len(parts[1]) / len(kept))))
+    chosen = set()
+    for part, count in zip(parts, (limit - held, held), strict=True):
+        chosen |= set(sorted(part, key=draw)[:count])
+    return [entry for entry in kept if entry in chosen]

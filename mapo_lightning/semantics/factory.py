@@ -1,0 +1,50 @@
+"""Turns the describer's settings into a describer and a labeler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mapo_lightning.semantics.describer import Describer, NullDescriber, VlmConfig
+from mapo_lightning.semantics.flow import FlowDescriber
+from mapo_lightning.semantics.labeler import Labeler
+from mapo_lightning.semantics.marks import read_marks
+from mapo_lightning.semantics.openai_server import OpenAIDescriber
+from mapo_lightning.semantics.qwen import QwenDescriber
+from mapo_lightning.semantics.servers import OutageLog
+from mapo_lightning.semantics.store import LabelStore
+from mapo_lightning.semantics.text_encoder import build_encoder
+
+
+def semantic_dim(cfg: VlmConfig) -> int:
+    """Return the width V of the vectors that `build_labeler(cfg, ...)` will give.
+
+    Raises:
+        DescriberError: There is no such model or sentence encoder.
+    """
+    return build_encoder(cfg).semantic_dim
+
+
+def build_describer(cfg: VlmConfig) -> Describer:
+    """Build the describer a configuration asks for; loads no weights, opens no connection."""
+    if cfg.kind == "flow":
+        return FlowDescriber(min_percent=cfg.flow_min_percent)
+    kinds: dict[str, Callable[[VlmConfig], Describer]]
+    kinds = {"transformers": QwenDescriber, "openai": OpenAIDescriber}
+    return kinds[cfg.kind](cfg) if cfg.kind in kinds else NullDescriber()
+
+
+def build_labeler(cfg: VlmConfig, root: Path, writer: str) -> Labeler:
+    """Build the labeler a configuration asks for; cheap, opens nothing.
+
+    Args:
+        cfg: Who is asked, and where answers are kept.
+        root: The run's work folder; a relative ``cfg.store`` lies inside it.
+        writer: Name of this process in the store, such as ``rank0-worker1``.
+    """
+    # Flow is asked again for less than a wait for the disk costs; a model's answers are dear.
+    store = LabelStore(Path(root) / cfg.store, writer, durable=cfg.kind != "flow")
+    describer = build_describer(cfg)
+    if isinstance(describer, OpenAIDescriber):
+        describer.outage = OutageLog(store.root / "outage")
+    return Labeler(describer, store, build_encoder(cfg), read_marks(cfg.marks), cfg.cached_only)

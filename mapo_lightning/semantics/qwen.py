@@ -1,0 +1,272 @@
+"""A vision-language model in this process: Qwen2.5-VL or Qwen3-VL through transformers.
+
+Frames go through the model's own image processor and are joined to a video here. The processor
+class of transformers would do the same, but it needs torchvision, which has no build for a CPU-only
+torch; with this, one path serves every machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import threading
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mapo_lightning.semantics.describer import Reply, VlmConfig
+from mapo_lightning.semantics.phrase import PROMPT
+from mapo_lightning.types import DescriberError, Frames
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+_FPS = 2.0  # at which windows are said to be filmed: Qwen's own sampling rate
+_HASHED = 65536  # bytes at either end of a weight file that name it
+
+
+class QwenDescriber:
+    """Asks a vision-language model, greedily, in batches of windows of one size.
+
+    Only windows of the same size share a batch, so that nothing is padded: padding changes what
+    these models answer.
+
+    Args:
+        cfg: Which model, where it runs, how many windows at once.
+    """
+
+    in_worker = False  # one copy of the weights per training process, not one per worker
+
+    def __init__(self, cfg: VlmConfig) -> None:
+        self.cfg = cfg
+        prompt = hashlib.blake2b(PROMPT.encode(), digest_size=4).hexdigest()
+        weights = identity(cfg.model, cfg.revision)
+        self.name = f"transformers {weights} prompt {prompt} tokens {cfg.max_new_tokens}"
+        self._loaded: _Loaded | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Travel without the weights."""
+        return {"cfg": self.cfg, "name": self.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load the weights again when first asked."""
+        self.cfg, self.name = state["cfg"], state["name"]
+        self._loaded, self._lock = None, threading.Lock()
+
+    def describe(self, clips: Sequence[Frames]) -> list[Reply]:
+        """Describe each clip; the hidden state is the mean of the last layer over the answer.
+
+        Raises:
+            DescriberError: The model is not there, or is none of this kind.
+        """
+        replies: dict[int, Reply] = {}
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for number, clip in enumerate(clips):
+            by_size.setdefault(clip.shape, []).append(number)
+        with self._lock:
+            for numbers in by_size.values():
+                for first in range(0, len(numbers), self.cfg.batch_size):
+                    batch = numbers[first : first + self.cfg.batch_size]
+                    answers = self._model().answer([clips[n] for n in batch])
+                    replies |= dict(zip(batch, answers, strict=True))
+        return [replies[number] for number in range(len(clips))]
+
+    def _model(self) -> _Loaded:
+        if self._loaded is None:
+            self._loaded = _Loaded(self.cfg)
+        return self._loaded
+
+
+class _Loaded:
+    """The model with its tokenizer and image processor, in memory."""
+
+    def __init__(self, cfg: VlmConfig) -> None:
+        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+        self.device = _device(cfg.device)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        with loading(cfg.model, "vlm.model"):
+            where = locate(cfg.model, cfg.revision)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(**where)
+            images: Any = AutoImageProcessor
+            self.images = images.from_pretrained(**where, backend="pil")
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                **where, dtype=dtype, use_safetensors=True
+            )
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        if not hasattr(model.config, "video_token_id") or not self.tokenizer.chat_template:
+            raise DescriberError(
+                f"'{cfg.model}' is a {model.config.model_type}: asked for a Qwen2.5-VL or Qwen3-VL "
+                "with a chat template. Choose one with vlm.model=..., or serve it and use "
+                "vlm=openai_server"
+            )
+        self.video_id = int(model.config.video_token_id)
+        self.settings: dict[str, Any] = {
+            "max_new_tokens": cfg.max_new_tokens, "do_sample": False, "num_beams": 1,
+            "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }  # fmt: skip
+        log.info("%s answers on %s in %s", cfg.model, self.device, str(dtype).split(".")[-1])
+
+    @torch.inference_mode()
+    def answer(self, clips: Sequence[Frames]) -> list[Reply]:
+        """Describe clips of one size, (T, H, W, 3) each."""
+        videos = [self._patches(clip) for clip in clips]
+        grid = videos[0][1]
+        row = self.tokenizer(self._prompt(grid), return_tensors="pt", add_special_tokens=False)
+        tokens_BL = row["input_ids"].expand(len(clips), -1).to(self.device)
+        inputs = {
+            "input_ids": tokens_BL,
+            "attention_mask": torch.ones_like(tokens_BL),
+            "mm_token_type_ids": (tokens_BL == self.video_id).int() * 2,
+            "pixel_values_videos": torch.cat([v for v, _ in videos]).to(
+                self.device, self.model.dtype
+            ),
+            "video_grid_thw": torch.tensor([grid] * len(clips), device=self.device),
+        }
+        if self.model.config.model_type == "qwen2_5_vl":
+            seconds = self.images.temporal_patch_size / _FPS
+            inputs["second_per_grid_ts"] = torch.full((len(clips),), seconds, device=self.device)
+        with _states(self.model) as states:
+            said_BN = self.model.generate(**inputs, **self.settings)[:, tokens_BL.shape[1] :]
+        ends = torch.tensor(_ends(self.model), device=self.device)
+        alive_BN = (torch.isin(said_BN, ends).cumsum(1) == 0).cpu()
+        texts = self.tokenizer.batch_decode(said_BN, skip_special_tokens=True)
+        # The first state is that of the prompt's end; each later one has read one answered token.
+        read_BND = torch.stack(states[1:], 1) if len(states) > 1 else torch.zeros(len(clips), 0, 1)
+        return [
+            Reply(text, _mean(read_ND, alive_N))
+            for text, read_ND, alive_N in zip(texts, read_BND, alive_BN, strict=True)
+        ]
+
+    def _patches(self, clip: Frames) -> tuple[Tensor, list[int]]:
+        """Patches (N, 3 * TP * P * P) of a clip, and how many lie along time, height and width."""
+        deep = int(self.images.temporal_patch_size)
+        frames = [*clip, *[clip[-1]] * (-len(clip) % deep)]
+        made = self.images(images=frames, return_tensors="pt")
+        _, high, wide = made["image_grid_thw"][0].tolist()
+        # The processor makes a still video of each frame: take the k-th frame's k-th time slice.
+        still = made["pixel_values"].view(len(frames) // deep, deep, high * wide, 3, deep, -1)
+        moving = torch.stack([still[:, k, :, :, k] for k in range(deep)], dim=3)
+        return moving.flatten(0, 1).flatten(1), [len(frames) // deep, high, wide]
+
+    def _prompt(self, grid: Sequence[int]) -> str:
+        parts = [{"type": "video"}, {"type": "text", "text": PROMPT}]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+        )
+        pad = self.tokenizer.convert_ids_to_tokens(self.video_id)
+        times, high, wide = grid
+        merge = int(self.images.merge_size) ** 2
+        if self.model.config.model_type == "qwen2_5_vl":
+            return str(text).replace(pad, pad * (times * high * wide // merge), 1)
+        # Qwen3-VL reads when each slice was filmed as words before it.
+        start, end = (
+            self.tokenizer.convert_ids_to_tokens(int(getattr(self.model.config, f"vision_{s}")))
+            for s in ("start_token_id", "end_token_id")
+        )
+        deep = int(self.images.temporal_patch_size)
+        middles = [(t * deep + (deep - 1) / 2) / _FPS for t in range(times)]
+        slices = [f"<{m:.1f} seconds>{start}{pad * (high * wide // merge)}{end}" for m in middles]
+        return str(text).replace(f"{start}{pad}{end}", "".join(slices), 1)
+
+
+def locate(source: str, revision: str | None) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``: a folder, or a hub id at a revision; never its code."""
+    where: dict[str, Any] = {"pretrained_model_name_or_path": source, "trust_remote_code": False}
+    if Path(source).expanduser().is_dir():
+        return where | {"pretrained_model_name_or_path": str(Path(source).expanduser())}
+    return where | ({"revision": revision} if revision else {})
+
+
+@contextmanager
+def loading(source: str, field: str) -> Iterator[None]:
+    """Turn what transformers raises on a missing model into one sentence.
+
+    Raises:
+        DescriberError: The model cannot be loaded.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = (str(error) or type(error).__name__).split("\n")[0].strip()[:200]
+        raise DescriberError(
+            f"cannot load '{source}': it is no folder with a model, and not to be had from the "
+            f"hub or its cache ({reason}). Give a folder with {field}=DIR, or download it once "
+            "where there is a network"
+        ) from error
+
+
+@functools.lru_cache(maxsize=8)
+def hidden_size(source: str, revision: str | None, field: str) -> int:
+    """Width of a model's hidden states; reads its configuration, not its weights.
+
+    Raises:
+        DescriberError: There is no such model.
+    """
+    from transformers import AutoConfig
+
+    with loading(source, field):
+        config = AutoConfig.from_pretrained(**locate(source, revision))
+        return int(config.get_text_config().hidden_size)
+
+
+def identity(source: str, revision: str | None) -> str:
+    """Name weights: hub id and revision, or a hash of a folder's files, wherever it lies."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return f"{source}@{revision or 'main'}"
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(
+        p for s in ("json", "safetensors", "jinja", "txt") for p in folder.glob(f"*.{s}")
+    ):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {size}".encode() + file.read(_HASHED))
+            file.seek(max(0, size - _HASHED))
+            digest.update(file.read(_HASHED))
+    return f"folder {digest.hexdigest()}"
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+@contextmanager
+def _states(model: Any) -> Iterator[list[Tensor]]:
+    """Collect what the output layer reads at every step: the last layer's state, (B, D)."""
+    found: list[Tensor] = []
+
+    def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0][:, -1].float().cpu())
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def _ends(model: Any) -> list[int]:
+    found = model.generation_config.eos_token_id
+    return found if isinstance(found, list) else [found]
+
+
+def _mean(state_ND: Tensor, alive_N: Tensor) -> NDArray[np.float16] | None:
+    """Mean state over the answer's words; None for an empty answer."""
+    kept = state_ND[alive_N[: len(state_ND)]]
+    return kept.mean(0).numpy().astype(np.float16) if len(kept) else None

@@ -1,0 +1,149 @@
+"""Several servers that do the same work: who is asked next, and who is left alone for a while."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 2  # failures in a row, without a success between, after which a server is set aside
+_ASIDE_SECONDS = (0.5, 15.0)  # shortest and longest time for which it is
+_NOTE_SECONDS = 60.0
+
+
+class Server:
+    """One address and how it has been doing; changed only by its pool."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.busy = 0
+        self.failures = 0
+        self.aside_until = 0.0
+        self.reason = ""
+
+
+class ServerPool:
+    """Shares questions out among servers; for threads of one process.
+
+    Args:
+        urls: Addresses.
+    """
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self.servers = [Server(url) for url in urls]
+        self.successes = 0
+        self._lock = threading.Lock()
+
+    def pick(self) -> Server | None:
+        """Take the least busy server that is not set aside; None during an outage."""
+        with self._lock:
+            now = time.monotonic()
+            free = [server for server in self.servers if server.aside_until <= now]
+            # One that has failed is tried by one question first, not by all that wait.
+            free = [s for s in free if s.failures < _PATIENCE or not s.busy]
+            if not free:
+                return None
+            chosen = min(free, key=lambda server: server.busy)
+            chosen.busy += 1
+            return chosen
+
+    def succeeded(self, server: Server) -> None:
+        """Give a server back that has answered."""
+        with self._lock:
+            server.busy -= 1
+            server.failures, server.aside_until = 0, 0.0
+            self.successes += 1
+
+    def failed(self, server: Server, reason: str) -> None:
+        """Give a server back that has not; after a few times it is left alone for a while."""
+        with self._lock:
+            server.busy -= 1
+            server.failures += 1
+            server.reason = reason
+            if server.failures >= _PATIENCE:
+                least, most = _ASIDE_SECONDS
+                pause = min(most, least * 2.0 ** min(server.failures - _PATIENCE, 10))
+                server.aside_until = time.monotonic() + pause
+
+    def pause(self, server: Server, seconds: float) -> None:
+        """Give a server back that asked not to be asked for some seconds; it is not out."""
+        with self._lock:
+            server.busy -= 1
+            server.aside_until = max(server.aside_until, time.monotonic() + seconds)
+
+    def returned(self, server: Server) -> None:
+        """Give a server back of which nothing was learned."""
+        with self._lock:
+            server.busy -= 1
+
+    @property
+    def is_out(self) -> bool:
+        """True while every server has failed several times in a row."""
+        return all(server.failures >= _PATIENCE for server in self.servers)
+
+    def describe(self) -> str:
+        """Say what each server's last failure was."""
+        return "; ".join(f"{s.url}: {s.reason or 'no answer yet'}" for s in self.servers)
+
+
+class OutageLog:
+    """Says that nobody answers: one line a minute, whichever of many processes says it.
+
+    Args:
+        stamp: File that exists during an outage; None speaks for this process alone.
+    """
+
+    def __init__(self, stamp: Path | None = None) -> None:
+        self.stamp = stamp
+        self._began: float | None = None
+        self._noted = 0.0
+
+    def waiting(self, what: str) -> None:
+        """Log ``what`` if nobody has within the last minute."""
+        now = time.time()
+        if self._began is None:
+            self._began = now
+        if now - self._noted < _NOTE_SECONDS:
+            return
+        with self._shared() as (began, noted):
+            self._began, self._noted = min(began or now, self._began), noted or 0.0
+            if now - self._noted < _NOTE_SECONDS:
+                return
+            self._noted = now
+            if self.stamp is not None:
+                self.stamp.write_text(f"{self._began} {now}")
+            log.warning("no answer for %.0f s: %s", now - self._began, what)
+
+    def over(self) -> None:
+        """Log once that answers come again."""
+        if self._began is None:
+            return
+        took, self._began, self._noted = time.time() - self._began, None, 0.0
+        with self._shared() as (began, _):
+            if self.stamp is not None:
+                self.stamp.unlink(missing_ok=True)
+            if self.stamp is None or began is not None:
+                log.warning("answers come again after %.0f s", took)
+
+    @contextlib.contextmanager
+    def _shared(self) -> Iterator[tuple[float | None, float | None]]:
+        """When the outage began and was last noted by any process, under a lock."""
+        if self.stamp is None:
+            yield self._began, self._noted
+            return
+        self.stamp.parent.mkdir(parents=True, exist_ok=True)
+        with self.stamp.with_suffix(".lock").open("ab") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            try:
+                began, noted = (float(word) for word in self.stamp.read_text().split())
+            except (FileNotFoundError, ValueError):
+                yield None, None
+            else:  # a stamp that nobody has touched for long is that of a killed run
+                fresh = time.time() - noted < 2 * _NOTE_SECONDS
+                yield (began, noted) if fresh else (None, None)

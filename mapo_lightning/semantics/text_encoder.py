@@ -1,0 +1,100 @@
+"""A frozen sentence encoder: phrases become vectors that know which words are alike.
+
+Here too the choice between it, a model's hidden states and hashed words (facts O1).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mapo_lightning.semantics.describer import VlmConfig
+from mapo_lightning.semantics.embed import Encoder, HashedSlots, HiddenState
+from mapo_lightning.semantics.phrase import Phrase
+from mapo_lightning.semantics.qwen import hidden_size, loading, locate
+
+_REMEMBERED = 65536  # phrases
+
+
+class TextEncoder:
+    """Mean of a sentence encoder's last layer over the words of a phrase, on the CPU.
+
+    Args:
+        source: Hub id or folder of a BERT-like model.
+        revision: Commit hash of the hub's model.
+
+    Raises:
+        DescriberError: There is no such model.
+    """
+
+    def __init__(self, source: str, revision: str | None = None) -> None:
+        self.source, self.revision = source, revision
+        self.semantic_dim = hidden_size(source, revision, "vlm.text_encoder")
+        self._start()
+
+    def _start(self) -> None:
+        self._loaded: tuple[Any, Any] | None = None
+        self._memory: dict[Phrase, NDArray[np.float32]] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Travel without the weights."""
+        return {key: self.__dict__[key] for key in ("source", "revision", "semantic_dim")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Load the weights again when first asked."""
+        self.__dict__ |= state
+        self._start()
+
+    def encode(
+        self, phrase: Phrase, hidden: NDArray[np.float16] | None = None
+    ) -> NDArray[np.float32]:
+        """Embed one phrase.
+
+        Args:
+            phrase: The action; its slots are read as one sentence.
+            hidden: Ignored.
+
+        Returns:
+            (V,) float32 of unit root mean square.
+        """
+        with self._lock:
+            if phrase not in self._memory:
+                if len(self._memory) >= _REMEMBERED:
+                    self._memory.clear()
+                self._memory[phrase] = self._embed(" ".join(slot for slot in phrase if slot))
+            return self._memory[phrase].copy()
+
+    @torch.inference_mode()
+    def _embed(self, sentence: str) -> NDArray[np.float32]:
+        if self._loaded is None:
+            self._loaded = self._load()
+        tokenizer, model = self._loaded
+        tokens = tokenizer(sentence, return_tensors="pt", truncation=True, max_length=64)
+        tokens.pop("token_type_ids", None)
+        state_LD = model(**tokens).last_hidden_state[0].float()
+        mean_D = state_LD.mean(0)  # one sentence at a time: nothing is padded
+        return np.asarray((mean_D / mean_D.square().mean().sqrt().clamp(min=1e-6)).numpy())
+
+    def _load(self) -> tuple[Any, Any]:
+        from transformers import AutoModel, AutoTokenizer
+
+        with loading(self.source, "vlm.text_encoder"):
+            where = locate(self.source, self.revision)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            model = AutoModel.from_pretrained(**where, dtype=torch.float32, use_safetensors=True)
+        return tokenizer, model.eval().requires_grad_(False)
+
+
+def build_encoder(cfg: VlmConfig) -> Encoder:
+    """Build what turns answers into vectors: a sentence encoder, hidden states or hashed words."""
+    if cfg.text_encoder and cfg.kind != "none":
+        return TextEncoder(cfg.text_encoder, cfg.text_encoder_revision)
+    if cfg.kind == "transformers":
+        width = cfg.hidden_dim or hidden_size(cfg.model, cfg.revision, "vlm.model")
+        return HiddenState(width)
+    return HashedSlots()

@@ -1,0 +1,197 @@
+"""Fine-tuning is killed and goes on, on one process and on two; its checkpoints are played."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import ROOT, SMALL, train
+
+from mapo_lightning.checkpoint import read_checkpoint
+
+FINETUNE = [*SMALL, "stage=finetune", "callbacks.rollout_every=1000"]
+
+
+def kill_after_checkpoints(folder: Path, words: list[str], count: int) -> dict[str, Any]:
+    """Start train.py, kill it in the middle of its work, return the newest checkpoint's content."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env.pop("MAPO_RUN_DIR", None)
+    with (folder / "said.txt").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *words],
+            cwd=folder,
+            env=env,
+            stdout=said,
+            stderr=said,
+        )
+        last = folder / "run/finetune/last.ckpt"
+        seen: set[int] = set()
+        deadline = time.monotonic() + 120
+        while len(seen) < count and process.poll() is None and time.monotonic() < deadline:
+            if last.exists():
+                seen.add(last.stat().st_mtime_ns)
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, (folder / "said.txt").read_text()
+    return read_checkpoint(last)
+
+
+def steps_held(replay: Path) -> int:
+    index = json.loads((replay / "index.json").read_text())
+    return sum(entries - 1 for _, entries in [*index["episodes"], *index["open"]])
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_its_checkpoint_was(tmp_path: Path) -> None:
+    words = [*FINETUNE, "run_dir=run", "tracking.enabled=true"]
+    words += ["finetune.agent_steps=400", "callbacks.checkpoint_every=5"]
+    before = kill_after_checkpoints(tmp_path, words, 3)
+    made = before["global_step"]
+    assert 10 < made < 60
+    assert before["mapo"]["env_frames"] == 2 * steps_held(tmp_path / "run/replay/rank0")
+    torch.save(before, tmp_path / "before.ckpt")
+    # One more update only: everything that an update changes a little is still near.
+    one_more = ["resume=run", f"finetune.agent_steps={110 + 5 * (made - 2) + 5}"]
+    train(tmp_path, *one_more)
+    after = read_checkpoint(tmp_path / "run/finetune/last.ckpt")
+    assert after["global_step"] == made + 1
+    for key, tensor in after["state_dict"].items():
+        if tensor.is_floating_point() and not key.endswith(("queue", "candidates")):
+            moved = (tensor - before["state_dict"][key]).abs().max()
+            assert float(moved) < 0.2 * float(tensor.abs().max()) + 0.01, key
+    moments = after["optimizer_states"][0]["state"]
+    assert {int(entry["step"]) for entry in moments.values()} == {made + 1}
+    assert after["lr_schedulers"][0]["last_epoch"] == made + 1
+    filled = "world_model.bonus.filled"
+    assert filled not in after["state_dict"] or int(after["state_dict"][filled])
+    added = after["mapo"]["env_frames"] - before["mapo"]["env_frames"]
+    assert 2 * 4 <= added <= 2 * 7  # five agent steps, two environments, what was owed
+    # Nothing of the replay is lost: the episodes under way were closed where they were.
+    assert after["mapo"]["env_frames"] == 2 * steps_held(tmp_path / "run/replay/rank0")
+    assert f"has all of its {made + 1} updates" in train(tmp_path, "resume=run/finetune/last.ckpt")
+    check_one_mlflow_run(tmp_path / "runs/mlflow.db")
+
+
+def check_one_mlflow_run(path: Path) -> None:
+    db = sqlite3.connect(path)
+    assert sorted(db.execute("select name, status from runs")) == [
+        ("finetune", "FINISHED"),
+        ("run", "FINISHED"),
+    ]
+    points = db.execute("select step, count(*) from metrics where key='train/actor' group by step")
+    assert {count for _, count in points} == {1}  # no point of the curve twice
+    tags = dict(db.execute("select key, value from tags where key like 'resume.%'"))
+    assert any("finetune.agent_steps: 400 -> " in text for text in tags.values())
+
+
+DIGEST = """
+import hashlib
+import sys
+from pathlib import Path
+import lightning as L
+sys.path.insert(0, ROOT)
+import train
+from mapo_lightning import build
+
+class Digest(L.Callback):
+    def on_train_end(self, trainer, module):
+        weights = {k: p.detach().numpy().tobytes() for k, p in module.named_parameters()}
+        digests = {k: hashlib.sha256(data).hexdigest() for k, data in weights.items()}
+        Path(f"rank{trainer.global_rank}.txt").write_text(repr(digests))
+
+make = build.build_trainer
+build.build_trainer = lambda cfg, n, at, calls, *rest: make(cfg, n, at, [*calls, Digest()], *rest)
+
+if __name__ == "__main__":
+    sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(DIGEST.replace("ROOT", repr(str(ROOT))))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env.pop("MAPO_RUN_DIR", None)
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, str(script), *words],
+            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    two = ["trainer.devices=2", "trainer.strategy=ddp", "tracking.enabled=true"]
+    said = run(*FINETUNE, *two, "run_dir=run", "finetune.agent_steps=170")
+    assert said.count("episodes from reset seeds") == 1  # one process speaks
+    weights = [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert weights[0] == weights[1]
+    assert run("resume=run", "finetune.agent_steps=190")
+    again = [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert again[0] == again[1] != weights[0]
+    content = read_checkpoint(tmp_path / "run/finetune/last.ckpt")
+    assert content["global_step"] == 2 + (190 - 110) // 10
+    held = [steps_held(tmp_path / f"run/replay/rank{rank}") for rank in (0, 1)]
+    assert content["mapo"]["env_frames"] == 2 * sum(held)
+    db = sqlite3.connect(tmp_path / "runs/mlflow.db")
+    assert sorted(db.execute("select name, status from runs")) == [
+        ("finetune", "FINISHED"),
+        ("run", "FINISHED"),
+    ]
+    one = ["resume=run", "finetune.agent_steps=300", "trainer.devices=1", "trainer.strategy=auto"]
+    assert "experience of 2 processes" in train(tmp_path, *one, code=2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train(folder, *FINETUNE, "run_dir=run", "callbacks.checkpoint_every=4")
+    # The last of six updates is saved too, whatever the rhythm of the checkpoints.
+    assert read_checkpoint(folder / "run/finetune/last.ckpt")["global_step"] == 6
+    return folder
+
+
+def test_a_checkpoint_is_played_without_its_settings_at_hand(trained: Path, tmp_path: Path) -> None:
+    checkpoint = f"checkpoint={trained}/run/finetune/last.ckpt"
+    words = ["stage=evaluate", checkpoint, "evaluate.episodes=4", "evaluate.videos=2"]
+    said = train(tmp_path, *words, "tracking.enabled=true", "run_dir=played")
+    assert "toy/disc after 260 frames, 4 episodes from reset seeds 1000..1003" in said
+    tree = json.loads((tmp_path / "played/evaluation.json").read_text())
+    assert (tree["method"], tree["env_frames"]) == ("mapo", 260)
+    assert [e["seed"] for e in tree["policies"]["agent"]["episodes"]] == [1000, 1001, 1002, 1003]
+    films = sorted(path.name for path in (tmp_path / "played/videos").iterdir())
+    assert films == ["seed_1000.mp4", "seed_1001.mp4"]
+    db = sqlite3.connect(tmp_path / "runs/mlflow.db")
+    metrics = dict(db.execute("select key, value from metrics"))
+    figures = tree["policies"]["agent"]
+    for name in ("return", "return_se", "return_iqm", "return_iqm_low", "success"):
+        assert metrics[f"eval/{name}"] == pytest.approx(figures[name])
+    assert metrics["eval/return_random"] == pytest.approx(tree["policies"]["random"]["return"])
+    artifacts = [p.as_posix() for p in (tmp_path / "runs/artifacts").rglob("*.mp4")]
+    assert any("videos/seed_1001" in path for path in artifacts)
+
+
+def test_resuming_twice_from_one_checkpoint_gives_the_same_weights(
+    trained: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):  # a run may be moved as a whole
+        shutil.copytree(trained / "run", tmp_path / name)
+        train(tmp_path, f"resume={name}", "finetune.agent_steps=150")
+    first, second = (
+        read_checkpoint(tmp_path / name / "finetune/last.ckpt") for name in ("one", "two")
+    )
+    assert first["global_step"] == second["global_step"] == 10
+    for key, tensor in first["state_dict"].items():
+        assert torch.equal(tensor, second["state_dict"][key]), key

@@ -1,0 +1,55 @@
+"""Labels a folder of videos, as stage=label does, in a process that tests may kill."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from mapo_lightning.data.clips import ClipDataset
+from mapo_lightning.data.corpus import CorpusLabelling
+from mapo_lightning.data.windows import VideoDataConfig, scan_videos
+from mapo_lightning.semantics.describer import VlmConfig
+
+BEGUN = "begun"
+
+
+def corpus(
+    videos: Path, work: Path, shard: tuple[int, int] = (0, 1), **vlm: Any
+) -> CorpusLabelling:
+    data = VideoDataConfig(kind="folder", root=str(videos), workers=1, clip_length=9)
+    cfg = VlmConfig(**({"frame_size": 64, "structured": "off"} | vlm))
+    return CorpusLabelling(ClipDataset(scan_videos(data, work).videos, data, cfg, work), shard)
+
+
+class Job:
+    """A process that labels."""
+
+    def __init__(self, *args: Any, **words: Any) -> None:
+        context = multiprocessing.get_context("fork")  # the imports are done already
+        self.said, said = context.Pipe(duplex=False)
+        self.process = context.Process(target=_label, args=(said, args, words), daemon=True)
+        self.process.start()
+        said.close()
+        assert self.said.recv() == BEGUN
+
+    def kill(self) -> bool:
+        """Kill it; False if it had ended by itself."""
+        alive = self.process.is_alive()
+        self.process.kill()
+        self.process.join()
+        return alive
+
+    def finish(self) -> str:
+        """Wait for its end; returns how far it came."""
+        last: str = self.said.recv()
+        self.process.join()
+        assert self.process.exitcode == 0
+        return last
+
+
+def _label(said: Connection, args: Any, words: dict[str, Any]) -> None:
+    job = corpus(*args, **words)
+    said.send(BEGUN)
+    said.send(str(job.run(lambda progress: None)))

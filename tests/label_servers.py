@@ -1,0 +1,222 @@
+"""Label servers in processes of their own on 127.0.0.1, for tests and benchmarks.
+
+python tests/label_servers.py '{"model": DIR, "port": 8000}'     a real tiny model behind the API
+python tests/label_servers.py '{"seconds": 0.2, "at_once": 8}'   a model that only takes its time
+
+The second can misbehave: POST /control {"faults": ["429", "500", "cut", "garbage", "slow", "400"]}
+spends one fault per question; GET /stats counts. Both speak chat completions and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+PHRASES = [f"[hand][moves][ball][{way}][{n} cm]" for way in ("left", "right") for n in (1, 5, 20)]
+PHRASES += ["null", "A cat jumps up."]
+PARTS = ("executing_body", "action", "target_object", "moving_direction", "displacement_generated")
+
+
+class TimedModel:
+    """Answers after ``seconds``, at most ``at_once`` questions side by side."""
+
+    def __init__(self, seconds: float = 0.0, at_once: int = 8, schema: str = "offered") -> None:
+        self.seconds, self.schema = seconds, schema
+        self.slots, self.lock = threading.Semaphore(at_once), threading.Lock()
+        self.faults: list[str] = []
+        self.stats: dict[str, Any] = {"calls": 0, "answered": 0, "keys": [], "seen": []}
+
+    def take_fault(self) -> str:
+        with self.lock:
+            self.stats["calls"] += 1
+            return self.faults.pop(0) if self.faults else ""
+
+    def answer(self, question: dict[str, Any]) -> str | None:
+        """Words that depend on the pictures alone; None where the schema is refused."""
+        wants_json = "response_format" in question
+        if wants_json and self.schema == "refused":
+            return None
+        parts = question["messages"][0]["content"]
+        urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        assert all(url.startswith("data:image/jpeg;base64,") for url in urls)
+        if all(picture(url).min() > 250 for url in urls):
+            raise OSError("white pictures make this model stumble")
+        number = int(hashlib.sha256("".join(urls).encode()).hexdigest(), 16) % len(PHRASES)
+        with self.slots:
+            time.sleep(self.seconds)
+        with self.lock:
+            self.stats["answered"] += 1
+            self.stats["seen"].append(len(urls))
+        phrase = PHRASES[number]
+        if wants_json and self.schema == "offered" and phrase.startswith("["):
+            return json.dumps(dict(zip(PARTS, phrase.strip("[]").split("]["), strict=True)))
+        if wants_json and self.schema == "offered":
+            return json.dumps(dict.fromkeys(PARTS, "null"))
+        return phrase
+
+
+def picture(url: str) -> np.ndarray:
+    data = io.BytesIO(base64.b64decode(url.partition(",")[2]))
+    return np.asarray(Image.open(data).convert("RGB"))
+
+
+def reply_body(text: str) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    model: TimedModel
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send(200, self.model.stats)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path == "/control":
+            self.model.faults = list(body["faults"])
+            self.send(200, {})
+            return
+        self.model.stats["keys"] = [self.headers.get("authorization", "")]
+        fault = self.model.take_fault()
+        if fault == "cut":
+            self.close_connection = True
+            self.connection.close()
+        elif fault == "garbage":
+            self.send_bytes(200, b"<html>\x00 no json")
+        elif fault == "empty":
+            self.send(200, {"choices": []})
+        elif fault:
+            if fault == "slow":
+                time.sleep(3.0)
+            code = 503 if fault == "slow" else int(fault)
+            secret = self.headers.get("authorization", "")
+            self.send(code, {"error": {"message": f"fault {fault} for {secret}"}}, fault == "429")
+        else:
+            try:
+                text = self.model.answer(body)
+            except OSError as error:
+                self.send(500, {"error": {"message": str(error)}})
+                return
+            if text is None:
+                self.send(400, {"error": {"message": "response_format is not supported"}})
+            else:
+                self.send(200, reply_body(text))
+
+    def send(self, code: int, content: Any, retry: bool = False) -> None:
+        self.send_bytes(code, json.dumps(content).encode(), retry)
+
+    def send_bytes(self, code: int, data: bytes, retry: bool = False) -> None:
+        self.send_response(code)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        if retry:
+            self.send_header("retry-after", "0.3")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def serve_timed(port: int, **words: Any) -> None:
+    handler = type("Bound", (Handler,), {"model": TimedModel(**words)})
+    ThreadingHTTPServer.request_queue_size = 128
+    ThreadingHTTPServer.daemon_threads = True
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    print(server.server_address[1], flush=True)
+    server.serve_forever()
+
+
+def serve_qwen(port: int, model: str) -> None:
+    """A FastAPI application around the model; the schema is accepted and ignored."""
+    import socket
+
+    import torch
+    import uvicorn
+    from fastapi import FastAPI
+
+    from mapo_lightning.semantics.describer import VlmConfig
+    from mapo_lightning.semantics.qwen import QwenDescriber
+
+    torch.set_num_threads(1)
+    describer = QwenDescriber(VlmConfig(kind="transformers", model=model, max_new_tokens=8))
+    app = FastAPI()
+
+    @app.post("/v1/chat/completions")
+    def complete(question: dict[str, Any]) -> dict[str, Any]:
+        parts = question["messages"][0]["content"]
+        urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        clip = np.stack([picture(url) for url in urls])
+        return reply_body(describer.describe([clip])[0].text)
+
+    place = socket.create_server(("127.0.0.1", port), backlog=128)
+    print(place.getsockname()[1], flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[place])
+
+
+class Running:
+    """A server process."""
+
+    def __init__(self, port: int = 0, **words: Any) -> None:
+        self.words = words
+        self.start(port)
+
+    def start(self, port: int) -> None:
+        words = json.dumps({"port": port, **self.words})
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, words], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+        self.root = f"http://127.0.0.1:{self.port}"
+        self.url = f"{self.root}/v1"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def stats(self) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{self.root}/stats") as reply:
+            found: dict[str, Any] = json.load(reply)
+        return found
+
+    def break_next(self, *faults: str) -> None:
+        data = json.dumps({"faults": faults}).encode()
+        urllib.request.urlopen(urllib.request.Request(f"{self.root}/control", data)).close()
+
+
+@contextmanager
+def running(**words: Any) -> Iterator[Running]:
+    server = Running(**words)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    words = json.loads(sys.argv[1])
+    port = int(words.pop("port", 0))
+    serve_qwen(port, words["model"]) if "model" in words else serve_timed(port, **words)

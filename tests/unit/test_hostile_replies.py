@@ -1,0 +1,200 @@
+"""What a describer says reaches eyes and files as plain, bounded text, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import logging
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from replies import HOSTILE, replies
+
+from mapo_lightning import artifacts
+from mapo_lightning.gallery_page import Place, Sample, page
+from mapo_lightning.semantics.describer import Reply
+from mapo_lightning.semantics.embed import HashedSlots
+from mapo_lightning.semantics.labeler import Label, Labeler, WindowRequest
+from mapo_lightning.semantics.phrase import MAX_SLOT, MAX_TEXT
+from mapo_lightning.semantics.store import LabelStore, StoredLabel
+from mapo_lightning.tracking import RunLogger, TrackingConfig, make_logger, open_store, store_uri
+from mapo_lightning.types import Frames
+
+VIDEO = "\x1b[31m<b onclick='x'>\"=cup.mp4"
+
+
+class Says:
+    """Gives the replies it was made with, one after the other."""
+
+    name, in_worker = "says <i>\x1b[1m", True
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = list(words)
+
+    def describe(self, clips: Sequence[Frames]) -> list[Reply]:
+        return [Reply(self.words[int(clip.flat[0])]) for clip in clips]
+
+
+def labelled(words: Sequence[str], folder: Path) -> tuple[list[Label], dict[str, StoredLabel]]:
+    """Take replies through parser, store and encoder; returns labels, and the store read anew."""
+    store = LabelStore(folder, "w", durable=False)
+    asking = Labeler(Says(words), store, HashedSlots())
+    requests = [
+        WindowRequest(str(i), f"{VIDEO} frames {i}..{i + 3} step 1", lambda i=i: np.full(1, i))  # type: ignore[misc]
+        for i in range(len(words))
+    ]
+    labels = asking.label(requests)
+    asking.close()
+    return labels, LabelStore(folder, "r").items()
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StoredLabel]:
+    started = time.perf_counter()
+    labels, found = labelled(replies(), tmp_path_factory.mktemp("store"))
+    assert time.perf_counter() - started < 20.0, "no reply takes long to read"
+    assert len(labels) == len(found) == 500
+    for label in labels:
+        assert np.isfinite(label.vector).all()
+        assert np.linalg.norm(label.vector) <= 5**0.5 + 1e-5
+    return found
+
+
+def test_the_corpus_is_the_same_every_time_and_covers_what_it_says() -> None:
+    words = replies()
+    assert words == replies()
+    assert len(words) == 500
+    assert set(HOSTILE) <= set(words)
+    assert max(map(len, words)) >= 10_000
+
+
+def test_what_is_stored_is_bounded_printable_and_readable(
+    stored: dict[str, StoredLabel],
+) -> None:
+    counts = Counter(label.status for label in stored.values())
+    assert {"slots", "null", "unreadable"} <= set(counts)
+    for label in stored.values():
+        assert len(label.text) <= MAX_TEXT
+        assert len(label.source) <= MAX_TEXT
+        for text in (label.text, label.source, *(label.phrase or ())):
+            assert text.isprintable()
+            text.encode()  # no half surrogate
+        assert all(len(slot) <= MAX_SLOT for slot in label.phrase or ())
+
+
+@settings(max_examples=60)
+@given(st.lists(st.text(max_size=300) | st.sampled_from(HOSTILE), min_size=1, max_size=4))
+def test_no_text_at_all_raises(words: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        labels, found = labelled(words, Path(folder))
+    assert len(labels) == len(words) == len(found)
+    shown = page(sample(found), "t")
+    assert shown.count("<article") == len(words)
+
+
+def test_log_lines_stay_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        labelled(replies(120), tmp_path)
+    assert caplog.records
+    for record in caplog.records:
+        line = record.getMessage()
+        assert line.isprintable()
+        assert len(line) < 500
+
+
+def sample(found: dict[str, StoredLabel]) -> Sample:
+    labels = [
+        (key, label, Place(VIDEO, i, i + 3, 1), [Path(VIDEO)])
+        for i, (key, label) in enumerate(found.items())
+    ]
+    return Sample(labels, Counter(label.status for label in found.values()), 0)
+
+
+class Tags(HTMLParser):
+    """Every tag and attribute that a browser would see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: set[str] = set()
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_nothing_in_the_gallery_becomes_markup(stored: dict[str, StoredLabel]) -> None:
+    plain = {key: label._replace(text="x", phrase=None) for key, label in stored.items()}
+    seen, expected = Tags(), Tags()
+    shown = page(sample(stored), "<b>title</b>")
+    seen.feed(shown)
+    expected.feed(page(sample(plain), "t"))
+    slots = {"dl", "dt", "dd", "div", "p"}  # a phrase has five slots, none has a sentence
+    assert seen.tags["article"] == 500
+    assert seen.tags["script"] == seen.tags["style"] == 1
+    assert {t: n for t, n in seen.tags.items() if t not in slots} == {
+        t: n for t, n in expected.tags.items() if t not in slots
+    }
+    assert seen.attributes == expected.attributes
+    assert not {name for name in seen.attributes if name.startswith("on") or name == "style"}
+    assert "<b>title" not in shown
+    assert "49" not in {text.strip() for text in seen.texts}  # {{ 7*7 }} is words
+    assert all(c.isprintable() or c == "\n" for c in shown)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrackingConfig, RunLogger]:
+    place = tmp_path_factory.mktemp("mlflow")
+    cfg = TrackingConfig(uri=f"sqlite:///{place}/mlflow.db", artifacts=str(place / "artifacts"))
+    open_store(cfg)
+    logger = make_logger(cfg, "fit")
+    assert isinstance(logger, RunLogger)
+    return cfg, logger
+
+
+def test_tables_hold_no_formula_and_no_line_too_many(
+    stored: dict[str, StoredLabel], run: tuple[TrackingConfig, RunLogger]
+) -> None:
+    cfg, logger = run
+    rows = [{"video": x.source, "status": x.status, "text": x.text} for x in stored.values()]
+    assert artifacts.log_table(logger, rows, "phrases/all")
+    logger.finalize("success")
+    client = mlflow.MlflowClient(store_uri(cfg))
+    folder = Path(client.download_artifacts(logger.active_run, "phrases"))
+    with (folder / "all.csv").open(newline="", encoding="utf-8") as file:
+        read = list(csv.reader(file))
+    assert len(read) == 501
+    for row in read:
+        assert len(row) == 3
+        assert all(cell.lstrip()[:1] not in set("=+-@") for cell in row)
+        assert all(cell.isprintable() for cell in row)
+    assert len(json.loads((folder / "all.json").read_text())) == 500
+    assert "sk-aaaa" not in (folder / "all.csv").read_text()
+
+
+def test_no_code_on_the_way_could_run_a_word(root: Path) -> None:
+    rooms = [*(root / "mapo_lightning/semantics").glob("*.py")]
+    rooms += [root / f"mapo_lightning/{name}.py" for name in ("gallery", "gallery_page", "quality")]
+    for path in rooms:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
+                assert not names & {"subprocess", "pickle", "shlex", "pty"}, path.name
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "os.system", "os.popen"), path.name
+                assert not called.endswith(".format"), f"{path.name}: texts are no templates"

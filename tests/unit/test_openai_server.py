@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import logging
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from label_servers import PHRASES, Running, running
+
+from mapo_lightning.semantics import servers
+from mapo_lightning.semantics.describer import StreamingDescriber, VlmConfig
+from mapo_lightning.semantics.openai_server import OpenAIDescriber
+from mapo_lightning.semantics.phrase import parse_reply
+from mapo_lightning.semantics.servers import OutageLog, ServerPool
+from mapo_lightning.types import ConfigError, DescriberError, Frames
+
+NOWHERE = "http://127.0.0.1:9/v1"  # the discard port: nobody listens
+
+
+def clips(count: int) -> list[Frames]:
+    rng = np.random.default_rng(count)
+    return [rng.integers(0, 255, (4, 32, 40, 3)).astype(np.uint8) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Running]:
+    with running(schema="ignored") as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: Running) -> Running:
+    shared.break_next()
+    return shared
+
+
+def describer(*urls: str, **words: object) -> OpenAIDescriber:
+    settings = {"timeout_seconds": 2.0, "retries": 3} | words
+    return OpenAIDescriber(VlmConfig(kind="openai", base_url=",".join(urls), **settings))
+
+
+def test_answers_come_in_order_and_repeat(server: Running) -> None:
+    asked = describer(server.url)
+    assert isinstance(asked, StreamingDescriber)
+    films = clips(20)
+    first = asked.describe(films)
+    assert {reply.text for reply in first} <= set(PHRASES)
+    assert len({reply.text for reply in first}) > 2
+    assert describer(server.url, concurrency=1).describe(films[::-1]) == first[::-1]
+    assert pickle.loads(pickle.dumps(asked)).describe(films[:2]) == first[:2]
+    assert asked.describe([]) == []
+
+
+@pytest.mark.parametrize(("schema", "extra"), [("offered", 0), ("ignored", 0), ("refused", 1)])
+def test_schema_is_tried_once_and_what_works_is_remembered(schema: str, extra: int) -> None:
+    with running(schema=schema) as server:
+        replies = describer(server.url).describe(clips(12))
+        assert server.stats()["calls"] == 12 + extra
+        assert all(reply.text.startswith("{") for reply in replies) == (schema == "offered")
+        assert all(parse_reply(reply.text).status != "unreadable" for reply in replies)
+        off = describer(server.url, structured="off").describe(clips(12))
+        assert server.stats()["calls"] == 24 + extra
+        if schema != "offered":
+            assert off == replies
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "503", "cut", "garbage", "empty", "slow"])
+def test_faults_are_asked_again(server: Running, fault: str) -> None:
+    films = clips(6)
+    asked = describer(server.url)
+    right = asked.describe(films)
+    before = server.stats()["calls"]
+    server.break_next(fault, fault)
+    assert asked.describe(films) == right
+    assert server.stats()["calls"] == before + 6 + 2
+
+
+def test_what_a_server_asks_for_is_respected(server: Running) -> None:
+    asked = describer(server.url, concurrency=1)
+    asked.describe(clips(1))
+    server.break_next("429", "429")
+    started = time.monotonic()
+    asked.describe(clips(1))
+    assert time.monotonic() - started > 0.6  # retry-after: 0.3, twice
+    assert not asked._servers.is_out
+
+
+def test_window_that_only_fails_is_left_out(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    white = np.full((4, 32, 32, 3), 255, np.uint8)
+    replies: dict[int, object] = {}
+    for found in describer(server.url, retries=1).describe_each([*clips(3), white, *clips(9)]):
+        replies |= found
+    assert [n for n, reply in replies.items() if reply is None] == [3]
+    assert len(replies) == 13
+    assert "gave a window up after 2 attempts: HTTP 500" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["400", "401", "404"])
+def test_refusal_stops_with_a_sentence_and_without_the_key(
+    server: Running, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAPO_VLM_API_KEY", "very-secret")
+    server.break_next(*[fault] * 4)
+    with pytest.raises(DescriberError, match=rf"refuses the question \(HTTP {fault}") as caught:
+        describer(server.url, concurrency=1).describe(clips(1))
+    assert "very-secret" not in str(caught.value)
+    assert server.stats()["keys"] == ["Bearer very-secret"]
+
+
+def test_key_stays_out_of_name_and_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
+    asked = describer(NOWHERE)
+    assert "very-secret" not in asked.name
+    assert b"very-secret" not in pickle.dumps(asked)
+
+
+def test_pool_shares_work_and_sets_the_dead_aside(server: Running) -> None:
+    with running(seconds=0.02, schema="ignored") as other:
+        before = server.stats()["answered"]
+        asked = describer(NOWHERE, server.url, other.url)
+        assert asked.describe(clips(30)) == describer(server.url).describe(clips(30))
+        assert other.stats()["answered"] > 3
+        assert server.stats()["answered"] - before > 33
+        other.kill()
+        assert len(asked.describe(clips(10))) == 10
+
+
+def test_outage_waits_for_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    with running(schema="ignored") as server:
+        asked = describer(server.url)
+        right = asked.describe(clips(4))
+        server.kill()
+        answers = asked.describe_each(clips(4))
+        threading.Timer(1.5, lambda: server.start(server.port)).start()
+        with caplog.at_level(logging.WARNING):
+            found = [item for group in answers for item in group.items()]
+        assert [reply for _, reply in sorted(found)] == right
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("no label server answers" in line for line in lines) == 1
+    assert sum("answers come again after" in line for line in lines) == 1
+
+
+def test_outage_gives_none_at_once_and_recovers() -> None:
+    with running(schema="ignored") as server:
+        asked = describer(server.url, on_outage="null")
+        right = asked.describe(clips(4))
+        server.kill()
+        started = time.monotonic()
+        found: dict[int, object] = {}
+        for group in asked.describe_each(clips(4)):
+            found |= group
+        assert set(found.values()) == {None}
+        assert time.monotonic() - started < 2.0
+        with pytest.raises(DescriberError, match="4 windows got no answer"):
+            asked.describe(clips(4))
+        server.start(server.port)
+        time.sleep(1.1)
+        for _ in range(20):
+            found = {}
+            for group in asked.describe_each(clips(4)):
+                found |= group
+            if None not in found.values():
+                break
+            time.sleep(0.1)
+        assert [reply for _, reply in sorted(found.items())] == right
+
+
+def test_outage_stops_where_asked_to() -> None:
+    asked = describer(NOWHERE, on_outage="error", timeout_seconds=0.5)
+    with pytest.raises(DescriberError, match=r"no label server answers .*connection failed"):
+        asked.describe(clips(2))
+
+
+def test_one_line_a_minute_for_many_processes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(servers.time, "time", lambda: now[0])
+    logs = [OutageLog(tmp_path / "outage") for _ in range(3)]
+    for _ in range(130):  # 130 s, three processes, each complaining every second
+        for each in logs:
+            each.waiting("nobody answers")
+        now[0] += 1.0
+    for each in logs:
+        each.over()
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "no answer for 0 s: nobody answers",
+        "no answer for 60 s: nobody answers",
+        "no answer for 120 s: nobody answers",
+        "answers come again after 130 s",
+    ]
+
+
+def test_pool_tries_a_failed_server_with_one_question() -> None:
+    pool = ServerPool(["a"])
+    for _ in range(2):
+        server = pool.pick()
+        assert server is not None
+        pool.failed(server, "x")
+    assert pool.is_out
+    assert pool.pick() is None
+    server.aside_until = 0.0
+    assert pool.pick() is server
+    assert pool.pick() is None  # others wait until this one has come back
+    pool.succeeded(server)
+    assert pool.pick() is not None
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("", "base_url must name a server"),
+        ("ftp://x/v1", r"base_url must hold http\(s\) addresses, got 'ftp://x/v1'"),
+        ("http://me:secret@host/v1", r"must not hold a password or a key \(host\)"),
+    ],
+)
+def test_addresses_are_checked(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        VlmConfig(kind="openai", base_url=url)
