@@ -119,11 +119,10 @@ def pend(
 
 def count_labels(windows: int, labels: Collection[Label], stored: bool) -> dict[str, Any]:
     """Count the windows of a clip; the keys are those of a clip."""
-    asked = sum(label.asked for label in labels)
     counts = {
         "vlm_windows": windows,
-        "vlm_asked": asked,
-        "vlm_hits": sum(label.answered for label in labels) - asked if stored else 0,
+        "vlm_asked": sum(label.asked for label in labels),
+        "vlm_hits": sum(x.answered and not x.asked for x in labels) if stored else 0,
         "vlm_null": sum(not label.known for label in labels),
         "vlm_rejected": sum(label.rejected for label in labels),
     }

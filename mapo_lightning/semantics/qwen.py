@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FPS = 2.0  # at which windows are said to be filmed: Qwen's own sampling rate
+_loading_lock = threading.Lock()
 _HASHED = 65536  # bytes at either end of a weight file that name it
 
 
@@ -51,8 +52,6 @@ class QwenDescriber:
         prompt = hashlib.blake2b(PROMPT.encode(), digest_size=4).hexdigest()
         weights = identity(cfg.model, cfg.revision)
         self.name = f"transformers {weights} prompt {prompt} tokens {cfg.max_new_tokens}"
-        self._loaded: _Loaded | None = None
-        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
         """Travel without the weights."""
@@ -61,7 +60,6 @@ class QwenDescriber:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Load the weights again when first asked."""
         self.cfg, self.name = state["cfg"], state["name"]
-        self._loaded, self._lock = None, threading.Lock()
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply]:
         """Describe each clip; the hidden state is the mean of the last layer over the answer.
@@ -73,30 +71,30 @@ class QwenDescriber:
         by_size: dict[tuple[int, ...], list[int]] = {}
         for number, clip in enumerate(clips):
             by_size.setdefault(clip.shape, []).append(number)
-        with self._lock:
-            for numbers in by_size.values():
-                for first in range(0, len(numbers), self.cfg.batch_size):
-                    batch = numbers[first : first + self.cfg.batch_size]
-                    answers = self._model().answer([clips[n] for n in batch])
-                    replies |= dict(zip(batch, answers, strict=True))
+        for numbers in by_size.values():
+            for first in range(0, len(numbers), self.cfg.batch_size):
+                batch = numbers[first : first + self.cfg.batch_size]
+                answers = self.model.answer([clips[n] for n in batch], self.cfg.max_new_tokens)
+                replies |= dict(zip(batch, answers, strict=True))
         return [replies[number] for number in range(len(clips))]
 
-    def _model(self) -> _Loaded:
-        if self._loaded is None:
-            self._loaded = _Loaded(self.cfg)
-        return self._loaded
+    @property
+    def model(self) -> LoadedModel:
+        """The model in memory; loaded on first use, and shared by all describers of a process."""
+        with _loading_lock:
+            return _load(self.cfg.model, self.cfg.revision, _device(self.cfg.device))
 
 
-class _Loaded:
-    """The model with its tokenizer and image processor, in memory."""
+class LoadedModel:
+    """A model with its tokenizer and image processor, in memory."""
 
-    def __init__(self, cfg: VlmConfig) -> None:
+    def __init__(self, source: str, revision: str | None, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-        self.device = _device(cfg.device)
+        self.device, self._lock = device, threading.Lock()
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        with loading(cfg.model, "vlm.model"):
-            where = locate(cfg.model, cfg.revision)
+        with loading(source, "vlm.model"):
+            where = locate(source, revision)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(**where)
             images: Any = AutoImageProcessor
             self.images = images.from_pretrained(**where, backend="pil")
@@ -106,20 +104,20 @@ class _Loaded:
         self.model = model.eval().requires_grad_(False).to(self.device)
         if not hasattr(model.config, "video_token_id") or not self.tokenizer.chat_template:
             raise DescriberError(
-                f"'{cfg.model}' is a {model.config.model_type}: asked for a Qwen2.5-VL or Qwen3-VL "
+                f"'{source}' is a {model.config.model_type}: asked for a Qwen2.5-VL or Qwen3-VL "
                 "with a chat template. Choose one with vlm.model=..., or serve it and use "
                 "vlm=openai_server"
             )
         self.video_id = int(model.config.video_token_id)
         self.settings: dict[str, Any] = {
-            "max_new_tokens": cfg.max_new_tokens, "do_sample": False, "num_beams": 1,
+             "do_sample": False, "num_beams": 1,
             "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0,
             "pad_token_id": self.tokenizer.pad_token_id,
         }  # fmt: skip
-        log.info("%s answers on %s in %s", cfg.model, self.device, str(dtype).split(".")[-1])
+        log.info("%s answers on %s in %s", source, self.device, str(dtype).split(".")[-1])
 
     @torch.inference_mode()
-    def answer(self, clips: Sequence[Frames]) -> list[Reply]:
+    def answer(self, clips: Sequence[Frames], max_new_tokens: int) -> list[Reply]:
         """Describe clips of one size, (T, H, W, 3) each."""
         videos = [self._patches(clip) for clip in clips]
         grid = videos[0][1]
@@ -137,8 +135,10 @@ class _Loaded:
         if self.model.config.model_type == "qwen2_5_vl":
             seconds = self.images.temporal_patch_size / _FPS
             inputs["second_per_grid_ts"] = torch.full((len(clips),), seconds, device=self.device)
-        with _states(self.model) as states:
-            said_BN = self.model.generate(**inputs, **self.settings)[:, tokens_BL.shape[1] :]
+        with self._lock, _states(self.model) as states:
+            said_BN = self.model.generate(**inputs, **self.settings, max_new_tokens=max_new_tokens)[
+                :, tokens_BL.shape[1] :
+            ]
         ends = torch.tensor(_ends(self.model), device=self.device)
         alive_BN = (torch.isin(said_BN, ends).cumsum(1) == 0).cpu()
         texts = self.tokenizer.batch_decode(said_BN, skip_special_tokens=True)
@@ -179,6 +179,11 @@ class _Loaded:
         middles = [(t * deep + (deep - 1) / 2) / _FPS for t in range(times)]
         slices = [f"<{m:.1f} seconds>{start}{pad * (high * wide // merge)}{end}" for m in middles]
         return str(text).replace(f"{start}{pad}{end}", "".join(slices), 1)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(source: str, revision: str | None, device: torch.device) -> LoadedModel:
+    return LoadedModel(source, revision, device)
 
 
 def locate(source: str, revision: str | None) -> dict[str, Any]:

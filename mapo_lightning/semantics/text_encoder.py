@@ -5,6 +5,7 @@ Here too the choice between it, a model's hidden states and hashed words (facts 
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -37,7 +38,6 @@ class TextEncoder:
         self._start()
 
     def _start(self) -> None:
-        self._loaded: tuple[Any, Any] | None = None
         self._memory: dict[Phrase, NDArray[np.float32]] = {}
         self._lock = threading.Lock()
 
@@ -71,23 +71,23 @@ class TextEncoder:
 
     @torch.inference_mode()
     def _embed(self, sentence: str) -> NDArray[np.float32]:
-        if self._loaded is None:
-            self._loaded = self._load()
-        tokenizer, model = self._loaded
+        tokenizer, model = _load(self.source, self.revision)
         tokens = tokenizer(sentence, return_tensors="pt", truncation=True, max_length=64)
         tokens.pop("token_type_ids", None)
         state_LD = model(**tokens).last_hidden_state[0].float()
         mean_D = state_LD.mean(0)  # one sentence at a time: nothing is padded
         return np.asarray((mean_D / mean_D.square().mean().sqrt().clamp(min=1e-6)).numpy())
 
-    def _load(self) -> tuple[Any, Any]:
-        from transformers import AutoModel, AutoTokenizer
 
-        with loading(self.source, "vlm.text_encoder"):
-            where = locate(self.source, self.revision)
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            model = AutoModel.from_pretrained(**where, dtype=torch.float32, use_safetensors=True)
-        return tokenizer, model.eval().requires_grad_(False)
+@functools.lru_cache(maxsize=2)
+def _load(source: str, revision: str | None) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    with loading(source, "vlm.text_encoder"):
+        where = locate(source, revision)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModel.from_pretrained(**where, dtype=torch.float32, use_safetensors=True)
+    return tokenizer, model.eval().requires_grad_(False)
 
 
 def build_encoder(cfg: VlmConfig) -> Encoder:

@@ -18,7 +18,7 @@ from mapo_lightning.semantics.describer import Describer, StreamingDescriber, Vl
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.phrase import Phrase, parse_reply
 from mapo_lightning.semantics.qwen import QwenDescriber, identity
-from mapo_lightning.semantics.text_encoder import TextEncoder
+from mapo_lightning.semantics.text_encoder import TextEncoder, _load
 from mapo_lightning.types import DescriberError, Frames
 
 
@@ -72,8 +72,7 @@ def test_hidden_state_is_that_of_generate(folder: Path) -> None:
     """Against transformers' own record of hidden states, one window at a time."""
     describer = QwenDescriber(config(folder))
     (reply,) = describer.describe(clips()[:1])
-    loaded = describer._loaded
-    assert loaded is not None
+    loaded = describer.model
     seen = {}
     real = loaded.model.generate
 
@@ -83,7 +82,10 @@ def test_hidden_state_is_that_of_generate(folder: Path) -> None:
         return out.sequences
 
     loaded.model.generate = generate
-    assert loaded.answer(clips()[:1])[0].text == reply.text
+    try:
+        assert loaded.answer(clips()[:1], 8)[0].text == reply.text
+    finally:
+        del loaded.model.generate
     words = len(loaded.tokenizer(reply.text)["input_ids"])
     wanted = torch.stack([step[-1][0, -1] for step in seen["states"][1 : 1 + words]]).mean(0)
     np.testing.assert_allclose(reply.hidden, wanted.numpy().astype(np.float16), atol=1e-3)
@@ -93,8 +95,7 @@ def test_patches_are_those_of_a_video(folder: Path) -> None:
     """A still clip gives what the image processor makes of one picture; order matters otherwise."""
     describer = QwenDescriber(config(folder))
     describer.describe(clips()[:1])
-    loaded = describer._loaded
-    assert loaded is not None
+    loaded = describer.model
     clip = clips()[0]
     still, grid = loaded._patches(np.stack([clip[0]] * 4))
     single = loaded.images(images=[clip[0]], return_tensors="pt")
@@ -129,6 +130,7 @@ def test_travels_without_weights(folder: Path) -> None:
     replies = describer.describe(clips()[:2])
     data = pickle.dumps(describer)
     assert len(data) < 10_000
+    assert pickle.loads(data).model is describer.model  # one copy per process
     copy = pickle.loads(data)
     assert copy.name == describer.name
     assert [r.text for r in copy.describe(clips()[:2])] == [r.text for r in replies]
@@ -181,8 +183,7 @@ def test_text_encoder_is_the_mean_over_its_words(bert: Path) -> None:
     encoder = TextEncoder(str(bert))
     phrase = Phrase("hand", "moves", "", "", "")
     vector = encoder.encode(phrase)
-    assert encoder._loaded is not None
-    tokenizer, model = encoder._loaded
+    tokenizer, model = _load(str(bert), None)
     ids = tokenizer("hand moves", return_tensors="pt")["input_ids"]
     mean = model(input_ids=ids).last_hidden_state[0].mean(0).detach().numpy()
     np.testing.assert_allclose(vector, mean / np.sqrt(np.mean(mean**2)), atol=1e-5)
