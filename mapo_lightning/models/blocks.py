@@ -9,14 +9,15 @@ Xavier; here it starts like the systems that it is compared with.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
@@ -67,6 +68,34 @@ class ResidualLayer(nn.Module):
         # In place: the norms' outputs are needed by nobody else, and small maps stay in the cache.
         out_NCHW = self.residual(inner_NCHW).add_(self.skip(x_NCHW))
         return F.relu(out_NCHW, inplace=True)
+
+
+def recomputed(modules: Sequence[nn.Module], run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``run(*inputs)``, of which the backward keeps the inputs only and computes the rest again.
+
+    The batch norms of ``modules`` count the batch once, and random numbers are drawn again as they
+    were.
+    """
+    if not torch.is_grad_enabled():
+        return run(*inputs)
+    norms = [m for one in modules for m in one.modules() if isinstance(m, nn.BatchNorm2d)]
+    out: Tensor = checkpoint(
+        run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still(norms))
+    )
+    return out
+
+
+@contextmanager
+def _still(norms: Sequence[nn.BatchNorm2d]) -> Iterator[None]:
+    """Leave the running statistics of these norms as they are."""
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def residual_stack(inputs: int, outputs: int, layers: int, change_last: bool) -> nn.ModuleList:

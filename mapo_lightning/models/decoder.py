@@ -5,13 +5,14 @@ Shapes: B clips, T frames of each, N = B*T, C channels, G heads, L tokens.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mapo_lightning.models.blocks import RESAMPLE, residual_stack, xavier
+from mapo_lightning.models.blocks import RESAMPLE, recomputed, residual_stack, xavier
 from mapo_lightning.models.context import SCALES, ContextConfig
 from mapo_lightning.models.encoder import CHANNELS, IMAGE_SIZE, ImageConfig
 
@@ -82,7 +83,7 @@ class ResNetDecoder(nn.Module):
     def __init__(self, cfg: ImageConfig, feat: int, context: ContextConfig) -> None:
         super().__init__()
         first, second, third = cfg.channels[::-1]
-        self.side = IMAGE_SIZE // 16
+        self.side, self.recompute = IMAGE_SIZE // 16, cfg.recompute
         self.convin = xavier(nn.Linear(feat, first * self.side**2))
         widths = [first, second, third, third // 2]
         self.stages = nn.ModuleList(
@@ -111,13 +112,25 @@ class ResNetDecoder(nn.Module):
             x = F.interpolate(x, scale_factor=float(RESAMPLE), mode="nearest")
             assert isinstance(stage, nn.ModuleList)
             side = str(x.shape[-1])
-            attended = None
-            if side in self.attention:
-                attended = self.attention[side](x, scene[int(side)])
-            for i, layer in enumerate(stage):
-                x = layer(x, attended) if i == 0 else layer(x)
+            attention = dict(self.attention.items()).get(side)
+            seen = (x, scene[int(side)]) if attention is not None else (x,)
+            run = partial(_through, stage, attention)
+            if self.recompute:
+                x = recomputed([stage, attention or stage], run, *seen)
+            else:
+                x = run(*seen)
         mean_NCHW: Tensor = self.convout(x)
         return mean_NCHW
+
+
+def _through(
+    stage: nn.ModuleList, attention: nn.Module | None, x: Tensor, *scene: Tensor
+) -> Tensor:
+    """A residual stage, whose first layer adds what attention made of its input."""
+    attended = attention(x, *scene) if attention is not None else None
+    for i, layer in enumerate(stage):
+        x = layer(x, attended) if i == 0 else layer(x)
+    return x
 
 
 class CNNDecoder(nn.Module):

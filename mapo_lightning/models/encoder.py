@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mapo_lightning.models.blocks import RESAMPLE, residual_stack, xavier
+from mapo_lightning.models.blocks import RESAMPLE, recomputed, residual_stack, xavier
 from mapo_lightning.types import ConfigError
 
 IMAGE_SIZE = 64
@@ -28,6 +29,9 @@ class ImageConfig:
     """Channels of the three residual stages; the CNN takes 1, 2, 4 and 8 times the first."""
     layers: int = 2
     """Residual layers per stage; the CNN ignores it."""
+    recompute: bool = False
+    """Keep only what enters a residual stage and compute the rest again in the backward: less
+    memory for more time (docs/performance.md); the CNN ignores it."""
 
     def __post_init__(self) -> None:
         if len(self.channels) != 3 or min(self.channels) < 4 or any(c % 4 for c in self.channels):
@@ -57,7 +61,7 @@ class ResNetEncoder(nn.Module):
 
     def __init__(self, cfg: ImageConfig, inputs: int = CHANNELS) -> None:
         super().__init__()
-        widths = cfg.channels
+        widths, self.recompute = cfg.channels, cfg.recompute
         self.convin = xavier(nn.Conv2d(inputs, widths[0], 3, stride=2, padding=1))
         self.stages = nn.ModuleList(
             residual_stack(before, after, cfg.layers, change_last=False)
@@ -72,8 +76,8 @@ class ResNetEncoder(nn.Module):
         for i, stage in enumerate(self.stages):
             x = F.avg_pool2d(x, RESAMPLE) if i else x
             assert isinstance(stage, nn.ModuleList)
-            for layer in stage:
-                x = layer(x)
+            run = partial(_through, stage)
+            x = recomputed([stage], run, x) if self.recompute else run(x)
             maps[x.shape[-1]] = x
         return maps
 
@@ -81,6 +85,12 @@ class ResNetEncoder(nn.Module):
         """(N, 3, 64, 64) in [-0.5, 0.5] -> (N, E)."""
         *_, last = self.maps(frame_NCHW).values()
         return F.avg_pool2d(last, RESAMPLE).flatten(1)
+
+
+def _through(stage: nn.ModuleList, x: Tensor) -> Tensor:
+    for layer in stage:
+        x = layer(x)
+    return x
 
 
 class CNNEncoder(nn.Module):

@@ -227,3 +227,30 @@ def test_bonus_is_the_mean_distance_to_the_nearest_in_the_queue() -> None:
 def test_bonus_refuses_chunks_shorter_than_its_window() -> None:
     with pytest.raises(ValueError, match="the chunk has 3"):
         VideoBonus(BonusConfig(beta=1.0), feat=5)(torch.randn(2, 3, 5))
+
+
+def test_recomputing_keeps_less_and_changes_nothing() -> None:
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        image = ImageConfig(channels=[4, 8, 16], layers=2, recompute=recompute)
+        encoder, decoder = build_encoder(image), build_decoder(image, 24, CONTEXT)
+        bridge = nn.Linear(encoder.embed_dim, 24)
+        frame, kept = torch.randn(3, 3, 64, 64), [0]
+
+        def pack(x: Tensor, kept: list[int] = kept) -> Tensor:
+            kept[0] += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            assert hasattr(encoder, "maps")
+            out = decoder(bridge(encoder(frame)), encoder.maps(frame))
+        (out * torch.randn_like(out)).sum().backward()
+        parts = (encoder, decoder)
+        grads = [p.grad for part in parts for p in part.parameters()]
+        results.append((out, grads, [b for part in parts for b in part.buffers()], kept[0]))
+    (out, grads, buffers, much), (out2, grads2, buffers2, little) = results
+    torch.testing.assert_close(out, out2)
+    torch.testing.assert_close(grads, grads2)
+    torch.testing.assert_close(buffers, buffers2)
+    assert little < 0.7 * much
