@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +20,7 @@ def corpus(
     videos: Path, work: Path, shard: tuple[int, int] = (0, 1), **vlm: Any
 ) -> CorpusLabelling:
     data = VideoDataConfig(kind="folder", root=str(videos), workers=1, clip_length=9)
-    cfg = VlmConfig(**({"frame_size": 64, "structured": "off"} | vlm))
+    cfg = VlmConfig(**({"frame_size": 64, "structured": "brackets"} | vlm))
     return CorpusLabelling(ClipDataset(scan_videos(data, work).videos, data, cfg, work), shard)
 
 
@@ -27,6 +28,7 @@ class Job:
     """A process that labels."""
 
     def __init__(self, *args: Any, **words: Any) -> None:
+        importlib.import_module("openai.resources.chat")  # slow: not once per process
         context = multiprocessing.get_context("fork")  # the imports are done already
         self.said, said = context.Pipe(duplex=False)
         self.process = context.Process(target=_label, args=(said, args, words), daemon=True)

@@ -29,7 +29,12 @@ class Claims:
     def take(self, keys: Iterable[str]) -> list[str]:
         """Claim what nobody living has claimed; returns the keys that are now ours."""
         self.root.mkdir(parents=True, exist_ok=True)
-        return [key for key in keys if self._create(key) or self._take_over(key)]
+        keys = list(keys)
+        free = {key for key in keys if self._create(key)}
+        left = {key for key in keys if key not in free and self._take_over(key)}
+        if left:
+            log.warning("taking over %d label questions of a process that is gone", len(left))
+        return [key for key in keys if key in free or key in left]
 
     def release(self, keys: Iterable[str]) -> None:
         """Give keys back; only the process that took them may call this."""
@@ -55,7 +60,6 @@ class Claims:
             fcntl.flock(guard, fcntl.LOCK_EX)
             if not _is_stale(path):
                 return False
-            log.warning("taking over label question %s of a process that is gone", key)
             path.unlink(missing_ok=True)
             return self._create(key)
 

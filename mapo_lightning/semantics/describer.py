@@ -131,8 +131,8 @@ class VlmConfig:
     """Failed attempts after which a window is left without a label, if others are answered."""
     on_outage: Literal["wait", "null", "error"] = "wait"
     """While no server answers: wait for one; go on with null labels, which are not stored; stop."""
-    structured: Literal["auto", "off"] = "auto"
-    """auto: ask for the five slots as JSON where the server can; off: ask in brackets only."""
+    structured: Literal["auto", "brackets"] = "auto"
+    """auto: ask for the five slots as JSON where the server can; brackets: never."""
     text_encoder: str = ""
     """Hub id or folder of a sentence encoder that turns phrases into vectors; empty: the hidden
     state of kind=transformers, and hashed words for the others."""

@@ -124,8 +124,10 @@ class OpenAIDescriber:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.cfg.concurrency, "vlm")
         stop = threading.Event()
+        # Pictures are packed here, so that a thread of the pool does nothing but ask.
         numbers: dict[Future[Reply | None], int] = {
-            self._pool.submit(self._answer, clip, stop): n for n, clip in enumerate(clips)
+            self._pool.submit(self._answer, _messages(clip), stop): n
+            for n, clip in enumerate(clips)
         }
         open_ = set(numbers)
         try:
@@ -137,9 +139,8 @@ class OpenAIDescriber:
             for future in open_:
                 future.cancel()
 
-    def _answer(self, clip: Frames, stop: threading.Event) -> Reply | None:
+    def _answer(self, messages: list[dict[str, Any]], stop: threading.Event) -> Reply | None:
         """Ask until there is an answer, or none is to be had."""
-        messages = _messages(clip)
         attempts, others = 0, self._servers.successes
         out_since: float | None = None
         while not stop.is_set():

@@ -106,7 +106,7 @@ def test_clips_in_flight_do_not_change_what_is_drawn(
     videos: list[VideoInfo], tmp_path: Path
 ) -> None:
     with running(seconds=0.05, schema="ignored") as server:
-        words = {"kind": "openai", "base_url": server.url, "structured": "off"}
+        words = {"kind": "openai", "base_url": server.url, "structured": "brackets"}
         busy = dataset(videos, tmp_path, **words, concurrency=8)
         assert busy._clips_in_flight() > 4
         found = list(itertools.islice(busy, 8))

@@ -65,7 +65,7 @@ def test_schema_is_tried_once_and_what_works_is_remembered(schema: str, extra: i
         assert server.stats()["calls"] == 12 + extra
         assert all(reply.text.startswith("{") for reply in replies) == (schema == "offered")
         assert all(parse_reply(reply.text).status != "unreadable" for reply in replies)
-        off = describer(server.url, structured="off").describe(clips(12))
+        off = describer(server.url, structured="brackets").describe(clips(12))
         assert server.stats()["calls"] == 24 + extra
         if schema != "offered":
             assert off == replies
