@@ -5,6 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from mapo_lightning.runtime import compile_parts
+
 FAULTS = """
 import resource, sys, torch
 from mapo_lightning.runtime import keep_freed_memory
@@ -30,3 +35,23 @@ def faults(mode: str) -> int:
 
 def test_freed_blocks_are_used_again_without_page_faults() -> None:
     assert faults("keep") < faults("give back") / 4
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_part_that_cannot_be_compiled_runs_as_it_is(works: bool) -> None:
+    tried = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        tried.append(len(inputs))
+        if not works:
+            raise RuntimeError("no compiler here")
+        return graph.forward
+
+    torch.manual_seed(0)
+    layer, x = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ELU()), torch.randn(2, 3)
+    expected = layer(x)
+    names = list(layer.state_dict())
+    compile_parts([layer], backend)
+    torch.testing.assert_close(layer(x), expected)
+    assert len(tried) == 1
+    assert list(layer.state_dict()) == names  # checkpoints do not know
