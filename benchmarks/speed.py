@@ -54,7 +54,7 @@ from mapo_lightning.datamodule import ReplayDataModule  # noqa: E402
 from mapo_lightning.envs.spec import make_vector_env  # noqa: E402
 from mapo_lightning.models.rssm import RSSM  # noqa: E402
 from mapo_lightning.runtime import keep_freed_memory  # noqa: E402
-from mapo_lightning.semantics.labeler import semantic_dim  # noqa: E402
+from mapo_lightning.semantics.factory import semantic_dim  # noqa: E402
 from mapo_lightning.types import Batch  # noqa: E402
 
 CONF = ROOT / "conf"

@@ -38,6 +38,7 @@ from mapo_lightning.finetune import ActingPolicy, FinetuneModule
 from mapo_lightning.models.actor_critic import DreamerAgent
 from mapo_lightning.models.world_model import WorldModel
 from mapo_lightning.pretrain import PretrainModule
+from mapo_lightning.runtime import compile_parts
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.marks import read_marks
 from mapo_lightning.types import CheckpointError, ConfigError, Frames
@@ -107,6 +108,8 @@ def build_pretrain(cfg: RunConfig) -> PretrainModule:
     world_model = WorldModel(
         cfg.world_model, cfg.pretrain.objective, semantic_dim(cfg.vlm), action_dim=None
     )
+    if cfg.trainer.compile:
+        compile_parts([world_model.encoder, world_model.decoder])
     return PretrainModule(world_model, cfg.pretrain)
 
 
@@ -127,6 +130,8 @@ def build_finetune(
     report = None
     if init_from is not None:
         report = load_pretrained(world_model, read_checkpoint(init_from), cfg.finetune.load)
+    if cfg.trainer.compile:
+        compile_parts([world_model.encoder, world_model.decoder])
     return FinetuneModule(world_model, agent, cfg.finetune), report
 
 

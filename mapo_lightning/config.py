@@ -117,6 +117,9 @@ class TrainerConfig:
     keep_memory: bool = True
     """Keep freed blocks in the process instead of returning them: no page faults in an update on a
     CPU, for the peak of one update in resident memory."""
+    compile: bool = False
+    """Let torch compile encoder and decoder: about a minute at the start, for GPUs; on a CPU it
+    gains nothing (docs/performance.md). Where the compiler fails, they run as they are."""
     deterministic: bool = False
     """Refuse operations whose result depends on the order of threads."""
     log_every: int = 50

@@ -6,7 +6,12 @@ import ctypes
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
 _MIB = 2**20
@@ -62,3 +67,16 @@ def run_folder(name: str, given: str = "") -> Path:
 def rank() -> int:
     """Number of this process among all of a job, right where no Trainer has counted them yet."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def compile_parts(
+    parts: Iterable[nn.Module], backend: str | Callable[..., Any] = "inductor"
+) -> None:
+    """Have torch compile these modules, in place, when they are first called.
+
+    Where the compiler fails (there is none on the machine, or it cannot take an operation), torch
+    warns and the part runs as it is.
+    """
+    torch._dynamo.config.suppress_errors = True
+    for part in parts:
+        part.compile(backend=backend)

@@ -5,6 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from mapo_lightning.models.decoder import CNNDecoder
+from mapo_lightning.models.encoder import ImageConfig
+from mapo_lightning.runtime import compile_parts
+
 FAULTS = """
 import resource, sys, torch
 from mapo_lightning.runtime import keep_freed_memory
@@ -30,3 +37,23 @@ def faults(mode: str) -> int:
 
 def test_freed_blocks_are_used_again_without_page_faults() -> None:
     assert faults("keep") < faults("give back") / 4
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_part_that_cannot_be_compiled_runs_as_it_is(works: bool) -> None:
+    tried = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        tried.append(len(inputs))
+        if not works:
+            raise RuntimeError("no compiler here")
+        return graph.forward
+
+    torch.manual_seed(0)
+    layer, x = CNNDecoder(ImageConfig(kind="cnn", channels=[4, 8, 16]), 3), torch.randn(2, 3)
+    expected = layer(x, {})
+    names = list(layer.state_dict())
+    compile_parts([layer], backend)
+    torch.testing.assert_close(layer(x, {}), expected)
+    assert tried
+    assert list(layer.state_dict()) == names  # checkpoints do not know
