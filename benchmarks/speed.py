@@ -68,6 +68,7 @@ CASES: dict[str, tuple[str, str]] = {
         "size=tiny method=mapo finetune.batch_size=4 finetune.chunk_length=16 agent.horizon=10",
     ),
 }
+RECOMPUTE = ["world_model.image.recompute=true"]
 # Name -> (implementation, allocator set up, bf16).
 VARIANTS = {
     "reference": ("reference", False, False),
@@ -75,6 +76,8 @@ VARIANTS = {
     "ours fp32, no allocator": ("ours", False, False),
     "ours fp32": ("ours", True, False),
     "ours bf16": ("ours", True, True),
+    "ours fp32, recompute": ("ours", True, False),
+    "ours bf16, recompute": ("ours", True, True),
 }
 TARGETS = {
     ("pretrain paper", "ours fp32"): 1.75,
@@ -184,7 +187,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
     implementation, keep, bf16 = VARIANTS[args.variant]
     if keep:
         keep_freed_memory()
-    work = Work(args.case, bf16)
+    work = Work(args.case, bf16, RECOMPUTE if "recompute" in args.variant else ())
     step = work.stepper(implementation)
     for _ in range(args.warm):
         step()
@@ -438,9 +441,12 @@ def steps_table(cases: Sequence[str], threads: int, rounds: int, warm: int, step
     """Seconds per step and ratios; the variants take turns, round after round."""
     rows = []
     for case in cases:
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+        large = "paper" in case  # where memory matters
+        found: dict[str, list[dict[str, Any]]] = {
+            name: [] for name in VARIANTS if large or "recompute" not in name
+        }
         for _ in range(rounds):
-            for name in VARIANTS:
+            for name in found:
                 options = {"case": case, "variant": name, "warm": warm, "steps": steps}
                 found[name].append(alone("step", threads, **options))
         # On a busy machine the wall clock measures the others: then the least processor time of
