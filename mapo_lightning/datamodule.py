@@ -94,7 +94,7 @@ class VideoDataModule(L.LightningDataModule):
     def rollout_batch(self, count: int) -> Batch:
         """The first ``count`` held-out clips, for pictures."""
         batch: Batch = default_collate(self.clips("holdout").fixed_clips(count))
-        return {key: value for key, value in batch.items() if not key.startswith("vlm_")}
+        return {key: value for key, value in batch.items() if value.ndim > 1}  # no counts
 
 
 class _Chunks(IterableDataset[Batch]):
