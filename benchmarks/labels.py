@@ -68,7 +68,7 @@ def cold(folder: Path) -> None:
         )
 
 
-def warm(folder: Path, rounds: int = 8, updates: int = 20) -> None:
+def warm(folder: Path, rounds: int = 8, updates: int = 8) -> None:
     """The same training with labels from a full store and without any, in turns."""
     videos = make_videos(folder / "videos", 8, 203)
     torch.set_num_threads(1)

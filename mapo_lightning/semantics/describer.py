@@ -123,7 +123,7 @@ class VlmConfig:
     base_url: str = ""
     """Address of the server, such as http://127.0.0.1:8000/v1; several, separated by commas, share
     the work. The key comes from the environment: MAPO_VLM_API_KEY or OPENAI_API_KEY."""
-    concurrency: int = 8
+    concurrency: int = 16
     """Questions to the servers in flight from one training process and its loader's workers."""
     timeout_seconds: float = 60.0
     """How long one question may take."""

@@ -21,6 +21,7 @@ from mapo_lightning.semantics.describer import (
 from mapo_lightning.semantics.embed import Encoder
 from mapo_lightning.semantics.marks import Marks
 from mapo_lightning.semantics.phrase import MAX_TEXT, Phrase, Status, clean_text, parse_reply
+from mapo_lightning.semantics.servers import is_ending
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import DescriberError, Frames
 
@@ -177,11 +178,10 @@ class Labeler:
                 since, pause = time.monotonic(), _POLL_SECONDS[0]
                 continue
             if time.monotonic() - since > _PATIENCE_SECONDS:
-                log.warning(
-                    "%d labels are still being asked for by another process (claims in '%s')",
-                    len(unknown), self.store.claims.root,
-                )  # fmt: skip
+                log.warning("%d labels are still asked for by another process", len(unknown))
                 since = time.monotonic()
+            if is_ending():
+                raise DescriberError("the program ends while another process is asked")
             time.sleep(pause)
             pause = min(1.5 * pause, _POLL_SECONDS[1])
         return asked

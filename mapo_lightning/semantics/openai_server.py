@@ -22,7 +22,7 @@ from PIL import Image
 
 from mapo_lightning.semantics.describer import Reply, VlmConfig
 from mapo_lightning.semantics.phrase import PROMPT
-from mapo_lightning.semantics.servers import OutageLog, Server, ServerPool
+from mapo_lightning.semantics.servers import OutageLog, Server, ServerPool, is_ending
 from mapo_lightning.types import DescriberError, Frames
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _FORMAT = {
 _JPEG_QUALITY = 95
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 5.0  # patience with a server that was out, where nobody is to wait for it
-_LONGEST_PAUSE = 15.0  # seconds between two attempts at one window
+_LONGEST_PAUSE = 2.0  # seconds between two attempts at one window
 
 
 class _RefusedError(Exception):
@@ -143,7 +143,8 @@ class OpenAIDescriber:
         """Ask until there is an answer, or none is to be had."""
         attempts, others = 0, self._servers.successes
         out_since: float | None = None
-        while not stop.is_set():
+        # A program that ends waits for its threads: they must not wait for a server then.
+        while not stop.is_set() and not is_ending():
             server = self._servers.pick()
             if server is None:
                 out_since = out_since or time.monotonic()

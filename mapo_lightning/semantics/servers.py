@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import thread as pools
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -15,6 +16,11 @@ log = logging.getLogger(__name__)
 _PATIENCE = 2  # failures in a row, without a success between, after which a server is set aside
 _ASIDE_SECONDS = (0.5, 15.0)  # shortest and longest time for which it is
 _NOTE_SECONDS = 60.0
+
+
+def is_ending() -> bool:
+    """Tell whether the program is waiting for its threads to end."""
+    return bool(pools._shutdown)  # set first; no public sign is
 
 
 class Server:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
 import threading
 import time
@@ -116,6 +117,26 @@ def test_clips_in_flight_do_not_change_what_is_drawn(
             np.testing.assert_array_equal(clip["obs"], same["obs"])
             np.testing.assert_array_equal(clip["semantic"], same["semantic"])
         assert 3 < server.stats()["most"] <= 8  # a clip alone has three windows
+
+
+ABANDONED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from mapo_lightning.data.video import probe_video
+from test_ahead import dataset
+words = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"}
+source = dataset([probe_video(Path(sys.argv[1]))], Path(sys.argv[2]), **words)
+import threading
+threading.Thread(target=lambda: next(iter(source)), daemon=True).start()
+time.sleep(2.0)
+"""
+
+
+def test_a_program_ends_although_no_server_answers(videos: list[VideoInfo], tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", ABANDONED, str(videos[0].path), str(tmp_path), str(here)]
+    subprocess.run(command, timeout=40, check=True)
 
 
 def test_windows_without_an_answer_are_null_now_and_asked_later(
