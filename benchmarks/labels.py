@@ -154,7 +154,7 @@ def outage(folder: Path, seconds: float = 60.0) -> None:
     print(f"\n## The server dies for {seconds:.0f} s while pre-training\n")
     print("| vlm.on_outage | seconds until training ended | updates | labels | log |")
     print("|---|---|---|---|---|")
-    for policy in ("wait", "null"):
+    for policy in ("wait", "skip"):
         with running(seconds=SECONDS, at_once=AT_ONCE, schema="ignored") as server:
             words = ["env=toy", "trainer=debug", "stage=pretrain", "data=folder", "data.workers=1"]
             words += ["world_model.image.channels=[4,8,16]", f"data.root={videos}"]

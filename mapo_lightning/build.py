@@ -92,7 +92,7 @@ def build_labelling(cfg: RunConfig, rank: int, world: int) -> CorpusLabelling:
         raise ConfigError("stage=label needs a describer: vlm=flow, openai_server or another")
     module = build_videos(cfg)
     # A corpus is labelled to the end: nulls for want of a server are of no use here.
-    if cfg.vlm.on_outage == "null":
+    if cfg.vlm.on_outage == "skip":
         module.vlm = replace(module.vlm, on_outage="wait")
     number, count = cfg.label.part()
     return CorpusLabelling(module.clips("all"), (number * world + rank, count * world))

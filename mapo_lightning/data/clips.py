@@ -158,7 +158,9 @@ class ClipDataset(IterableDataset[Clip]):
             self.labeler.describer,
             max(1, self.data.clip_length // self.vlm.stride),
         )
-        busy = 2 * describer.concurrency if isinstance(describer, StreamingDescriber) else 0
+        if self.vlm.cached_only or not isinstance(describer, StreamingDescriber):
+            return 1
+        busy = 2 * describer.concurrency
         return 1 + -(-busy // windows)
 
     def clip_at(self, video: int, start: int, defer: bool = False) -> Clip:

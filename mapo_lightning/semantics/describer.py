@@ -129,8 +129,9 @@ class VlmConfig:
     """How long one question may take."""
     retries: int = 5
     """Failed attempts after which a window is left without a label, if others are answered."""
-    on_outage: Literal["wait", "null", "error"] = "wait"
-    """While no server answers: wait for one; go on with null labels, which are not stored; stop."""
+    on_outage: Literal["wait", "skip", "error"] = "wait"
+    """While no server answers: wait for one; skip the window, whose label is null now and not
+    stored; or stop with an error."""
     structured: Literal["auto", "brackets"] = "auto"
     """auto: ask for the five slots as JSON where the server can; brackets: never."""
     text_encoder: str = ""

@@ -181,12 +181,12 @@ class OpenAIDescriber:
         self.outage.waiting(self._silence())
         if self.cfg.on_outage == "error" and out_seconds > self.cfg.timeout_seconds:
             raise DescriberError(self._silence())
-        return self.cfg.on_outage == "null"
+        return self.cfg.on_outage == "skip"
 
     def _silence(self) -> str:
         what = {
             "wait": "waiting; training goes on when it comes back",
-            "null": "labels are null meanwhile and not stored",
+            "skip": "labels are null meanwhile and not stored",
             "error": "stopping soon",
         }[self.cfg.on_outage]
         return f"no label server answers ({self._servers.describe()}); {what} (vlm.on_outage)"
@@ -224,7 +224,7 @@ class OpenAIDescriber:
 
         create: Any = self._client(server.url).chat.completions.create
         extra: dict[str, Any] = {"response_format": _FORMAT} if as_json else {}
-        if server.failures and self.cfg.on_outage == "null":
+        if server.failures and self.cfg.on_outage == "skip":
             extra["timeout"] = min(_PROBE_SECONDS, self.cfg.timeout_seconds)
         try:
             answer = create(

@@ -83,7 +83,7 @@ def test_sentence_encoder(videos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["wait", "null"])
+@pytest.mark.parametrize("policy", ["wait", "skip"])
 def test_server_dies_for_three_seconds(policy: str, videos: Path, tmp_path: Path) -> None:
     with running(seconds=0.1, at_once=2, schema="ignored") as server:
         said: list[str] = []

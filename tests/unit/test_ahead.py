@@ -143,7 +143,7 @@ def test_windows_without_an_answer_are_null_now_and_asked_later(
     videos: list[VideoInfo], tmp_path: Path
 ) -> None:
     with running(schema="ignored") as server:
-        words = {"kind": "openai", "base_url": server.url, "on_outage": "null"}
+        words = {"kind": "openai", "base_url": server.url, "on_outage": "skip"}
         source = dataset(videos, tmp_path, **words)
         server.kill()
         clip = source.clip_at(0, 4)
