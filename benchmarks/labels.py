@@ -120,7 +120,7 @@ def timed(step: Callable[[], None], count: int) -> float:
 
 
 def kills(folder: Path, count: int = 20) -> None:
-    videos = make_videos(folder / "videos", 8, 403)
+    videos = make_videos(folder / "videos", 8, 303)
     rng, killed = random.Random(0), 0
     with running(seconds=SECONDS, at_once=AT_ONCE, schema="ignored") as server:
         words = {"kind": "openai", "base_url": server.url, "concurrency": AT_ONCE}

@@ -146,6 +146,7 @@ def serve_timed(port: int, **words: Any) -> None:
     ThreadingHTTPServer.request_queue_size = 128
     ThreadingHTTPServer.daemon_threads = True
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    server.handle_error = lambda *_: None  # a killed client is no news
     print(server.server_address[1], flush=True)
     server.serve_forever()
 
