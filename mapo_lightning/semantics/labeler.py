@@ -237,11 +237,10 @@ class Labeler:
 
     def _read(self, reply: Reply, source: str) -> StoredLabel:
         phrase, status = parse_reply(reply.text)
-        text = clean_text(reply.text, MAX_TEXT)
+        text, source = clean_text(reply.text, MAX_TEXT), clean_text(source, MAX_TEXT)
         if status == "unreadable":
             log.warning("unreadable reply about %s, counts as null: %.80r", source, text)
-        name, source = self.describer.name, clean_text(source, MAX_TEXT)
-        return StoredLabel(text, status, phrase, reply.hidden, name, source)
+        return StoredLabel(text, status, phrase, reply.hidden, self.describer.name, source)
 
     def _embed(self, key: str, label: StoredLabel) -> Label:
         rejected = key in self.marks.rejected

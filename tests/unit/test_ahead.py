@@ -23,7 +23,7 @@ from mapo_lightning.data.clips import ClipDataset
 from mapo_lightning.data.video import VideoInfo, probe_video, write_mp4
 from mapo_lightning.data.windows import VideoDataConfig
 from mapo_lightning.semantics.describer import VlmConfig
-from mapo_lightning.semantics.labeler import build_labeler
+from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.types import DescriberError
 
 
