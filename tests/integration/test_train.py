@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -120,6 +121,24 @@ def test_two_processes_make_one_run_and_end_cleanly(toy_videos: Path, tmp_path: 
     runs = sorted(name for (name,) in db.execute("select name from runs"))
     assert runs == ["pretrain", "pretrain", "pretrain", "run0", "run1", "run2"]
     assert (tmp_path / "run2/pretrain/last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_two_nodes_started_by_torchrun_make_one_run(toy_videos: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [*with_videos(toy_videos), "stage=pretrain", "tracking.enabled=true"]
+    words += ["trainer.strategy=ddp", "trainer.num_nodes=2"]
+    agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=7"]
+    agent += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env.pop("MAPO_RUN_DIR", None)
+    command = [sys.executable, *agent, str(ROOT / "train.py"), *words]
+    nodes = [subprocess.Popen(command, cwd=tmp_path, env=env) for _ in range(2)]
+    assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    runs = sqlite3.connect(tmp_path / "runs/mlflow.db").execute("select name, status from runs")
+    assert sorted(runs) == [("job7-mapo-videos", "FINISHED"), ("pretrain", "FINISHED")]
 
 
 TWO_RANKS = """
