@@ -13,7 +13,9 @@ python train.py ... --show                         print the resolved run and st
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,11 +28,12 @@ import callbacks
 from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
 from callbacks.evaluate import EvaluatePolicy
-from callbacks.labels import RecordLabels, label_corpus
+from callbacks.labels import RecordLabels
 from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
 from mapo_lightning import build, tracking
+from mapo_lightning.capture import cuda_recorder
 from mapo_lightning.checkpoint import check_fit, read_checkpoint
 from mapo_lightning.compose import Composed
 from mapo_lightning.config import RunConfig
@@ -130,9 +133,7 @@ def pretrain(run: Run) -> Path:
     cfg = run.cfg
     if run.resumed.finished("pretrain", cfg.pretrain.updates):
         return run.resumed.path
-    if cfg.data.kind == "demo" and tracking.is_main_process():
-        with counting("rendering videos", "video") as show:
-            build.render_demo(cfg, show)
+    render(cfg)
     data = build.build_videos(cfg)
     data.setup("fit")
     assert data.index is not None
@@ -152,6 +153,26 @@ def pretrain(run: Run) -> Path:
         "the describer was asked about %d of %d windows; the others were known", asked, windows
     )
     return run.folder / "pretrain" / "last.ckpt"
+
+
+def render(cfg: RunConfig) -> None:
+    """Render the demo's videos where they are the data; every rank waits until they are there."""
+    if cfg.data.kind == "demo":
+        with counting("rendering videos", "video", show=tracking.is_main_process()) as show:
+            build.render_demo(cfg, show)
+
+
+def label(run: Run) -> None:
+    """Fill the label store with every window of the videos; or only count them."""
+    cfg = run.cfg
+    render(cfg)
+    work = build.build_labelling(cfg, rank(), int(os.environ.get("WORLD_SIZE", "1")))
+    if cfg.label.dry:
+        log.info("%s", work.estimate(cfg.label.probe))
+        return
+    with counting("labelling", "window", show=tracking.is_main_process()) as show:
+        done = work.run(lambda now: show(now.done + now.lost, now.windows, now.brief))
+    log.info("%s", done)
 
 
 def finetune(run: Run, init_from: Path | None = None) -> None:
@@ -219,6 +240,9 @@ def fit(
 ) -> None:
     """Train one phase in its own MLflow run, from the start or from a checkpoint."""
     cfg = run.cfg
+    if cfg.trainer.capture:
+        processes = cfg.trainer.devices * cfg.trainer.num_nodes
+        module.capture(cuda_recorder(cfg.trainer.accelerator, processes))
     earlier = run.resumed.path if run.resumed.phase == phase else None
     if earlier is not None:
         check_fit(module, read_checkpoint(earlier, mapped=True), earlier)
@@ -259,8 +283,13 @@ def summary(run: Run, found: Evaluation) -> None:
         print("Videos of the dreams, curves and phrases: make ui, then open http://127.0.0.1:5000")
 
 
-STAGES = {"all": train_all, "pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}
-STAGES |= {"label": lambda run: label_corpus(run.cfg)}
+STAGES: dict[str, Callable[[Run], object]] = {
+    "label": label,
+    "all": train_all,
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "evaluate": evaluate,
+}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Does it learn? Every method on one task, same videos, same budget, several seeds.
 
+Two questions: what does the agent reach, and how well does its world model foresee rewards?
+
     python benchmarks/learning.py env=toy                    six methods, three seeds
     python benchmarks/learning.py env=dmc_cartpole_swingup --seeds 5 --jobs 4
     python benchmarks/learning.py env=toy --methods mapo,apv finetune.agent_steps=5000
 
 Each (method, seed) is one run of `train.py`: pre-train on the task's videos, fine-tune, evaluate.
-What is finished is not run again, so a stopped benchmark goes on where it was. Words with a `=`
-are overrides for all runs. The table and the picture go to benchmarks/results/.
+Foresight is measured on episodes of random actions that no run has seen, the same for all. What is
+finished is not run again, so a stopped benchmark goes on where it was. Words with a `=` are
+overrides for all runs. The table and the picture go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +29,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from mlflow.tracking import MlflowClient
 from scipy import stats
 
@@ -32,6 +37,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mapo_lightning.build import build_collection, load_finetuned  # noqa: E402
+from mapo_lightning.compose import from_base  # noqa: E402
+from mapo_lightning.config import RunConfig  # noqa: E402
+from mapo_lightning.envs.collector import RandomPolicy  # noqa: E402
+from mapo_lightning.origin import agent_settings  # noqa: E402
+
 METHODS = ("mapo", "mapo_no_cvq", "contextwm", "apv", "prelar", "dreamerv2")
 # Okabe and Ito's palette: told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#D55E00")
@@ -46,6 +59,7 @@ class Result(NamedTuple):
     floors: dict[str, float]  # the same, by policies that learn nothing
     curve: list[tuple[int, float]]  # (simulator frames, mean return of the test episodes)
     hours: float
+    foresight: list[float]  # correlation of predicted with true reward: now, ten steps ahead
 
 
 def main() -> None:
@@ -71,6 +85,10 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         rest = pool.map(lambda pair: play(options.runs / task, pair, overrides), wanted[1:])
         results = first + list(rest)
+    results = [
+        result._replace(foresight=foresight(options.runs / task / f"{result.method}-{result.seed}"))
+        for result in results
+    ]
     options.out.mkdir(parents=True, exist_ok=True)
     name = f"learning_{task}"
     command = "python benchmarks/learning.py " + " ".join(sys.argv[1:])
@@ -101,7 +119,43 @@ def play(folder: Path, pair: tuple[str, int], overrides: list[str]) -> Result:
             raise SystemExit(f"method={method} seed={seed} ended with {code}; see {run}/log.txt")
         measured = {"hours": (time.time() - began) / 3600, **read(run / "mlflow.db")}
         done.write_text(json.dumps(measured, indent=1))
-    return Result(method, seed, **json.loads(done.read_text()))
+    return Result(method, seed, foresight=[], **json.loads(done.read_text()))
+
+
+@torch.no_grad()
+def foresight(run: Path, chunks: int = 64, seen: int = 5, ahead: int = 10) -> list[float]:
+    """How well a finished run's world model predicts rewards, from -1 to 1.
+
+    The correlation with the true reward, over chunks of fresh episodes, of what the reward head
+    says of a state whose frame was seen, and of the sum over a dream of the ``ahead`` steps after
+    the first ``seen`` frames.
+    """
+    path, known = run / "finetune" / "last.ckpt", run / "foresight.json"
+    if known.exists():
+        return list(json.loads(known.read_text()))
+    cfg = from_base(agent_settings(path), RunConfig)
+    cfg.seed = 12_345  # that of no run
+    module, _ = load_finetuned(cfg, path)
+    model = module.eval().world_model
+    with tempfile.TemporaryDirectory() as folder:
+        stage = build_collection(cfg, Path(folder), 0)
+        policy = RandomPolicy(stage.action_dim, cfg.seed, cfg.finetune.prefill_hold)
+        stage.collector.collect(policy, 1000)
+        drawn = stage.replay.sample(np.random.default_rng(0), chunks, seen + ahead)
+        stage.collector.close()
+    batch = {name: torch.from_numpy(np.asarray(x)) for name, x in drawn.items()}
+    torch.manual_seed(0)
+    belief, action_BTA = model.observe(batch).belief, batch["action"]
+    dream_IBF = model.imagine(
+        belief.at(seen - 1).control.feat, lambda i, _: action_BTA[:, seen + i], ahead
+    )[1:]
+    pairs = (
+        (model.head("reward", belief.control.feat), batch["reward"]),
+        (model.head("reward", dream_IBF).sum(0), batch["reward"][:, seen:].sum(1)),
+    )
+    found = [float(np.corrcoef(a.flatten(), b.flatten())[0, 1]) for a, b in pairs]
+    known.write_text(json.dumps(found))
+    return found
 
 
 def read(store: Path) -> dict[str, object]:
@@ -139,9 +193,10 @@ def report(task: str, command: str, results: list[Result], methods: list[str]) -
         seeds = ", ".join(f"{score:.1f}" for score in scores)
         minutes = 60 * np.mean([r.hours for r in mine])
         times = np.mean(scores) / floors["random"]
+        now, ahead = np.mean([r.foresight for r in mine], axis=0)
         rows.append(
             f"| `{method}` | {np.mean(scores):.1f} ± {interval(scores):.1f} | {seeds} "
-            f"| {times:.1f}x | {minutes:.1f} |"
+            f"| {times:.1f}x | {now:.2f} | {ahead:.2f} | {minutes:.1f} |"
         )
     return "\n".join(
         [
@@ -151,10 +206,13 @@ def report(task: str, command: str, results: list[Result], methods: list[str]) -
             "",
             f"{time.strftime('%Y-%m-%d')}, {cpu()}, one core per run. Return of the last "
             f"evaluation: mean ± half of the 95 % interval (Student's t over seeds). Policies "
-            f"that learn nothing: random {floors['random']:.1f}, no action {floors['still']:.1f}.",
+            f"that learn nothing: random {floors['random']:.1f}, no action {floors['still']:.1f}. "
+            f"Foreseen: correlation of predicted with true reward over fresh episodes of random "
+            f"actions, mean over seeds; ten steps ahead without seeing a frame.",
             "",
-            "| method | return | seeds | against random | minutes per run |",
-            "|---|---|---|---|---|",
+            "| method | return | seeds | against random | reward foreseen: now | ten steps ahead "
+            "| minutes per run |",
+            "|---|---|---|---|---|---|---|",
             *rows,
             "",
             f"![Return over simulator frames](learning_{task}.png)",

@@ -282,10 +282,12 @@ class ReferenceStep:
         assert dynamics is not None
         state = {key: x.detach().flatten(0, 1) for key, x in post.items()}
         rows = len(state["deter"])
+        drawn = torch.rand(cfg.horizon, rows, agent.action_dim) if self.exact else None
         noise = torch.rand(cfg.horizon, rows, dynamics.cfg.stoch) if self.exact else None
         states = [state]
         for i in range(cfg.horizon):
-            action = self.policy(feat(state).detach()).rsample()
+            uniform = None if drawn is None else drawn[i]
+            action = self.policy(feat(state).detach()).rsample(uniform=uniform)
             driven = action if m.upper or not m.source else m.source({"action": action}).action
             state = prior_step(dynamics, state, driven, None if noise is None else noise[i])
             states.append(state)

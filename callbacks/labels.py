@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import sys
 from typing import Any
 
 import lightning as L
 import torch
-from tqdm import tqdm
 
 from callbacks.recorder import MLflowRecorder, recorder_of
-from mapo_lightning import build, tracking
-from mapo_lightning.config import CallbacksConfig, RunConfig
+from mapo_lightning.config import CallbacksConfig
 from mapo_lightning.data.clips import ClipDataset
-from mapo_lightning.data.corpus import LabelProgress
 from mapo_lightning.datamodule import VideoDataModule
 from mapo_lightning.gallery import draw
 from mapo_lightning.gallery_page import page
@@ -96,34 +91,3 @@ class RecordLabels(L.Callback):
             sample = draw(store, [video.path for video in clips.videos], self.cfg.gallery)
             title = ", ".join(sorted({video.path.parent.name for video in clips.videos})[:3])
             recorder.log_page(trainer, "labels", page(sample, title, clips.labeler.marks), step)
-
-
-def label_corpus(cfg: RunConfig) -> None:
-    """Fill the label store with every window of the videos, with a bar; or only count.
-
-    Raises:
-        ConfigError: There are no videos, or nobody to ask.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    if cfg.data.kind == "demo" and tracking.is_main_process():
-        build.render_demo(cfg)
-    work = build.build_labelling(cfg, rank, int(os.environ.get("WORLD_SIZE", "1")))
-    if cfg.label.dry:
-        log.info("%s", work.estimate(cfg.label.probe))
-        return
-    pause = 0.1 if sys.stderr.isatty() else 15.0
-    with tqdm(
-        total=work.windows, desc="labelling", unit="window", mininterval=pause, disable=rank > 0
-    ) as bar:
-        done = work.run(lambda progress: _show(bar, progress))
-    log.info("%s", done)
-
-
-def _show(bar: Any, now: LabelProgress) -> None:
-    eta = "?" if now.eta_seconds is None else tqdm.format_interval(now.eta_seconds)
-    text = (
-        f"{now.rate:.1f} asked/s, known {now.stats.hits}, null {now.null_rate:.0%}, "
-        f"left {max(0, now.missing - now.stats.asked)} in {eta}"
-    )
-    bar.set_postfix_str(text, refresh=False)
-    bar.update(now.done + now.lost - bar.n)

@@ -11,16 +11,23 @@ import lightning as L
 from tqdm import tqdm
 
 
-@contextmanager
-def counting(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that reports how much of it is done, as ``show(done, total)``."""
-    with tqdm(desc=what, unit=unit) as bar:
+def pause() -> float:
+    """Seconds between two drawings: a file wants a line now and then, a terminal ten a second."""
+    return 0.1 if sys.stderr.isatty() else 15.0
 
-        def show(done: int, total: int) -> None:
+
+@contextmanager
+def counting(what: str, unit: str, *, show: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar for work that reports how much of it is done: ``report(done, total, text="")``."""
+    settings = {"mininterval": pause(), "dynamic_ncols": True, "disable": not show}
+    with tqdm(desc=what, unit=unit, **settings) as bar:
+
+        def report(done: int, total: int, text: str = "") -> None:
             bar.total = total
+            bar.set_postfix_str(text, refresh=False)
             bar.update(done - bar.n)
 
-        yield show
+        yield report
 
 
 class PhaseProgress(L.Callback):
@@ -38,14 +45,12 @@ class PhaseProgress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
         if trainer.is_global_zero:
-            # A log file wants a line now and then, a terminal ten a second.
-            pause = 0.1 if sys.stderr.isatty() else 15.0
             self.bar = tqdm(
                 total=trainer.max_steps,
                 initial=trainer.global_step,
                 desc=self.phase,
                 unit="update",
-                mininterval=pause,
+                mininterval=pause(),
                 dynamic_ncols=True,
             )
 

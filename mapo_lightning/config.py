@@ -120,6 +120,9 @@ class TrainerConfig:
     compile: bool = False
     """Let torch compile encoder and decoder: about a minute at the start, for GPUs; on a CPU it
     gains nothing (docs/performance.md). Where the compiler fails, they run as they are."""
+    capture: bool = False
+    """Replay each update as one CUDA graph, on one GPU; never run on a device yet
+    (docs/performance.md)."""
     deterministic: bool = False
     """Refuse operations whose result depends on the order of threads."""
     log_every: int = 50

@@ -114,12 +114,13 @@ class FinetuneModule(TrainedModule):
         for name in cfg.freeze:
             world_model.get_submodule(name).requires_grad_(False)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. (3) on the replayed chunk, eq. (4) and (5) on dreams that start in all its states."""
         fit = self.world_model.loss(batch)
-        behaviour = self.agent.losses(self.world_model, fit.belief.control.flatten().detach())
-        self.log_terms("train", fit.log | behaviour.log | {"world_model": fit.total.detach()})
-        return fit.total + behaviour.actor + behaviour.critic
+        start_NF = fit.belief.control.feat.flatten(0, 1).detach()
+        behaviour = self.agent.losses(self.world_model, start_NF)
+        terms = fit.log | behaviour.log | {"world_model": fit.total.detach()}
+        return fit.total + behaviour.actor + behaviour.critic, terms
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Refresh the slow critic on schedule."""

@@ -8,9 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from mapo_lightning.types import ConfigError
+from mapo_lightning.capture import Captured, Recorder
+from mapo_lightning.types import Batch, ConfigError
 
 
 @dataclass
@@ -60,6 +62,44 @@ class TrainedModule(L.LightningModule):
         self.optimizer_cfg = optimizer
         self.card: dict[str, Any] = {}
         self.env_frames: int | None = None
+        self.captured: Captured | None = None
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar to back-propagate, and detached scalars to log, of one batch."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """One update; Lightning does the rest of it unless it is captured."""
+        if self.captured is None:
+            total, terms = self.losses(batch)
+            self.log_terms("train", terms)
+            return total
+        found: dict[str, Tensor] = {}
+        captured, optimizer = self.captured, self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.step(closure=lambda: found.update(captured(batch)))
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
+            schedule.step()
+        norms = {name: found.pop(name) for name in list(found) if name.startswith("grad_norm/")}
+        self.log_terms("train", found)
+        if self.log_due:
+            self.log_dict(norms)
+        return None
+
+    def capture(self, recorder: Recorder) -> None:
+        """Replay a recording of losses, backward and clipping in every update but the first."""
+        self.automatic_optimization = False
+        self.captured = Captured(self._gradients, recorder)
+
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        optimizer.zero_grad()
+        total, terms = self.losses(batch)
+        with torch.autocast(total.device.type, enabled=False):
+            total.backward()  # type: ignore[no-untyped-call]
+        return terms | self._clip(optimizer)
 
     @property
     def log_due(self) -> bool:
@@ -82,13 +122,16 @@ class TrainedModule(L.LightningModule):
         self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any
     ) -> None:
         """Clip the gradient of each named group to its own global norm."""
-        norms: dict[str, Tensor] = {}
-        for group in optimizer.param_groups:
-            norms[group["name"]] = nn.utils.clip_grad_norm_(
-                group["params"], self.optimizer_cfg.max_grad_norm, foreach=True
-            )
+        norms = self._clip(optimizer)
         if self.log_due:
-            self.log_dict({f"grad_norm/{name}": norm for name, norm in norms.items()})
+            self.log_dict(norms)
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        norm, clip = self.optimizer_cfg.max_grad_norm, nn.utils.clip_grad_norm_
+        return {
+            f"grad_norm/{group['name']}": clip(group["params"], norm, foreach=True)
+            for group in optimizer.param_groups
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the card and the counters into the checkpoint."""

@@ -45,11 +45,10 @@ class PretrainModule(TrainedModule):
         super().__init__(cfg.optimizer)
         self.world_model, self.cfg = world_model, cfg
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One evaluation of eq. (2) with its commitment term."""
         fit = self.world_model.loss(batch)
-        self.log_terms("train", fit.log | {"loss": fit.total.detach()})
-        return fit.total
+        return fit.total, fit.log | {"loss": fit.total.detach()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same loss on held-out clips."""

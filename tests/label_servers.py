@@ -207,6 +207,13 @@ class Running:
             found: dict[str, Any] = json.load(reply)
         return found
 
+    def wait_for(self, answers: int) -> None:
+        """Return when so many questions have been answered in all; a minute is too long."""
+        deadline = time.monotonic() + 60
+        while self.stats()["answered"] < answers:
+            assert time.monotonic() < deadline, self.stats()
+            time.sleep(0.01)
+
     def break_next(self, *faults: str) -> None:
         data = json.dumps({"faults": faults}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.root}/control", data)).close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
@@ -47,6 +48,16 @@ class LabelProgress(NamedTuple):
         """Time for what is missing at the rate so far; None before the first answer."""
         left = max(0, self.missing - self.stats.asked)
         return left / self.rate if self.stats.asked else (0.0 if not left else None)
+
+    @property
+    def brief(self) -> str:
+        """What a progress bar says beside its count."""
+        eta = self.eta_seconds
+        left = max(0, self.missing - self.stats.asked)
+        return (
+            f"{self.rate:.1f} asked/s, known {self.stats.hits}, null {self.null_rate:.0%}, left "
+            f"{left} in {'?' if eta is None else timedelta(seconds=round(eta))}"
+        )
 
     def __str__(self) -> str:
         """One line for people."""

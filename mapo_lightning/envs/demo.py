@@ -7,6 +7,7 @@ training never reads it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +70,8 @@ def render_demo_videos(
 
     Every film appears under its name when it is complete, so a killed call loses the films in
     progress and nothing else. Films of an earlier call with other settings are removed; files
-    that this function did not write are left alone.
+    that this function did not write are left alone. Several processes may call it at once: the
+    first renders, the others wait.
 
     Args:
         root: Folder, made if missing.
@@ -95,8 +98,22 @@ def render_demo_videos(
         for scene in scenes or default_scenes()
         for clip in range(clips_per_scene)
     ]
-    _render_missing(_Record(Path(root)), jobs, processes, progress)
+    with _alone(Path(root)):
+        _render_missing(_Record(Path(root)), jobs, processes, progress)
     return [job.path for job in jobs]
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Let one process at a time render into a folder: ranks of a job begin together."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        guard = (root / ".lock").open("ab")
+    except OSError as error:
+        raise VideoError(f"cannot make the folder '{root}': {error.strerror}") from error
+    with guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        yield
 
 
 def _render_missing(
@@ -177,10 +194,7 @@ class _Record:
         self.films: dict[str, str] = {}
         """Name of a complete film -> fingerprint of its settings."""
         try:
-            root.mkdir(parents=True, exist_ok=True)
             self.films = {str(k): str(v) for k, v in json.loads(self._read(_MANIFEST)).items()}
-        except OSError as error:
-            raise VideoError(f"cannot make the folder '{root}': {error.strerror}") from error
         except (ValueError, AttributeError):
             log.warning("'%s' is damaged: the films are rendered again", root / _MANIFEST)
 

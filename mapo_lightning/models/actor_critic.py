@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mapo_lightning.models.blocks import Recorded, frozen, mlp
 from mapo_lightning.models.distributions import TruncatedNormal
 from mapo_lightning.models.returns import lambda_returns, step_weights
-from mapo_lightning.models.rssm import RSSMState
 from mapo_lightning.models.world_model import WorldModel
 from mapo_lightning.types import ConfigError
 
@@ -86,29 +85,28 @@ class DreamerAgent(nn.Module):
         noise = self.cfg.explore_noise * torch.randn_like(action)
         return (action + noise).clamp(-1.0, 1.0)
 
-    def losses(self, world_model: WorldModel, start: RSSMState) -> AgentLoss:
+    def losses(self, world_model: WorldModel, start_NF: Tensor) -> AgentLoss:
         """Dream from every given state and learn from it.
 
         Args:
             world_model: Dreamt in; its parameters receive no gradient.
-            start: Control states without history, axes (N,).
+            start_NF: Features of control states, without history, (N, F).
         """
         record = Recorded(self.actor)
-        noises: list[Tensor] = []
+        lead = self.cfg.horizon, len(start_NF), self.action_dim
+        noise_INA = torch.rand(lead, device=start_NF.device)
         policies: list[TruncatedNormal] = []
 
-        def act(i: int, state: RSSMState) -> Tensor:
-            policy = TruncatedNormal.from_raw(record(state.feat))
-            noises.append(torch.rand_like(policy.mean))
-            return policy.sample(noises[i])
+        def act(i: int, feat_NF: Tensor) -> Tensor:
+            return TruncatedNormal.from_raw(record(feat_NF)).sample(noise_INA[i])
 
         def replay() -> Tensor:
             # The policy sees the state as data; its action keeps its gradient (facts 2.4, 6).
             policies.append(TruncatedNormal.from_raw(record.replay()))
-            return policies[0].sample(torch.stack(noises))
+            return policies[0].sample(noise_INA)
 
         with frozen(world_model):
-            feat_INF = world_model.imagine(start, act, self.cfg.horizon, replay).feat
+            feat_INF = world_model.imagine(start_NF, act, self.cfg.horizon, replay)
             reward_IN = world_model.head("reward", feat_INF)
             discount_IN = self._discount(world_model, feat_INF)
             slow_IN = self.target(feat_INF).float().squeeze(-1)

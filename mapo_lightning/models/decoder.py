@@ -42,8 +42,8 @@ class CrossAttention(nn.Module):
     def forward(self, x_NCHW: Tensor, scene_BCHW: Tensor) -> Tensor:
         """Decoder maps (N, C, s, s), scene maps (B, C, s, s), N a multiple of B -> (N, C, s, s)."""
         count, width = x_NCHW.shape[:2]
-        query_weight, kv_weight = self.in_weight[:width], self.in_weight[width:]
-        query_bias, kv_bias = self.in_bias[:width], self.in_bias[width:]
+        query_weight, kv_weight = self.in_weight.split_with_sizes([width, 2 * width])
+        query_bias, kv_bias = self.in_bias.split_with_sizes([width, 2 * width])
         x_NLC = x_NCHW.flatten(2).transpose(1, 2)
         query_NLC = F.linear(x_NLC + self.query_position, query_weight, query_bias)
         scene_BLC = scene_BCHW.flatten(2).transpose(1, 2) + self.key_position

@@ -7,7 +7,8 @@ No ``torch.distributions`` objects: they cost a third of the scan and a host syn
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,14 +18,14 @@ EDGE = 1.0 - 1e-6
 """Samples of the policy are clipped to ±EDGE, straight-through (facts 4)."""
 
 
-def draw_one_hot(probs_K: Tensor, noise: Tensor) -> Tensor:
-    """Draw one-hot samples, (..., K), with the class that uniform ``noise`` (...) picks.
+def draw_class(probs_K: Tensor, noise: Tensor) -> Tensor:
+    """Class that uniform ``noise`` (...) picks, (..., 1) integers from probabilities (..., K).
 
     The inverse of the cumulated probabilities at ``noise``: no distribution object, no host sync.
     """
-    index = torch.searchsorted(probs_K.cumsum(dim=-1), noise[..., None].contiguous(), right=True)
-    # Rounding may leave the total a hair under the noise.
-    return torch.zeros_like(probs_K).scatter_(-1, index.clamp_(max=probs_K.shape[-1] - 1), 1.0)
+    # Without the last one, which is all that is left: rounding keeps their sum a hair off 1.
+    bounds = probs_K[..., :-1].cumsum(dim=-1)
+    return torch.searchsorted(bounds, noise[..., None], right=True)
 
 
 def one_hot_sample(logits_K: Tensor, noise: Tensor) -> Tensor:
@@ -38,7 +39,8 @@ def one_hot_sample(logits_K: Tensor, noise: Tensor) -> Tensor:
         (..., K) float32: the value is the one-hot sample, the gradient the softmax's.
     """
     probs_K = logits_K.float().softmax(dim=-1)
-    return draw_one_hot(probs_K.detach(), noise) + (probs_K - probs_K.detach())
+    chosen = draw_class(probs_K.detach(), noise.contiguous())
+    return torch.zeros_like(probs_K).scatter_(-1, chosen, 1.0) + (probs_K - probs_K.detach())
 
 
 def categorical_kl(p_logits_SK: Tensor, q_logits_SK: Tensor) -> Tensor:
@@ -71,11 +73,14 @@ def balanced_kl(post_SK: Tensor, prior_SK: Tensor, balance: float, free_nats: fl
     return balance * teach + (1.0 - balance) * regularise
 
 
-class TruncatedNormal(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TruncatedNormal:
     """Independent normals cut to [-1, 1]; the leading axes are free, the last one is A."""
 
-    mean: Tensor  # (..., A) in [-1, 1], of the normal before it is cut
-    std: Tensor  # (..., A)
+    mean: Tensor
+    """Of the normal before it is cut, (..., A) in [-1, 1]."""
+    std: Tensor
+    """Of the same, (..., A)."""
 
     @classmethod
     def from_raw(cls, raw: Tensor) -> TruncatedNormal:
@@ -83,15 +88,16 @@ class TruncatedNormal(NamedTuple):
         mean, std = raw.float().chunk(2, dim=-1)
         return cls(mean.tanh(), 2.0 * torch.sigmoid(std / 2.0) + MIN_STD)
 
+    @cached_property
     def _edges(self) -> tuple[Tensor, Tensor]:
         """Standardised lower and upper edge, and erf(edge / sqrt(2)) of both, (2, ..., A) each."""
-        half, centre = self.std.reciprocal(), self.mean / self.std
-        edges = torch.stack([-half - centre, half - centre])
+        ends = torch.arange(-1.0, 2.0, 2.0, device=self.mean.device)  # -1 and 1, without a copy
+        edges = (ends.view(2, *[1] * self.mean.ndim) - self.mean) / self.std
         return edges, torch.erf(edges * math.sqrt(0.5))
 
     def sample(self, noise: Tensor) -> Tensor:
         """Reparameterised sample from uniform ``noise`` (..., A); gradients reach mean and std."""
-        _, (low, high) = self._edges()
+        _, (low, high) = self._edges
         # 2q - 1 of the quantile q in [1e-6, 1 - 1e-6].
         centred = torch.lerp(low, high, noise).clamp(2e-6 - 1.0, 1.0 - 2e-6)
         x = torch.addcmul(self.mean, self.std, torch.erfinv(centred), value=math.sqrt(2.0))
@@ -104,7 +110,7 @@ class TruncatedNormal(NamedTuple):
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, summed over the A dimensions, (...)."""
-        edges, (low, high) = self._edges()
+        edges, (low, high) = self._edges
         mass = (0.5 * (high - low)).clamp(min=1e-8)
         bent = edges * torch.exp(-0.5 * edges.square())
         edge = (bent[0] - bent[1]) * (0.5 / math.sqrt(2 * math.pi)) / mass

@@ -36,12 +36,12 @@ def lambda_returns(
     if not 0.0 <= lam <= 1.0:
         raise ValueError(f"lam must lie in [0, 1], got {lam}")
     next_value_IN = torch.cat([value_IN[1:], bootstrap_N[None]])
-    inputs_IN = reward_IN + discount_IN * (1.0 - lam) * next_value_IN
+    inputs_IN = torch.addcmul(reward_IN, discount_IN, next_value_IN, value=1.0 - lam)
     target_N, targets = bootstrap_N, []
-    for inputs_N, discount_N in zip(
-        reversed(inputs_IN.unbind()), reversed(discount_IN.unbind()), strict=True
+    for inputs_N, factor_N in zip(
+        reversed(inputs_IN.unbind()), reversed((lam * discount_IN).unbind()), strict=True
     ):
-        target_N = inputs_N + discount_N * lam * target_N
+        target_N = torch.addcmul(inputs_N, factor_N, target_N)
         targets.append(target_N)
     return torch.stack(targets[::-1])
 

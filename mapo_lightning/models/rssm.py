@@ -15,15 +15,8 @@ from torch.nn import functional as F
 
 from mapo_lightning.models.blocks import xavier
 from mapo_lightning.models.distributions import balanced_kl, one_hot_sample
-from mapo_lightning.models.recurrence import (
-    NORM_EPS,
-    Step,
-    Weights,
-    gru,
-    remembering,
-    step,
-    unrolled,
-)
+from mapo_lightning.models.recurrence import NORM_EPS, Unrolled, gru, remembering
+from mapo_lightning.models.through_time import Weights
 from mapo_lightning.types import ConfigError
 
 
@@ -60,18 +53,25 @@ class RSSMConfig:
 class RSSMState(NamedTuple):
     """What the model believes; leading axes are (B,) or (B, T)."""
 
-    deter: Tensor  # (..., D) summary of the past
-    stoch: Tensor  # (..., S, K) one-hot sample of the present, straight-through
-    logits: Tensor  # (..., S, K) what `stoch` was drawn from
+    feat: Tensor  # (..., S*K + D) flat feature that decoder and heads read: sample, then deter
+    logits: Tensor  # (..., S, K) what the sample was drawn from
+
+    @classmethod
+    def of(cls, deter: Tensor, stoch: Tensor, logits: Tensor) -> RSSMState:
+        """From its parts: (..., D), one-hot (..., S, K), and logits (..., S, K)."""
+        return cls(torch.cat([stoch.flatten(-2), deter], dim=-1), logits)
 
     @property
-    def feat(self) -> Tensor:
-        """Flat feature (..., S*K + D) that decoder and heads read: stochastic part first."""
-        return torch.cat([self.stoch.flatten(-2), self.deter], dim=-1)
+    def stoch(self) -> Tensor:
+        """One-hot sample of the present, straight-through, (..., S, K)."""
+        groups = self.logits.shape[-2:]
+        flat = self.feat[..., : groups.numel()]
+        return flat.view(*flat.shape[:-1], *groups)
 
-    def detach(self) -> RSSMState:
-        """The same values without their history."""
-        return RSSMState(*(x.detach() for x in self))
+    @property
+    def deter(self) -> Tensor:
+        """Summary of the past, (..., D)."""
+        return self.feat[..., self.logits.shape[-2:].numel() :]
 
     def flatten(self) -> RSSMState:
         """Merge the two leading axes: (B, T, ...) -> (B*T, ...)."""
@@ -92,9 +92,8 @@ class NormedGRU(nn.Module):
     def forward(self, x_BU: Tensor, deter_BD: Tensor) -> Tensor:
         """Next state (B, D) from the input (B, U) and the last one."""
         entry = torch.cat([x_BU, deter_BD.to(x_BU.dtype)], dim=-1)
-        linear, norm = self.linear, self.norm
-        weights = linear.weight, linear.bias, norm.weight, remembering(norm.bias)
-        return gru(entry, deter_BD, weights)[0]
+        gates_BG = self.linear(entry).float()
+        return gru(gates_BG, deter_BD, (self.norm.weight, remembering(self.norm.bias)))[0]
 
 
 class RSSM(nn.Module):
@@ -136,9 +135,8 @@ class RSSM(nn.Module):
 
     def initial(self, batch: int, like: Tensor) -> RSSMState:
         """All-zero state of ``batch`` sequences on the device of ``like``."""
-        stoch = like.new_zeros(batch, self.cfg.stoch, self.cfg.classes, dtype=torch.float32)
-        deter = like.new_zeros(batch, self.cfg.deter, dtype=torch.float32)
-        return RSSMState(deter, stoch, stoch)
+        logits = like.new_zeros(batch, self.cfg.stoch, self.cfg.classes, dtype=torch.float32)
+        return RSSMState(logits.new_zeros(batch, self.cfg.feat), logits)
 
     def observe(
         self,
@@ -173,26 +171,15 @@ class RSSM(nn.Module):
         driven_BTU = self._drive(action_BTA * keep_BT1)
         seen_BTU = F.linear(embed_BTE, seen_weight, correct.bias)
         weights = self._weights(deter_weight, self.posterior)
-        before = state.stoch.flatten(1), state.deter
-        taken = self._follow(weights, before, driven_BTU, seen_BTU, keep_BT1, noise_BTS)
-        deter, stoch, logits = unrolled(taken, 1, keep_BT1, driven_BTU, seen_BTU, before, weights)
-        post = self._state(deter, stoch, logits)
+        sequence = self._unrolled(weights, state.feat, steps, 1, keep_BT1)
+        with torch.no_grad():
+            noise = noise_BTS.transpose(0, 1).contiguous().unbind()
+            for given in zip(driven_BTU.unbind(1), seen_BTU.unbind(1), noise, strict=True):
+                sequence.step(*given)
+        feat, logits = sequence.attached(driven_BTU, seen_BTU, state.feat)
+        assert logits is not None
+        post = RSSMState(feat, self._grouped(logits))
         return post, self._grouped(self.prior(post.deter))
-
-    @staticmethod
-    @torch.no_grad()
-    def _follow(weights: Weights, state: tuple[Tensor, Tensor], *inputs_BT: Tensor) -> list[Step]:
-        """Take the steps of (driven, seen, keep, noise), each (B, T, ...), without autograd."""
-        stoch_BX, deter_BD = state
-        taken: list[Step] = []
-        for driven_BU, seen_BU, keep_B1, noise_BS in zip(
-            *(x.transpose(0, 1).contiguous().unbind() for x in inputs_BT), strict=True
-        ):
-            taken.append(
-                step(weights, driven_BU, seen_BU, stoch_BX * keep_B1, deter_BD * keep_B1, noise_BS)
-            )
-            stoch_BX, deter_BD = taken[-1].stoch, taken[-1].deter
-        return taken
 
     def imagine_step(self, prev: RSSMState, action_BA: Tensor, noise_BS: Tensor) -> RSSMState:
         """Predict one step with autograd: p(s_t | s_{t-1}, a_{t-1})."""
@@ -200,46 +187,41 @@ class RSSM(nn.Module):
         x_BU = F.elu(self._drive(action_BA) + F.linear(prev.stoch.flatten(-2), inp_weight))
         deter_BD = self.cell(x_BU, prev.deter)
         logits_BSK = self._grouped(self.prior(deter_BD))
-        return RSSMState(deter_BD, one_hot_sample(logits_BSK, noise_BS), logits_BSK)
+        return RSSMState.of(deter_BD, one_hot_sample(logits_BSK, noise_BS), logits_BSK)
 
     def imagine(
         self,
-        start: RSSMState,
-        action_of: Callable[[int, RSSMState], Tensor],
+        start_BF: Tensor,
+        action_of: Callable[[int, Tensor], Tensor],
         steps: int,
         replay: Callable[[], Tensor] | None = None,
-    ) -> RSSMState:
+    ) -> Tensor:
         """Roll the prior out.
 
         Args:
-            start: States to leave from, axes (B,).
-            action_of: Action (B, A) to take in the state that step i starts from; asked without
-                autograd.
+            start_BF: Features of the states to leave from, (B, F).
+            action_of: Action (B, A) to take in the state that step i starts from, given its
+                features; asked without autograd.
             steps: Number I of steps.
             replay: The actions that ``action_of`` gave, (I, B, A), in a graph: gradients of the
-                states reach them, and no other input. None: no gradients at all.
+                features reach them, and no other input. None: no gradients at all.
 
         Returns:
-            States with axes (I, B), the start not included.
+            Features (I + 1, B, F), the start first.
         """
         first = self.prior[0]
         assert isinstance(first, nn.Linear)
-        noise_IBS = torch.rand((steps, *start.stoch.shape[:-1]), device=start.deter.device)
-        before = start.stoch.flatten(1), start.deter
-        state, taken = start, list[Step]()
+        noise_IBS = torch.rand((steps, len(start_BF), self.cfg.stoch), device=start_BF.device)
         with torch.no_grad():
             weights = self._weights(first.weight, self.prior)
             bias = first.bias.to(weights.gates.dtype)
+            dream = self._unrolled(weights, start_BF, steps, 0)
             for i in range(steps):
-                driven_BU = self._drive(action_of(i, state))
-                entry = before if i == 0 else (taken[-1].stoch, taken[-1].deter)
-                taken.append(step(weights, driven_BU, bias, *entry, noise_IBS[i]))
-                state = self._state(taken[-1].deter, taken[-1].stoch, taken[-1].logits)
+                driven_BU = self._drive(action_of(i, dream.states[i]))
+                dream.step(driven_BU, bias, noise_IBS[i])
         if replay is None:
-            parts = [torch.stack([getattr(x, k) for x in taken]) for k in RSSMState._fields]
-            return self._state(*parts)
-        driven_IBU = self._drive(replay())
-        return self._state(*unrolled(taken, 0, None, driven_IBU, bias, before, weights))
+            return dream.states
+        return dream.attached(self._drive(replay()), bias, start_BF)[0]
 
     def kl(self, post_BTSK: Tensor, prior_BTSK: Tensor, free_nats: float) -> Tensor:
         """Balanced KL of this model, scalar nats per step."""
@@ -268,9 +250,10 @@ class RSSM(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if given else deter_weight.dtype
         linear, norm, last = self.cell.linear, self.cell.norm, head[2]
         assert isinstance(last, nn.Linear)
+        entry, deter = linear.weight.split_with_sizes([self.cfg.hidden, self.cfg.deter], dim=1)
         return Weights(
             self._input_weights()[0].to(dtype),
-            linear.weight.to(dtype),
+            torch.cat([deter, entry], dim=1).to(dtype),
             linear.bias.to(dtype),
             norm.weight,
             remembering(norm.bias),
@@ -279,8 +262,12 @@ class RSSM(nn.Module):
             last.bias.to(dtype),
         )
 
-    def _state(self, deter: Tensor, stoch: Tensor, logits: Tensor) -> RSSMState:
-        return RSSMState(deter, self._grouped(stoch), self._grouped(logits))
+    def _unrolled(
+        self, weights: Weights, start_BF: Tensor, steps: int, axis: int, keep: Tensor | None = None
+    ) -> Unrolled:
+        return Unrolled(
+            weights, (self.cfg.stoch, self.cfg.classes), start_BF.detach(), steps, axis, keep
+        )
 
     def _grouped(self, flat: Tensor) -> Tensor:
         """(..., S*K) -> (..., S, K)."""

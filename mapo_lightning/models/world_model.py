@@ -202,23 +202,23 @@ class WorldModel(nn.Module):
 
     def imagine(
         self,
-        start: RSSMState,
-        action_of: Callable[[int, RSSMState], Tensor],
+        start_NF: Tensor,
+        action_of: Callable[[int, Tensor], Tensor],
         steps: int,
-        replay: Callable[[], Tensor],
-    ) -> RSSMState:
+        replay: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         """Dream with the control dynamics; no frames and no phrases are needed there (O8).
 
-        Arguments of ``RSSM.imagine``; returns states with axes (I + 1, B), ``start`` first.
+        Arguments and result of `RSSM.imagine`: features (I + 1, N, F), the start first.
         """
         dynamics = self.upper or self.lower
         assert dynamics is not None
 
-        def drive(i: int, state: RSSMState) -> Tensor:
-            return self._encode_action(action_of(i, state))
+        def drive(i: int, feat_NF: Tensor) -> Tensor:
+            return self._encode_action(action_of(i, feat_NF))
 
-        dreamt = dynamics.imagine(start, drive, steps, lambda: self._encode_action(replay()))
-        return RSSMState(*(torch.cat([a[None], b]) for a, b in zip(start, dreamt, strict=True)))
+        again = None if replay is None else lambda: self._encode_action(replay())
+        return dynamics.imagine(start_NF, drive, steps, again)
 
     def _encode_action(self, action_BA: Tensor) -> Tensor:
         """What an environment action becomes before it drives the control dynamics."""
@@ -246,13 +246,12 @@ class WorldModel(nn.Module):
             drive_BTA = batch["action"]
         else:
             drive_BTA = self.source(batch).action
-        dream = dynamics.imagine(
-            belief.at(seen - 1).control,
+        dreamt_IBF = dynamics.imagine(
+            belief.at(seen - 1).control.feat,
             lambda i, _: drive_BTA[:, seen + i],
             batch["obs"].shape[1] - seen,
-        )
-        dreamt_BTF = dream.feat.transpose(0, 1)
-        feat_BTF = torch.cat([belief.control.feat, dreamt_BTF], dim=1)
+        )[1:]
+        feat_BTF = torch.cat([belief.control.feat, dreamt_IBF.transpose(0, 1)], dim=1)
         context = self.context(shown["obs"]) if self.context is not None else NO_CONTEXT
         mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), context.maps).float()
         frame_NHWC: Tensor = (mean_NCHW + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1)

@@ -47,7 +47,9 @@ def losses(method: str) -> dict[str, float]:
     for update in range(2):
         torch.manual_seed(update)
         fit = module.world_model.loss(batch)
-        behaviour = module.agent.losses(module.world_model, fit.belief.control.flatten().detach())
+        behaviour = module.agent.losses(
+            module.world_model, fit.belief.control.feat.flatten(0, 1).detach()
+        )
         optimizer.zero_grad()
         (fit.total + behaviour.actor + behaviour.critic).backward()
         optimizer.step()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_train import ROOT, SMALL, train
+from program import ENVIRONMENT, ROOT, SMALL, TRAIN, train
 
 from mapo_lightning.checkpoint import read_checkpoint
 
@@ -24,13 +24,11 @@ FINETUNE = [*SMALL, "stage=finetune", "callbacks.rollout_every=1000"]
 
 def kill_after_checkpoints(folder: Path, words: list[str], count: int) -> dict[str, Any]:
     """Start train.py, kill it in the middle of its work, return the newest checkpoint's content."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    env.pop("MAPO_RUN_DIR", None)
     with (folder / "said.txt").open("w") as said:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *words],
+            [sys.executable, TRAIN, *words],
             cwd=folder,
-            env=env,
+            env=ENVIRONMENT,
             stdout=said,
             stderr=said,
         )
@@ -123,17 +121,7 @@ if __name__ == "__main__":
 def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(DIGEST.replace("ROOT", repr(str(ROOT))))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    env.pop("MAPO_RUN_DIR", None)
-
-    def run(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, str(script), *words],
-            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
+    run = partial(train, tmp_path, script=str(script))
     two = ["trainer.devices=2", "trainer.strategy=ddp", "tracking.enabled=true"]
     said = run(*FINETUNE, *two, "run_dir=run", "finetune.agent_steps=170")
     assert said.count("episodes from reset seeds") == 1  # one process speaks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sqlite3
 import subprocess
@@ -11,30 +10,11 @@ from pathlib import Path
 
 import pytest
 from miniatures import write_ssv2
+from program import ENVIRONMENT, ROOT, SMALL, TRAIN, train
 
 from mapo_lightning.checkpoint import read_checkpoint
 
-ROOT = Path(__file__).parents[2]
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
-SMALL = ["trainer=debug", "env=toy", "world_model.image.channels=[4,8,16]"]
-
-
-def train(folder: Path, *words: str, code: int = 0) -> str:
-    """Run train.py in ``folder``; returns what it said."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    env.pop("MAPO_RUN_DIR", None)
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *words],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    said = result.stdout + result.stderr
-    assert result.returncode == code, said
-    return said
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +112,8 @@ def test_two_nodes_started_by_torchrun_make_one_run(toy_videos: Path, tmp_path: 
     words += ["trainer.strategy=ddp", "trainer.num_nodes=2"]
     agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=7"]
     agent += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    env.pop("MAPO_RUN_DIR", None)
-    command = [sys.executable, *agent, str(ROOT / "train.py"), *words]
-    nodes = [subprocess.Popen(command, cwd=tmp_path, env=env) for _ in range(2)]
+    command = [sys.executable, *agent, TRAIN, *words]
+    nodes = [subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT) for _ in range(2)]
     assert [node.wait(timeout=240) for node in nodes] == [0, 0]
     runs = sqlite3.connect(tmp_path / "runs/mlflow.db").execute("select name, status from runs")
     assert sorted(runs) == [("job7-mapo-videos", "FINISHED"), ("pretrain", "FINISHED")]
@@ -172,10 +150,7 @@ def test_two_ranks_end_with_the_same_codebook(toy_videos: Path, tmp_path: Path) 
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS.replace("CONF", repr(str(ROOT / "conf"))))
     words = [*with_videos(toy_videos), "trainer.devices=2", "trainer.strategy=ddp"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [sys.executable, str(script), *words], cwd=tmp_path, env=env, check=True, timeout=300
-    )
+    train(tmp_path, *words, script=str(script))
     first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import SMALL, train
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from label_servers import running
+from program import SMALL, train
 from tiny_models import save_bert, save_qwen
 
 from mapo_lightning.data.video import write_mp4
@@ -92,11 +89,9 @@ def test_server_dies_for_three_seconds(policy: str, videos: Path, tmp_path: Path
         run += ["callbacks.rollout_every=100", f"vlm.on_outage={policy}", "vlm.frame_size=64"]
         training = threading.Thread(target=lambda: said.append(train(tmp_path, *run)))
         training.start()
-        deadline = time.monotonic() + 60
-        while server.stats()["calls"] < 3 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        server.wait_for(3)
         server.kill()
-        time.sleep(3.0)
+        time.sleep(3.0)  # the outage
         server.start(server.port)
         training.join(120)
         calls = server.stats()["calls"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.measures import CONF, batch_of
 from benchmarks.reference_step import ReferenceStep
-from benchmarks.speed import CONF, batch_of
 from mapo_lightning.build import build_finetune, build_pretrain
 from mapo_lightning.compose import compose
 from mapo_lightning.config import RunConfig
@@ -49,7 +49,7 @@ def losses(
         total = fit.total
         behaviour = ()
         if agent:
-            found = agent.losses(world_model, fit.belief.control.flatten().detach())
+            found = agent.losses(world_model, fit.belief.control.feat.flatten(0, 1).detach())
             behaviour = found.actor, found.critic
     trained = {"world_model": (total, list(world_model.parameters()))}
     if agent:

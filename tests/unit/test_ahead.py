@@ -11,12 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scenes import moving_square
-from torch.utils.data import DataLoader
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from label_servers import running
+from scenes import moving_square
 from tiny_models import save_qwen
+from torch.utils.data import DataLoader
 
 from mapo_lightning.data.ahead import collate_clips, run_ahead, settle
 from mapo_lightning.data.clips import ClipDataset
@@ -122,7 +120,7 @@ def test_clips_in_flight_do_not_change_what_is_drawn(
 ABANDONED = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
+sys.path[:0] = sys.argv[3:]
 from mapo_lightning.data.video import probe_video
 from test_ahead import dataset
 words = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"}
@@ -134,8 +132,8 @@ time.sleep(2.0)
 
 
 def test_a_program_ends_although_no_server_answers(videos: list[VideoInfo], tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    command = [sys.executable, "-c", ABANDONED, str(videos[0].path), str(tmp_path), str(here)]
+    here, tests = (str(folder) for folder in Path(__file__).parents[:2])
+    command = [sys.executable, "-c", ABANDONED, str(videos[0].path), str(tmp_path), here, tests]
     subprocess.run(command, timeout=40, check=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +86,20 @@ def test_no_unfinished_file_is_left(tmp_path: Path) -> None:
     render(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         *written(tmp_path),
+        ".lock",
         "manifest.json",
         "truth.jsonl",
     }
+
+
+def test_two_callers_at_once_render_every_film_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        seen: list[list[tuple[int, int]]] = [[], []]
+        calls = [pool.submit(render, tmp_path, progress=lambda *n, s=s: s.append(n)) for s in seen]
+        first, second = (call.result() for call in calls)
+    assert first == second
+    made = sorted(len(counts) - 1 for counts in seen)
+    assert made == [0, len(first)]
 
 
 def test_the_truth_says_where_the_disc_is_seen() -> None:

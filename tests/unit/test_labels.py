@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from scenes import cases, moving_square
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from label_job import Job, corpus
 from label_servers import Running, running
+from scenes import cases, moving_square
 
 from mapo_lightning import labels
 from mapo_lightning.config import LabelConfig
@@ -103,8 +100,10 @@ def test_killed_again_and_again_asks_no_more_than_was_in_flight(
     Job(videos, tmp_path / "calm", **words).finish()
     before, kills, rng = server.stats()["calls"], 0, random.Random(0)
     for _ in range(4):
+        asked = server.stats()["answered"]
         job = Job(videos, tmp_path / "wild", **words)
-        time.sleep(rng.uniform(0.1, 0.3))
+        server.wait_for(asked + 4)
+        time.sleep(rng.uniform(0.0, 0.2))
         kills += job.kill()
     assert server.stats()["calls"] > before
     said = Job(videos, tmp_path / "wild", **words).finish()

@@ -126,26 +126,21 @@ class LineWorld(torch.nn.Module):
 
     def imagine(
         self,
-        start: LineState,
-        act: Callable[[int, LineState], Tensor],
+        start: Tensor,
+        act: Callable[[int, Tensor], Tensor],
         steps: int,
         replay: Callable[[], Tensor],
-    ) -> LineState:
+    ) -> Tensor:
         with torch.no_grad():
-            state = start
+            feat = start
             for i in range(steps):
-                state = LineState(state.feat + act(i, state))
-        feat = torch.cat([start.feat[None], start.feat + replay().cumsum(0)])
-        torch.testing.assert_close(feat[-1], state.feat)  # the replayed actions are the taken ones
-        return LineState(feat)
+                feat = feat + act(i, feat)
+        dream = torch.cat([start[None], start + replay().cumsum(0)])
+        torch.testing.assert_close(dream[-1], feat)  # the replayed actions are the taken ones
+        return dream
 
     def head(self, name: str, feat: Tensor) -> Tensor:
         return feat.squeeze(-1)
-
-
-class LineState:
-    def __init__(self, feat: Tensor) -> None:
-        self.feat = feat
 
 
 def test_actor_and_critic_losses_against_the_written_out_formulas() -> None:
@@ -156,11 +151,11 @@ def test_actor_and_critic_losses_against_the_written_out_formulas() -> None:
     with torch.no_grad():
         for p in agent.target.parameters():
             p.add_(0.1)  # the slow critic must be told from the fast one
-    start = LineState(torch.randn(3, 1))
+    start = torch.randn(3, 1)
     torch.manual_seed(7)
     loss = agent.losses(LineWorld(), start)  # type: ignore[arg-type]
     torch.manual_seed(7)
-    feats, entropies = [start.feat], []
+    feats, entropies = [start], []
     for _ in range(4):
         policy = agent.policy(feats[-1])
         entropies.append(policy.entropy())

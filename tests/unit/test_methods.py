@@ -48,7 +48,9 @@ def test_fine_tuning_loss_reaches_every_part_it_should(method: str, env: str) ->
     cfg = configured(f"method={method}", f"env={env}", *SMALL)
     module, _ = build_finetune(cfg, 4, None)
     fit = module.world_model.loss(synthetic(cfg, 4))
-    behaviour = module.agent.losses(module.world_model, fit.belief.control.flatten().detach())
+    behaviour = module.agent.losses(
+        module.world_model, fit.belief.control.feat.flatten(0, 1).detach()
+    )
     assert torch.isfinite(fit.total)
     (fit.total + behaviour.actor + behaviour.critic).backward()
     silent = [
@@ -88,7 +90,7 @@ def test_the_actor_loss_leaves_world_model_and_critics_alone() -> None:
     torch.manual_seed(0)
     cfg = configured("method=mapo", "env=toy", *SMALL)
     module, _ = build_finetune(cfg, 2, None)
-    start = module.world_model.observe(synthetic(cfg, 2)).belief.control.flatten().detach()
+    start = module.world_model.observe(synthetic(cfg, 2)).belief.control.feat.flatten(0, 1).detach()
     module.agent.losses(module.world_model, start).actor.backward()
     touched = {n.split(".")[1] for n, p in module.named_parameters() if p.grad is not None}
     assert touched == {"actor"}

@@ -118,7 +118,7 @@ def reference_observe(
         index = (cdf <= noise[:, t, :, None]).sum(-1).clamp(max=4)
         stoch = nn.functional.one_hot(index, 5).float()
         posts.append(logits)
-        state = RSSMState(h, stoch, logits)
+        state = RSSMState.of(h, stoch, logits)
     return posts, priors
 
 
@@ -137,7 +137,7 @@ def test_scan_equals_the_step_by_step_recurrence() -> None:
 def test_the_first_frame_forgets_state_and_action() -> None:
     rssm = tiny_rssm()
     embed, noise = torch.randn(2, 1, 8), torch.rand(2, 1, 4)
-    past = RSSMState(torch.randn(2, 6), torch.rand(2, 4, 5), torch.randn(2, 4, 5))
+    past = RSSMState.of(torch.randn(2, 6), torch.rand(2, 4, 5), torch.randn(2, 4, 5))
     first = torch.tensor([[True], [False]])
     post, _ = rssm.observe(torch.randn(2, 1, 3), embed, first, past, noise)
     fresh, _ = rssm.observe(torch.zeros(2, 1, 3), embed, first, None, noise)

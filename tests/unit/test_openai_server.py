@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from label_servers import PHRASES, Running, running
 
 from mapo_lightning.semantics import servers

@@ -27,24 +27,19 @@ LOWER_NULL, LOWER_64 = 14_745_600, 14_759_936
 UPPER, UPPER_CONCAT = 13_697_024, 16_842_752
 DECODER, DECODER_CONTEXT = 7_519_227, 7_779_003
 
+MAPO = {
+    "encoder": RESNET,
+    "context": RESNET,
+    "lower": LOWER_64,
+    "upper": UPPER_CONCAT,
+    "decoder": DECODER_CONTEXT,
+    "heads": 2 * HEAD,
+}
+
 # method, environment, dimensions of its action -> parts of the fine-tuning model
 PUBLISHED = {
-    ("mapo", "dmc_walker_run", 6): {
-        "encoder": RESNET,
-        "context": RESNET,
-        "lower": LOWER_64,
-        "upper": UPPER_CONCAT,
-        "decoder": DECODER_CONTEXT,
-        "heads": 2 * HEAD,
-    },
-    ("mapo_no_cvq", "dmc_walker_run", 6): {
-        "encoder": RESNET,
-        "context": RESNET,
-        "lower": LOWER_64,
-        "upper": UPPER_CONCAT,
-        "decoder": DECODER_CONTEXT,
-        "heads": 2 * HEAD,
-    },
+    ("mapo", "dmc_walker_run", 6): MAPO,
+    ("mapo_no_cvq", "dmc_walker_run", 6): MAPO,
     ("mapo", "metaworld_door_open", 4): {"lower": LOWER_64, "upper": UPPER},
     ("contextwm", "metaworld_door_open", 4): {
         "encoder": RESNET,

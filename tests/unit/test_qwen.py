@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_models import save_bert, save_qwen
 
 from mapo_lightning.semantics.describer import Describer, StreamingDescriber, VlmConfig

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.speed import Operations, Work, operations
+from benchmarks.measures import Operations, Work, operations
 
 # Kernels of one step, a few to spare. A change that needs more says why.
-CEILING = {"pretrain tiny": 1650, "finetune tiny": 3150}
+CEILING = {"pretrain tiny": 1215, "finetune tiny": 2354}
 
 
 @pytest.mark.parametrize("case", sorted(CEILING))
@@ -21,11 +21,14 @@ def test_a_step_starts_few_kernels_and_never_waits_for_the_device(case: str) -> 
     )
 
 
-def test_the_plain_step_needs_three_times_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", sorted(CEILING))
+def test_the_plain_step_needs_four_times_as_many(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Torch's own setting, which some libraries switch off when they are imported.
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
-    plain = operations(Work("finetune tiny").stepper("reference"))
-    assert plain.kernels.total() > 3 * CEILING["finetune tiny"] * 0.95
+    plain = operations(Work(case).stepper("reference"))
+    assert plain.kernels.total() >= 4 * CEILING[case]
     assert plain.syncs.total() > 100
 
 
