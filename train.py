@@ -33,7 +33,7 @@ from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
 from mapo_lightning import build, tracking
-from mapo_lightning.capture import cuda_recorder
+from mapo_lightning.capture import CudaRecorder, cuda_recorder
 from mapo_lightning.checkpoint import check_fit, read_checkpoint
 from mapo_lightning.compose import Composed
 from mapo_lightning.config import RunConfig
@@ -57,6 +57,7 @@ class Run(NamedTuple):
     folder: Path
     parent: str | None  # MLflow run that holds those of the phases
     resumed: Resumed
+    recorder: CudaRecorder | None  # of whole updates, where trainer.capture asks for it
 
 
 def main(argv: list[str]) -> int:
@@ -83,6 +84,10 @@ def start(composed: Composed[RunConfig]) -> Run:
             "installed package has the same name; uninstall it"
         )
     cfg = composed.config
+    recorder = None
+    if cfg.trainer.capture:
+        processes = cfg.trainer.devices * cfg.trainer.num_nodes
+        recorder = cuda_recorder(cfg.trainer.accelerator, processes)
     if cfg.trainer.keep_memory:
         keep_freed_memory()
     if cfg.trainer.threads:
@@ -95,7 +100,7 @@ def start(composed: Composed[RunConfig]) -> Run:
     earlier = resumed(cfg)
     tags = {"method": cfg.method, "stage": cfg.stage, "run_dir": str(folder)}
     parent = tracking.start_parent(cfg.tracking, folder.name, tags, earlier.tracked("parent"))
-    return Run(cfg, composed, folder, parent, earlier)
+    return Run(cfg, composed, folder, parent, earlier, recorder)
 
 
 def play(run: Run) -> int:
@@ -240,9 +245,8 @@ def fit(
 ) -> None:
     """Train one phase in its own MLflow run, from the start or from a checkpoint."""
     cfg = run.cfg
-    if cfg.trainer.capture:
-        processes = cfg.trainer.devices * cfg.trainer.num_nodes
-        module.capture(cuda_recorder(cfg.trainer.accelerator, processes))
+    if run.recorder is not None:
+        module.capture(run.recorder)
     earlier = run.resumed.path if run.resumed.phase == phase else None
     if earlier is not None:
         check_fit(module, read_checkpoint(earlier, mapped=True), earlier)

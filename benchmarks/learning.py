@@ -79,16 +79,11 @@ def main() -> None:
     methods = options.methods.split(",")
     if unknown := set(methods) - set(METHODS):
         parser.error(f"no such method: {', '.join(unknown)}")
-    # The first run of a task renders its videos; the others would collide with it.
+    folder = options.runs / task
     wanted = [(method, seed) for seed in range(options.seeds) for method in methods]
-    first = [play(options.runs / task, wanted[0], overrides)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        rest = pool.map(lambda pair: play(options.runs / task, pair, overrides), wanted[1:])
-        results = first + list(rest)
-    results = [
-        result._replace(foresight=foresight(options.runs / task / f"{result.method}-{result.seed}"))
-        for result in results
-    ]
+        list(pool.map(lambda pair: play(folder, *pair, overrides), wanted))
+    results = [result(folder, *pair) for pair in wanted]
     options.out.mkdir(parents=True, exist_ok=True)
     name = f"learning_{task}"
     command = "python benchmarks/learning.py " + " ".join(sys.argv[1:])
@@ -97,29 +92,35 @@ def main() -> None:
     print(f"written: {options.out / name}.md and .png")
 
 
-def play(folder: Path, pair: tuple[str, int], overrides: list[str]) -> Result:
+def play(folder: Path, method: str, seed: int, overrides: list[str]) -> None:
     """Run one (method, seed) unless its result is there already."""
-    method, seed = pair
     run = (folder / f"{method}-{seed}").absolute()
     done = run / "result.json"
-    if not done.exists():
-        words = [f"method={method}", f"seed={seed}", f"run_dir={run}", *overrides]
-        words += [f"tracking.uri=sqlite:///{run / 'mlflow.db'}"]
-        run.mkdir(parents=True, exist_ok=True)
-        print(time.strftime("%H:%M:%S"), "train.py", *words, flush=True)
-        began = time.time()
-        with (run / "log.txt").open("w") as log:
-            code = subprocess.run(
-                [sys.executable, str(ROOT / "train.py"), *words],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            ).returncode
-        if code:
-            raise SystemExit(f"method={method} seed={seed} ended with {code}; see {run}/log.txt")
-        measured = {"hours": (time.time() - began) / 3600, **read(run / "mlflow.db")}
-        done.write_text(json.dumps(measured, indent=1))
-    return Result(method, seed, foresight=[], **json.loads(done.read_text()))
+    if done.exists():
+        return
+    words = [f"method={method}", f"seed={seed}", f"run_dir={run}", *overrides]
+    words += [f"tracking.uri=sqlite:///{run / 'mlflow.db'}"]
+    run.mkdir(parents=True, exist_ok=True)
+    print(time.strftime("%H:%M:%S"), "train.py", *words, flush=True)
+    began = time.time()
+    with (run / "log.txt").open("w") as log:
+        code = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *words],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        ).returncode
+    if code:
+        raise SystemExit(f"method={method} seed={seed} ended with {code}; see {run}/log.txt")
+    measured = {"hours": (time.time() - began) / 3600, **read(run / "mlflow.db")}
+    done.write_text(json.dumps(measured, indent=1))
+
+
+def result(folder: Path, method: str, seed: int) -> Result:
+    """What a finished run reached and what its world model foresees."""
+    run = folder / f"{method}-{seed}"
+    measured = json.loads((run / "result.json").read_text())
+    return Result(method, seed, foresight=foresight(run), **measured)
 
 
 @torch.no_grad()

@@ -28,7 +28,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measures import CASES, GPU_VARIANTS, MEASURES, VARIANTS  # noqa: E402
+from benchmarks.measures import CASES, GPU_VARIANTS, STEPS, VARIANTS  # noqa: E402
+from benchmarks.surroundings import SURROUNDINGS  # noqa: E402
+
+MEASURES = STEPS | SURROUNDINGS
 
 TARGETS = {
     ("pretrain paper", "ours fp32"): 1.75,
@@ -39,6 +42,7 @@ TARGETS = {
     ("finetune tiny", "ours fp32"): 4.0,
 }
 MEMORY = {"ours fp32": 8.0, "ours bf16": 6.0}  # GB, of fine-tuning at size=paper
+SMALL = [name for name in VARIANTS if "recompute" not in name]  # where memory does not matter
 FEW = ["reference", "reference, allocator", "ours fp32", "ours bf16"]
 TINY, PAPER = ["pretrain tiny", "finetune tiny"], ["pretrain paper", "finetune paper"]
 
@@ -75,17 +79,17 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def steps_table(
-    cases: Sequence[str], threads: int, rounds: int, warm: int, steps: int, few: bool = False
+    cases: Sequence[str],
+    variants: Sequence[str],
+    threads: int,
+    rounds: int,
+    warm: int,
+    steps: int,
 ) -> str:
     """Seconds per step and ratios; the variants take turns, round after round."""
     rows, ceiling = [], alone("ceiling", threads)
     for case in cases:
-        large = "paper" in case  # where memory matters
-        found: dict[str, list[dict[str, Any]]] = {
-            name: [] for name in VARIANTS if large or "recompute" not in name
-        }
-        if few:
-            found = {name: [] for name in FEW}
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
         for _ in range(rounds):
             for name in found:
                 options = {"case": case, "variant": name, "warm": warm, "steps": steps}
@@ -227,13 +231,13 @@ def sections(quick: bool, rounds: int = 3) -> dict[str, Callable[[], Iterator[st
     """What can be asked for, in the order of the report."""
 
     def tiny() -> Iterator[str]:
-        yield steps_table(TINY, 1, rounds, 3, 8, few=quick)
+        yield steps_table(TINY, FEW if quick else SMALL, 1, rounds, 3, 8)
 
     def pretrain() -> Iterator[str]:
-        yield steps_table(PAPER[:1], 2, rounds, 2, 2)
+        yield steps_table(PAPER[:1], list(VARIANTS), 2, rounds, 2, 2)
 
     def finetune() -> Iterator[str]:
-        yield steps_table(PAPER[1:], 2, rounds, 2, 2)
+        yield steps_table(PAPER[1:], list(VARIANTS), 2, rounds, 2, 2)
 
     def kernels() -> Iterator[str]:
         yield counts_table(TINY if quick else TINY + PAPER)

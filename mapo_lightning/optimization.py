@@ -72,7 +72,7 @@ class TrainedModule(L.LightningModule):
         """One update; Lightning does the rest of it unless it is captured."""
         if self.captured is None:
             total, terms = self.losses(batch)
-            self.log_terms("train", terms)
+            self.log_terms(_named("train", terms))
             return total
         found: dict[str, Tensor] = {}
         captured, optimizer = self.captured, self.optimizers()
@@ -81,25 +81,26 @@ class TrainedModule(L.LightningModule):
         schedule = self.lr_schedulers()
         if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
             schedule.step()
-        norms = {name: found.pop(name) for name in list(found) if name.startswith("grad_norm/")}
-        self.log_terms("train", found)
-        if self.log_due:
-            self.log_dict(norms)
+        self.log_terms(found)
         return None
 
     def capture(self, recorder: Recorder) -> None:
-        """Replay a recording of losses, backward and clipping in every update but the first."""
+        """Replay a recording of losses, backward and clipping in all updates but the first few."""
         self.automatic_optimization = False
-        self.captured = Captured(self._gradients, recorder)
+        self.captured = Captured(self._captured_gradients, recorder)
 
-    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
+    def gradients(self, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Losses, backward and clipping; returns what there is to log, by full name."""
         optimizer.zero_grad()
         total, terms = self.losses(batch)
         with torch.autocast(total.device.type, enabled=False):
             total.backward()  # type: ignore[no-untyped-call]
-        return terms | self._clip(optimizer)
+        return _named("train", terms) | self._clip(optimizer)
+
+    def _captured_gradients(self, batch: Batch) -> dict[str, Tensor]:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return self.gradients(batch, optimizer)
 
     @property
     def log_due(self) -> bool:
@@ -110,10 +111,10 @@ class TrainedModule(L.LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (self.trainer.global_step + 1) % every == 0
 
-    def log_terms(self, prefix: str, terms: Mapping[str, Tensor]) -> None:
-        """Log named scalars under ``prefix`` if this update is due."""
+    def log_terms(self, terms: Mapping[str, Tensor]) -> None:
+        """Log scalars by their full names if this update is due."""
         if self.log_due:
-            self.log_dict({f"{prefix}/{name}": value for name, value in terms.items()})
+            self.log_dict(dict(terms))
             if self.env_frames is not None:
                 self.log("env_frames", float(self.env_frames))
                 self.log("step", float(self.env_frames))  # Lightning takes it as the x-axis
@@ -128,10 +129,8 @@ class TrainedModule(L.LightningModule):
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         norm, clip = self.optimizer_cfg.max_grad_norm, nn.utils.clip_grad_norm_
-        return {
-            f"grad_norm/{group['name']}": clip(group["params"], norm, foreach=True)
-            for group in optimizer.param_groups
-        }
+        norms = {g["name"]: clip(g["params"], norm, foreach=True) for g in optimizer.param_groups}
+        return _named("grad_norm", norms)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the card and the counters into the checkpoint."""
@@ -143,3 +142,7 @@ class TrainedModule(L.LightningModule):
         """Take the counters back when a run resumes."""
         if self.env_frames is not None:
             self.env_frames = int(checkpoint["mapo"]["env_frames"])
+
+
+def _named(group: str, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{group}/{name}": term for name, term in terms.items()}

@@ -20,7 +20,7 @@ from mapo_lightning.types import CheckpointError, ConfigError
 log = logging.getLogger(__name__)
 
 _OF_THE_START = ("stage", "run_dir", "init_from", "checkpoint", "resume")
-_OF_THE_MACHINE = ("accelerator", "devices", "num_nodes", "strategy")
+_OF_THE_MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "capture")
 
 
 class Resumed(NamedTuple):

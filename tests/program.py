@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "train.py")
@@ -15,17 +17,22 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 ENVIRONMENT.pop("MAPO_RUN_DIR", None)
 
 
+def start(folder: Path, *command: str, said: int | IO[str] | None = None) -> subprocess.Popen[str]:
+    """Start Python with ``command`` in ``folder``; ``said`` takes what it says."""
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=folder, env=ENVIRONMENT, stdout=said, stderr=said, text=True
+    )
+
+
 def train(folder: Path, *words: str, code: int = 0, script: str = TRAIN) -> str:
     """Run train.py or another script in ``folder``; returns what it said."""
-    result = subprocess.run(
-        [sys.executable, script, *words],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    said = result.stdout + result.stderr
-    assert result.returncode == code, said
+    with tempfile.TemporaryFile("w+") as file:
+        process = start(folder, script, *words, said=file)
+        try:
+            process.wait(timeout=300)
+        finally:
+            process.kill()
+        file.seek(0)
+        said = file.read()
+    assert process.returncode == code, said
     return said

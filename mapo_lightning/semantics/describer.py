@@ -47,7 +47,7 @@ class StreamingDescriber(Describer, Protocol):
 
     @property
     def concurrency(self) -> int:
-        """Questions in flight at most."""
+        """Questions in flight at most; one is until its answer is stored."""
         ...
 
     def describe_each(self, clips: Sequence[Frames]) -> Iterator[Mapping[int, Reply | None]]:

@@ -15,14 +15,15 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from mapo_lightning.semantics.describer import Reply, VlmConfig
 from mapo_lightning.semantics.phrase import PROMPT
-from mapo_lightning.semantics.servers import OutageLog, Server, ServerPool, is_ending
+from mapo_lightning.semantics.servers import OutageLog, Server, ServerPool, as_they_come, is_ending
 from mapo_lightning.types import DescriberError, Frames
 
 if TYPE_CHECKING:
@@ -125,19 +126,8 @@ class OpenAIDescriber:
             self._pool = ThreadPoolExecutor(self.cfg.concurrency, "vlm")
         stop = threading.Event()
         # Pictures are packed here, so that a thread of the pool does nothing but ask.
-        numbers: dict[Future[Reply | None], int] = {
-            self._pool.submit(self._answer, _messages(clip), stop): n
-            for n, clip in enumerate(clips)
-        }
-        open_ = set(numbers)
-        try:
-            while open_:
-                done, open_ = wait(open_, return_when=FIRST_COMPLETED)
-                yield {numbers[future]: future.result() for future in done}
-        finally:
-            stop.set()
-            for future in open_:
-                future.cancel()
+        questions = [partial(self._answer, _messages(clip), stop) for clip in clips]
+        yield from as_they_come(self._pool, questions, stop)
 
     def _answer(self, messages: list[dict[str, Any]], stop: threading.Event) -> Reply | None:
         """Ask until there is an answer, or none is to be had."""

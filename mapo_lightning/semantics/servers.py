@@ -1,26 +1,75 @@
-"""Several servers that do the same work: who is asked next, and who is left alone for a while."""
+"""Several servers that do the same work: who is asked, and when; who is left alone for a while."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import logging
+import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import thread as pools
 from pathlib import Path
+from typing import TypeVar
 
 log = logging.getLogger(__name__)
 
 _PATIENCE = 2  # failures in a row, without a success between, after which a server is set aside
 _ASIDE_SECONDS = (0.5, 15.0)  # shortest and longest time for which it is
 _NOTE_SECONDS = 60.0
+_LOOK_SECONDS = 0.05  # between two looks at whether the program ends
+
+R = TypeVar("R")
 
 
 def is_ending() -> bool:
     """Tell whether the program is waiting for its threads to end."""
     return bool(pools._shutdown)  # set first; no public sign is
+
+
+def as_they_come(
+    pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], R]], stop: threading.Event
+) -> Iterator[dict[int, R]]:
+    """Run jobs in ``pool`` and yield results as they come: number of the job -> result.
+
+    A thread takes up its next job when its result has been dealt with, that is, when the next one
+    is asked for. A process that is killed loses no more results than the pool has threads.
+
+    Args:
+        pool: Its threads; several callers may share them.
+        jobs: A job that raises ends the iteration with what it raised.
+        stop: Set at the end of the iteration, for jobs that are still under way.
+    """
+    arrived: queue.SimpleQueue[tuple[int, Future[R], threading.Event]] = queue.SimpleQueue()
+
+    def work(number: int) -> None:
+        outcome: Future[R] = Future()
+        try:
+            outcome.set_result(jobs[number]())
+        except BaseException as error:  # the caller's to see
+            outcome.set_exception(error)
+        dealt_with = threading.Event()
+        arrived.put((number, outcome, dealt_with))
+        while not (dealt_with.wait(_LOOK_SECONDS) or stop.is_set() or is_ending()):
+            pass
+
+    handed_in = [pool.submit(work, number) for number in range(len(jobs))]
+    left = len(jobs)
+    try:
+        while left:
+            batch = [arrived.get()]
+            while not arrived.empty():
+                batch.append(arrived.get())
+            yield {number: outcome.result() for number, outcome, _ in batch}
+            for *_, dealt_with in batch:
+                dealt_with.set()
+            left -= len(batch)
+    finally:
+        stop.set()
+        for future in handed_in:
+            future.cancel()
 
 
 class Server:

@@ -6,8 +6,6 @@ import json
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from program import ENVIRONMENT, ROOT, SMALL, TRAIN, train
+from program import ROOT, SMALL, TRAIN, start, train
 
 from mapo_lightning.checkpoint import read_checkpoint
 
@@ -25,13 +23,7 @@ FINETUNE = [*SMALL, "stage=finetune", "callbacks.rollout_every=1000"]
 def kill_after_checkpoints(folder: Path, words: list[str], count: int) -> dict[str, Any]:
     """Start train.py, kill it in the middle of its work, return the newest checkpoint's content."""
     with (folder / "said.txt").open("w") as said:
-        process = subprocess.Popen(
-            [sys.executable, TRAIN, *words],
-            cwd=folder,
-            env=ENVIRONMENT,
-            stdout=said,
-            stderr=said,
-        )
+        process = start(folder, TRAIN, *words, said=said)
         last = folder / "run/finetune/last.ckpt"
         seen: set[int] = set()
         deadline = time.monotonic() + 120

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import socket
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from miniatures import write_ssv2
-from program import ENVIRONMENT, ROOT, SMALL, TRAIN, train
+from program import ROOT, SMALL, TRAIN, start, train
 
 from mapo_lightning.checkpoint import read_checkpoint
 
@@ -112,8 +110,7 @@ def test_two_nodes_started_by_torchrun_make_one_run(toy_videos: Path, tmp_path: 
     words += ["trainer.strategy=ddp", "trainer.num_nodes=2"]
     agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=7"]
     agent += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    command = [sys.executable, *agent, TRAIN, *words]
-    nodes = [subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT) for _ in range(2)]
+    nodes = [start(tmp_path, *agent, TRAIN, *words) for _ in range(2)]
     assert [node.wait(timeout=240) for node in nodes] == [0, 0]
     runs = sqlite3.connect(tmp_path / "runs/mlflow.db").execute("select name, status from runs")
     assert sorted(runs) == [("job7-mapo-videos", "FINISHED"), ("pretrain", "FINISHED")]
@@ -178,6 +175,7 @@ def test_something_something_is_learned_from_as_it_lies_on_disk(tmp_path: Path) 
         (["stage=pretrain", "vlm.marks=nowhere.json"], "vlm.marks='nowhere.json'"),
         (["data=ssv2", "stage=pretrain", "data.root=."], "is no Something-Something V2"),
         (["data=human36m", "stage=pretrain", "data.root=."], "is no Human3.6M"),
+        (["trainer.capture=true"], "records the work of one GPU"),
         (["stage=evaluate"], "checkpoint=PATH"),
         (["stage=evaluate", "checkpoint=nothing.ckpt"], "no checkpoint at 'nothing.ckpt'"),
         (["method=dreamerv2", "stage=pretrain"], "nothing to pre-train"),

@@ -51,6 +51,8 @@ def test_every_window_is_labelled_once(videos: Path, tmp_path: Path) -> None:
     assert done.eta_seconds == 0.0
     assert seen[0].eta_seconds is None
     assert seen[-1] == done
+    assert re.fullmatch(r"0\.0 asked/s, known 0, null 0%, left 75 in \?", seen[0].brief)
+    assert re.fullmatch(r"\d+\.\d asked/s, known 0, null \d+%, left 0 in 0:00:00", seen[-1].brief)
     again = corpus(videos, tmp_path).run(seen.append)
     assert (again.missing, again.stats.asked, again.stats.hits) == (0, 0, WINDOWS)
     # Training asks about no window that labelling left out.

@@ -5,6 +5,8 @@ import pickle
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from mapo_lightning.semantics import servers
 from mapo_lightning.semantics.describer import StreamingDescriber, VlmConfig
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.phrase import parse_reply
-from mapo_lightning.semantics.servers import OutageLog, ServerPool
+from mapo_lightning.semantics.servers import OutageLog, ServerPool, as_they_come
 from mapo_lightning.types import ConfigError, DescriberError, Frames
 
 NOWHERE = "http://127.0.0.1:9/v1"  # the discard port: nobody listens
@@ -196,6 +198,24 @@ def test_one_line_a_minute_for_many_processes(
         "no answer for 120 s: nobody answers",
         "answers come again after 130 s",
     ]
+
+
+def test_nothing_is_asked_while_as_many_answers_wait_to_be_stored() -> None:
+    begun: list[int] = []
+    stop = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        results = as_they_come(pool, [partial(begun.append, n) for n in range(6)], stop)
+        stored = 0
+        while stored < 6:
+            new = next(results)
+            time.sleep(0.1)  # the store takes its time
+            assert len(begun) <= stored + 2
+            stored += len(new)
+        assert next(results, None) is None
+        assert stop.is_set()
+        failing = as_they_come(pool, [partial(int, "one"), time.monotonic], threading.Event())
+        with pytest.raises(ValueError, match="one"):
+            list(failing)
 
 
 def test_pool_tries_a_failed_server_with_one_question() -> None:

@@ -20,8 +20,8 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "runs/one"
     save(
         folder / "finetune/last.ckpt", "method=contextwm", "stage=finetune", "seed=5",
-        "trainer.devices=4", "trainer.threads=3", "run_dir=elsewhere", "init_from=gone.ckpt",
-        "tracking.uri=http://me:secret@host:1",
+        "trainer.devices=4", "trainer.threads=3", "trainer.capture=true",
+        "run_dir=elsewhere", "init_from=gone.ckpt", "tracking.uri=http://me:secret@host:1",
     )  # fmt: skip
     return folder
 
@@ -33,7 +33,7 @@ def test_evaluation_takes_the_agent_from_the_checkpoint_and_the_rest_from_here(r
     assert cfg.world_model.context.kind == "features"
     assert cfg.world_model.image.channels == [4, 8, 16]
     assert (cfg.env.kind, cfg.env.num_envs, cfg.finetune.chunk_length) == ("toy", 2, 16)
-    assert (cfg.trainer.devices, cfg.trainer.threads) == (1, 3)
+    assert (cfg.trainer.devices, cfg.trainer.capture, cfg.trainer.threads) == (1, False, 3)
     assert (cfg.run_dir, cfg.init_from, cfg.resume) == ("", None, None)
     assert cfg.tracking.uri == "sqlite:///runs/mlflow.db"  # the real one is hidden
     more = ["env.name=disc_anywhere", "evaluate.episodes=3", "trainer=debug"]
@@ -144,6 +144,7 @@ def test_what_cannot_be_played_or_resumed_gets_one_sentence(
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     here = ["trainer.keep_memory=false", "trainer.devices=1", "tracking.enabled=false"]
     here += ["callbacks.progress=false", "evaluate.episodes=1", "trainer.threads=1"]
+    here += ["trainer.capture=false"]
     said = [word.replace("RUN", str(run / "finetune")) for word in words]
     assert train.main([*said, *here]) == 2
     errors = capsys.readouterr().err.splitlines()

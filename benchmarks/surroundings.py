@@ -1,0 +1,143 @@
+"""What `speed.py` measures around a step: simulators, the loader, Lightning."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from benchmarks.measures import CONF, Work, timed
+from callbacks.codebook import CodebookUpdate
+from callbacks.collect import CollectExperience
+from mapo_lightning.build import (
+    build_collection,
+    build_finetune,
+    build_trainer,
+    build_videos,
+    render_demo,
+)
+from mapo_lightning.compose import compose
+from mapo_lightning.config import RunConfig
+from mapo_lightning.datamodule import ReplayDataModule
+from mapo_lightning.envs.spec import make_vector_env
+from mapo_lightning.runtime import keep_freed_memory
+
+
+def measure_envs(args: argparse.Namespace) -> dict[str, Any]:
+    """Rendered frames per second of two spawn workers under random actions."""
+    cfg = compose([f"env={args.case}", "env.num_envs=2"], RunConfig, CONF).config
+    envs = make_vector_env(replace(cfg.env, render_quality=args.variant), 0)
+    try:
+        envs.reset(seed=0)
+        envs.action_space.seed(0)
+        started, frames = time.perf_counter(), 0
+        while time.perf_counter() - started < args.steps:
+            envs.step(envs.action_space.sample())
+            frames += 2
+        return {"frames/s": frames / (time.perf_counter() - started)}
+    finally:
+        envs.close()
+
+
+def measure_data(args: argparse.Namespace) -> dict[str, Any]:
+    """Clips per second of the loader, cold and warm; and pre-training with labels and without."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["data=toy", f"data.root={folder}/videos", "data.workers=1"]
+        words += [f"work_dir={folder}/work", "pretrain.batch_size=8"]
+        cfgs = {
+            kind: compose([*words, f"vlm={kind}"], RunConfig, CONF).config
+            for kind in ("flow", "none")
+        }
+        render_demo(cfgs["flow"])
+        found: dict[str, Any] = {}
+        for name, kind in (("cold", "flow"), ("warm", "flow"), ("none", "none")):
+            # Enough batches to have seen every window, so that the store is warm afterwards.
+            batches = iter(build_videos(cfgs[kind]).train_dataloader())
+            next(batches)
+            started, windows = time.perf_counter(), 0
+            for _ in range(args.steps):
+                windows += int(next(batches)["vlm_asked"].sum())
+            seconds = time.perf_counter() - started
+            found[f"clips/s {name}"] = 8 * args.steps / seconds
+            if name == "cold":
+                found["windows/s cold"] = windows / seconds
+        work = Work("pretrain tiny")
+        rates: dict[str, list[float]] = {"flow": [], "none": []}
+        loaders = {kind: iter(build_videos(cfg).train_dataloader()) for kind, cfg in cfgs.items()}
+        for turn in range(6):
+            for kind, loader in loaders.items():
+                started = time.perf_counter()
+                for _ in range(args.steps // 4):
+                    work.batch = {k: v for k, v in next(loader).items() if k in work.batch}
+                    work.ours()
+                if turn:
+                    rates[kind].append(args.steps // 4 / (time.perf_counter() - started))
+        found |= {f"updates/s {kind}": statistics.median(r) for kind, r in rates.items()}
+    return found
+
+
+def measure_overhead(args: argparse.Namespace) -> dict[str, Any]:
+    """What one tiny fine-tuning update costs with everything around it, part by part."""
+    keep_freed_memory()
+    seconds = Counter[str]()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        cfg = compose(
+            [
+                "env=toy",
+                "size=tiny",
+                "vlm=none",
+                "trainer.log_every=50",
+                "finetune.prefill=200",
+                "finetune.initial_updates=10",
+                "finetune.agent_steps=100000",
+            ],
+            RunConfig,
+            CONF,
+        ).config
+        stage = build_collection(cfg, Path(folder), 0)
+        module, _ = build_finetune(cfg, stage.action_dim, None)
+        collect, codes = CollectExperience(stage.collector, 2, 0), CodebookUpdate()
+        data = ReplayDataModule(stage.replay, 4, 16, 0)
+        trainer = build_trainer(cfg, args.warm, Path(folder), [collect, codes], CSVLogger(folder))
+        for target, name, key in (
+            (module, "training_step", "step"),
+            (Tensor, "backward", "step"),
+            (module, "configure_gradient_clipping", "step"),
+            (torch.optim.Adam, "zero_grad", "step"),
+            (collect, "on_train_batch_end", "collection"),
+            (codes, "on_train_batch_end", "codebook"),
+            (stage.replay, "sample", "replay"),
+        ):
+            stack.enter_context(timed(target, name, seconds, key))
+        times: list[float] = []
+
+        class Clock(L.Callback):
+            def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+                times.append(time.perf_counter())
+                if len(times) == 30:
+                    seconds.clear()
+
+        trainer.fit_loop.epoch_loop.max_steps = 30 + args.steps
+        trainer.callbacks.insert(0, Clock())
+        trainer.fit(module, datamodule=data)
+    whole = (times[29 + args.steps] - times[29]) / args.steps
+    return {"whole": whole} | {key: value / args.steps for key, value in seconds.items()}
+
+
+SURROUNDINGS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "envs": measure_envs,
+    "data": measure_data,
+    "overhead": measure_overhead,
+}
