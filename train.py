@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -195,6 +196,7 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
         log.info("from %s: %s", init_from, report)
     play = partial(build.play_episodes, cfg)
     repeat = cfg.env.frames_per_step
+    best = run.folder / "finetune/best.ckpt" if cfg.evaluate.keep_best else None
     evaluation = EvaluatePolicy(
         play,
         floors(play, stage.action_dim),
@@ -202,6 +204,7 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
         cfg.about,
         cfg.evaluate.every,
         cfg.env.fps,
+        best,
     )
     extra = [
         CollectExperience(stage.collector, repeat, seed),
@@ -211,16 +214,23 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
     watch = {"return": "collect/return", "reward": "train/imagined_reward"}
     data = ReplayDataModule(stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, seed)
     fit(run, "finetune", module, data, updates, extra, watch, action_dim=stage.action_dim)
-    if evaluation.newest is not None:
+    if best is not None:
+        log.info("the agent of the best evaluation plays episodes that none of them had")
+        unseen = replace(cfg.evaluate, seed=cfg.evaluate.seed + cfg.evaluate.episodes)
+        test(run, replace(cfg, evaluate=unseen), best)
+    elif evaluation.newest is not None:
         summary(run, evaluation.newest)
 
 
 def evaluate(run: Run) -> None:
     """Play a trained agent's test episodes."""
-    cfg = run.cfg
+    test(run, run.cfg, Path(run.cfg.checkpoint or ""))
+
+
+def test(run: Run, cfg: RunConfig, path: Path) -> None:
+    """Play the test episodes of a checkpoint's agent in an MLflow run of their own."""
     if not tracking.is_main_process():
         return
-    path = Path(cfg.checkpoint or "")
     module, card = build.load_finetuned(cfg, path)
     module.to(build.best_device(cfg.trainer.accelerator))
     play = partial(build.play_episodes, cfg)

@@ -112,7 +112,7 @@ def play(folder: Path, method: str, seed: int, overrides: list[str]) -> None:
         ).returncode
     if code:
         raise SystemExit(f"method={method} seed={seed} ended with {code}; see {run}/log.txt")
-    measured = {"hours": (time.time() - began) / 3600, **read(run / "mlflow.db")}
+    measured = {"hours": (time.time() - began) / 3600, **read(run)}
     done.write_text(json.dumps(measured, indent=1))
 
 
@@ -131,7 +131,8 @@ def foresight(run: Path, chunks: int = 64, seen: int = 5, ahead: int = 10) -> li
     says of a state whose frame was seen, and of the sum over a dream of the ``ahead`` steps after
     the first ``seen`` frames.
     """
-    path, known = run / "finetune" / "last.ckpt", run / "foresight.json"
+    path, known = run / "finetune/best.ckpt", run / "foresight.json"
+    path = path if path.exists() else path.with_name("last.ckpt")
     if known.exists():
         return list(json.loads(known.read_text()))
     cfg = from_base(agent_settings(path), RunConfig)
@@ -159,21 +160,16 @@ def foresight(run: Path, chunks: int = 64, seen: int = 5, ahead: int = 10) -> li
     return found
 
 
-def read(store: Path) -> dict[str, object]:
-    """Test returns of a run, from its MLflow store."""
-    client = MlflowClient(f"sqlite:///{store}")
+def read(run: Path) -> dict[str, object]:
+    """Test returns of a run: its last word, and the curve in its MLflow store."""
+    policies = json.loads((run / "evaluation.json").read_text())["policies"]
+    returns = {name: found["return"] for name, found in policies.items()}
+    client = MlflowClient(f"sqlite:///{run / 'mlflow.db'}")
     experiments = [e.experiment_id for e in client.search_experiments()]
-    for found in client.search_runs(experiments):
-        if "eval/return" in found.data.metrics:
-            points = client.get_metric_history(found.info.run_id, "eval/return")
-            curve = sorted((point.step, point.value) for point in points)
-            floors = {
-                key.removeprefix("eval/return_"): value
-                for key, value in found.data.metrics.items()
-                if key in ("eval/return_random", "eval/return_still")
-            }
-            return {"score": curve[-1][1], "floors": floors, "curve": curve}
-    raise SystemExit(f"{store} holds no evaluation")
+    (tuned,) = client.search_runs(experiments, "tags.mlflow.runName = 'finetune'")
+    points = client.get_metric_history(tuned.info.run_id, "eval/return")
+    curve = sorted((point.step, point.value) for point in points)
+    return {"score": returns.pop("agent"), "floors": returns, "curve": curve}
 
 
 def interval(values: list[float]) -> float:

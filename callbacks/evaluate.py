@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -23,6 +25,7 @@ class EvaluatePolicy(L.Callback):
         about: What is played: task and method.
         every: Updates between evaluations; one more is made at the end.
         fps: Frames per second of the filmed episode.
+        best: Where the agent with the best mean return so far is kept; None: nowhere.
     """
 
     def __init__(
@@ -33,10 +36,21 @@ class EvaluatePolicy(L.Callback):
         about: Mapping[str, Any],
         every: int,
         fps: float,
+        best: Path | None = None,
     ) -> None:
         self.play, self.floors, self.seeds, self.about = play, floors, seeds, about
         self.every, self.fps = every, fps
+        self.best, self.best_return = best, -math.inf
         self.newest: Evaluation | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into the checkpoints: what a resumed run has to beat."""
+        return {"best_return": self.best_return}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back, if the agent that reached it is still there."""
+        if self.best is not None and self.best.exists():
+            self.best_return = float(state_dict["best_return"])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
@@ -51,8 +65,15 @@ class EvaluatePolicy(L.Callback):
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
+        found = self._play(trainer, pl_module) if trainer.is_global_zero else -math.inf
+        if self.best is not None:
+            found = trainer.strategy.broadcast(found)
+            if found > self.best_return:
+                self.best_return = found
+                trainer.save_checkpoint(self.best)
+
+    def _play(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:
+        """Play and record the episodes; returns their mean return."""
         assert isinstance(pl_module, FinetuneModule)
         assert pl_module.env_frames is not None
         episodes, films = self.play(greedy(pl_module), 1)
@@ -60,8 +81,8 @@ class EvaluatePolicy(L.Callback):
         about = {**self.about, **about}
         self.newest = Evaluation(Score(tuple(episodes)), self.floors, self.seeds, about)
         recorder = recorder_of(trainer)
-        if recorder is None or trainer.logger is None:
-            return
-        trainer.logger.log_metrics(self.newest.metrics(), pl_module.env_frames)
-        if films:
-            recorder.log_video(trainer, "episode", films[0], self.fps, pl_module.env_frames)
+        if recorder is not None and trainer.logger is not None:
+            trainer.logger.log_metrics(self.newest.metrics(), pl_module.env_frames)
+            if films:
+                recorder.log_video(trainer, "episode", films[0], self.fps, pl_module.env_frames)
+        return self.newest.score.mean

@@ -49,6 +49,10 @@ class EvaluateConfig:
     """First reset seed; the others follow it."""
     every: int = 10_000
     """Updates between evaluations in training; one more is made at the end."""
+    keep_best: bool = False
+    """Keep the agent of the best evaluation as best.ckpt and sum up with it, on reset seeds that no
+    evaluation has seen: those after ``seed + episodes``. False: the last agent counts, as
+    published."""
     num_envs: int = 2
     """Environments that play side by side."""
     videos: int = 3

@@ -86,6 +86,39 @@ def check_one_mlflow_run(path: Path) -> None:
     assert any("finetune.agent_steps: 400 -> " in text for text in tags.values())
 
 
+def test_the_best_agent_is_kept_and_plays_episodes_that_chose_nobody(tmp_path: Path) -> None:
+    words = [*FINETUNE, "tracking.enabled=true", "run_dir=run", "evaluate.keep_best=true"]
+    train(tmp_path, *words, "evaluate.every=2", "evaluate.episodes=3", "evaluate.videos=1")
+    db = sqlite3.connect(tmp_path / "runs/mlflow.db")
+
+    def evaluations() -> dict[int, float]:
+        tuned = "select run_uuid from runs where name = 'finetune'"
+        what = f"where key = 'eval/return' and run_uuid in ({tuned})"
+        return dict(db.execute(f"select step, value from metrics {what}"))
+
+    def kept() -> int:
+        frames: int = read_checkpoint(tmp_path / "run/finetune/best.ckpt")["mapo"]["env_frames"]
+        played = json.loads((tmp_path / "run/evaluation.json").read_text())
+        assert Path(played["checkpoint"]) == tmp_path / "run/finetune/best.ckpt"
+        assert played["env_frames"] == frames
+        assert [e["seed"] for e in played["policies"]["random"]["episodes"]] == [1003, 1004, 1005]
+        return frames
+
+    before = evaluations()
+    assert len(before) == 3
+    assert before[kept()] == max(before.values())
+    assert [film.name for film in (tmp_path / "run/videos").iterdir()] == ["seed_1003.mp4"]
+    # A resumed run knows what it has to beat.
+    train(tmp_path, "resume=run", "finetune.agent_steps=150")
+    after = evaluations()
+    assert len(after) > 3
+    assert after[kept()] == max(after.values())
+    (tmp_path / "run/finetune/best.ckpt").unlink()
+    train(tmp_path, "resume=run", "finetune.agent_steps=170")
+    last = {frames: score for frames, score in evaluations().items() if frames not in after}
+    assert last[kept()] == max(last.values())
+
+
 DIGEST = """
 import hashlib
 import sys
@@ -115,6 +148,7 @@ def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) ->
     script.write_text(DIGEST.replace("ROOT", repr(str(ROOT))))
     run = partial(train, tmp_path, script=str(script))
     two = ["trainer.devices=2", "trainer.strategy=ddp", "tracking.enabled=true"]
+    two += ["evaluate.keep_best=true"]
     said = run(*FINETUNE, *two, "run_dir=run", "finetune.agent_steps=170")
     assert said.count("episodes from reset seeds") == 1  # one process speaks
     weights = [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]
@@ -128,6 +162,8 @@ def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) ->
     assert content["mapo"]["env_frames"] == 2 * sum(held)
     db = sqlite3.connect(tmp_path / "runs/mlflow.db")
     assert sorted(db.execute("select name, status from runs")) == [
+        ("evaluate", "FINISHED"),
+        ("evaluate", "FINISHED"),
         ("finetune", "FINISHED"),
         ("run", "FINISHED"),
     ]
