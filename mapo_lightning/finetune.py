@@ -186,6 +186,8 @@ class ActingPolicy:
 
     def __init__(self, world_model: WorldModel, agent: DreamerAgent, explore: bool) -> None:
         self.world_model, self.agent, self.explore = world_model, agent, explore
+        # All that differs between the modes of the parts in use; `eval()` visits every module.
+        self.norms = [m for m in world_model.encoder.modules() if isinstance(m, nn.BatchNorm2d)]
         self.belief: Belief | None = None
         self.action: Tensor | None = None
 
@@ -206,11 +208,12 @@ class ActingPolicy:
             envs = batch["obs"].shape[0]
             self.action = torch.zeros(envs, self.agent.action_dim, device=device)
         batch["action"] = self.action[:, None]
-        encoder = self.world_model.encoder  # the only part in use that differs between modes
-        was_training = encoder.training
-        encoder.eval()
+        training = [norm.training for norm in self.norms]
+        for norm in self.norms:
+            norm.training = False
         self.belief = self.world_model.observe(batch, self.belief).belief.at(0)
-        encoder.train(was_training)
+        for norm, was_training in zip(self.norms, training, strict=True):
+            norm.training = was_training
         self.action = self.agent.act(self.belief.control.feat, self.explore)
         acted: NDArray[np.float32] = self.action.float().cpu().numpy()
         return acted

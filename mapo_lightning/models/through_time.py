@@ -2,8 +2,9 @@
 
 Autograd would keep a node for each of thirty small operations of every step and add up every
 weight's gradient step by step, reading and writing all weights each time. Here a step costs eleven
-operations in a dream and twelve in a scan (float32): the factors that do not depend on the gradient are computed for all steps at
-once, and each weight's gradient is one product over all steps (docs/performance.md).
+operations in a dream and twelve in a scan (float32): the factors that do not depend on the gradient
+are computed for all steps at once, and each weight's gradient is one product over all steps
+(docs/performance.md).
 
 Shapes as in `recurrence`.
 """
