@@ -35,7 +35,7 @@ from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
 from mapo_lightning import build, tracking
 from mapo_lightning.capture import CudaRecorder, cuda_recorder
-from mapo_lightning.checkpoint import check_fit, read_checkpoint
+from mapo_lightning.checkpoint import BEST, check_fit, read_checkpoint
 from mapo_lightning.compose import Composed
 from mapo_lightning.config import RunConfig
 from mapo_lightning.datamodule import ReplayDataModule
@@ -43,7 +43,7 @@ from mapo_lightning.evaluation import Evaluation, Score, floors
 from mapo_lightning.optimization import TrainedModule
 from mapo_lightning.origin import Resumed, configure, resumed
 from mapo_lightning.runtime import keep_freed_memory, rank, run_folder
-from mapo_lightning.types import ConfigError, MapoError
+from mapo_lightning.types import CheckpointError, ConfigError, MapoError
 
 NAMES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
 HERE = Path(__file__).resolve().parent
@@ -185,7 +185,10 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
     """Stage 2, with an evaluation before and after, and a summary."""
     cfg, seed = run.cfg, run.cfg.seed + rank()
     updates = cfg.finetune.updates(cfg.trainer.devices * cfg.trainer.num_nodes)
+    best = run.folder / "finetune" / BEST if cfg.evaluate.keep_best else None
     if run.resumed.finished("finetune", updates):
+        if best is not None and not (run.folder / "evaluation.json").exists():
+            test_best(run, best)
         return
     init_from = init_from or (Path(cfg.init_from) if cfg.init_from else None)
     if run.resumed.phase == "finetune":
@@ -196,7 +199,6 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
         log.info("from %s: %s", init_from, report)
     play = partial(build.play_episodes, cfg)
     repeat = cfg.env.frames_per_step
-    best = run.folder / "finetune/best.ckpt" if cfg.evaluate.keep_best else None
     evaluation = EvaluatePolicy(
         play,
         floors(play, stage.action_dim),
@@ -215,11 +217,22 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
     data = ReplayDataModule(stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, seed)
     fit(run, "finetune", module, data, updates, extra, watch, action_dim=stage.action_dim)
     if best is not None:
-        log.info("the agent of the best evaluation plays episodes that none of them had")
-        unseen = replace(cfg.evaluate, seed=cfg.evaluate.seed + cfg.evaluate.episodes)
-        test(run, replace(cfg, evaluate=unseen), best)
+        test_best(run, best)
     elif evaluation.newest is not None:
         summary(run, evaluation.newest)
+
+
+def test_best(run: Run, path: Path) -> None:
+    """Play the agent of the best evaluation, on reset seeds that none of them had."""
+    if tracking.is_main_process() and not path.exists():
+        raise CheckpointError(
+            f"no agent was kept at '{path}': no evaluation had a return that is a number. "
+            "finetune/last.ckpt is the last agent"
+        )
+    log.info("the agent of the best evaluation plays episodes that none of them had")
+    evaluation = run.cfg.evaluate
+    unseen = replace(evaluation, seed=evaluation.seed + evaluation.episodes)
+    test(run, replace(run.cfg, evaluate=unseen), path)
 
 
 def evaluate(run: Run) -> None:

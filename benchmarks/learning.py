@@ -42,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 from mapo_lightning.build import build_collection, load_finetuned  # noqa: E402
 from mapo_lightning.compose import from_base  # noqa: E402
 from mapo_lightning.config import RunConfig  # noqa: E402
+from mapo_lightning.datamodule import chunk_batch  # noqa: E402
 from mapo_lightning.envs.collector import RandomPolicy  # noqa: E402
 from mapo_lightning.origin import agent_settings  # noqa: E402
 
@@ -143,17 +144,19 @@ def foresight(run: Path, chunks: int = 64, seen: int = 5, ahead: int = 10) -> li
         stage = build_collection(cfg, Path(folder), 0)
         policy = RandomPolicy(stage.action_dim, cfg.seed, cfg.finetune.prefill_hold)
         stage.collector.collect(policy, 1000)
-        drawn = stage.replay.sample(np.random.default_rng(0), chunks, seen + ahead)
+        batch = chunk_batch(stage.replay, np.random.default_rng(0), chunks, seen + ahead)
         stage.collector.close()
-    batch = {name: torch.from_numpy(np.asarray(x)) for name, x in drawn.items()}
     torch.manual_seed(0)
     belief, action_BTA = model.observe(batch).belief, batch["action"]
     dream_IBF = model.imagine(
         belief.at(seen - 1).control.feat, lambda i, _: action_BTA[:, seen + i], ahead
     )[1:]
+    # With a bonus the reward head learns the sum of both; the auxiliary one the task's reward.
+    has_bonus = cfg.world_model.bonus.beta > 0 and cfg.world_model.aux_reward
+    head = "aux_reward" if has_bonus else "reward"
     pairs = (
-        (model.head("reward", belief.control.feat), batch["reward"]),
-        (model.head("reward", dream_IBF).sum(0), batch["reward"][:, seen:].sum(1)),
+        (model.head(head, belief.control.feat), batch["reward"]),
+        (model.head(head, dream_IBF).sum(0), batch["reward"][:, seen:].sum(1)),
     )
     found = [float(np.corrcoef(a.flatten(), b.flatten())[0, 1]) for a, b in pairs]
     known.write_text(json.dumps(found))
@@ -201,11 +204,12 @@ def report(task: str, command: str, results: list[Result], methods: list[str]) -
             "",
             f"    {command}",
             "",
-            f"{time.strftime('%Y-%m-%d')}, {cpu()}, one core per run. Return of the last "
-            f"evaluation: mean ± half of the 95 % interval (Student's t over seeds). Policies "
-            f"that learn nothing: random {floors['random']:.1f}, no action {floors['still']:.1f}. "
-            f"Foreseen: correlation of predicted with true reward over fresh episodes of random "
-            f"actions, mean over seeds; ten steps ahead without seeing a frame.",
+            f"{time.strftime('%Y-%m-%d')}, {cpu()}, one core per run. Return of the "
+            f"episodes that end a run: mean ± half of the 95 % interval (Student's t over seeds). "
+            f"Policies that learn nothing: random {floors['random']:.1f}, no action "
+            f"{floors['still']:.1f}. Foreseen: correlation of predicted with true reward over "
+            f"fresh episodes of random actions, mean over seeds; ten steps ahead without seeing a "
+            f"frame.",
             "",
             "| method | return | seeds | against random | reward foreseen: now | ten steps ahead "
             "| minutes per run |",

@@ -22,7 +22,7 @@ from mapo_lightning.build import (
     build_finetune,
     build_pretrain,
 )
-from mapo_lightning.capture import Captured, CudaRecorder
+from mapo_lightning.capture import WARM, Captured, CudaRecorder
 from mapo_lightning.compose import compose
 from mapo_lightning.config import RunConfig
 from mapo_lightning.models.rssm import RSSM
@@ -111,7 +111,9 @@ class Work:
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Losses, backward and clipping."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        # Without the cache of cast weights, as Lightning has it.
+        bf16 = torch.autocast(self.device.type, torch.bfloat16, self.bf16, cache_enabled=False)
+        with bf16:
             return self.module.gradients(batch, self.optimizer)
 
     def stepper(self, implementation: str) -> Callable[[], None]:
@@ -123,6 +125,8 @@ class Work:
 
             def update() -> None:
                 captured(self.batch)
+                if captured.calls > WARM and captured.replay is None:
+                    raise RuntimeError("the update could not be captured: there is nothing to time")
                 self.optimizer.step()
 
             return update

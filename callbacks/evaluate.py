@@ -11,6 +11,7 @@ import lightning as L
 
 from callbacks.recorder import recorder_of
 from mapo_lightning.build import greedy
+from mapo_lightning.checkpoint import read_checkpoint
 from mapo_lightning.evaluation import Evaluation, Play, Score
 from mapo_lightning.finetune import FinetuneModule
 
@@ -42,15 +43,17 @@ class EvaluatePolicy(L.Callback):
         self.every, self.fps = every, fps
         self.best, self.best_return = best, -math.inf
         self.newest: Evaluation | None = None
+        self._evaluated_at = -1  # on all ranks
 
     def state_dict(self) -> dict[str, Any]:
-        """Goes into the checkpoints: what a resumed run has to beat."""
+        """Goes into the checkpoints."""
         return {"best_return": self.best_return}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back, if the agent that reached it is still there."""
+        """What a resumed run has to beat is the agent that is kept, whichever it resumes from."""
         if self.best is not None and self.best.exists():
-            self.best_return = float(state_dict["best_return"])
+            kept = read_checkpoint(self.best, mapped=True)["callbacks"][self.state_key]
+            self.best_return = float(kept["best_return"])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
@@ -61,19 +64,18 @@ class EvaluatePolicy(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate the trained agent."""
-        if self.newest is None or trainer.global_step % self.every:
+        if trainer.global_step != self._evaluated_at:
             self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        found = self._play(trainer, pl_module) if trainer.is_global_zero else -math.inf
-        if self.best is not None:
-            found = trainer.strategy.broadcast(found)
-            if found > self.best_return:
-                self.best_return = found
-                trainer.save_checkpoint(self.best)
+        """Play on the main process; where its agent is the best so far, all of them keep it."""
+        self._evaluated_at = trainer.global_step
+        better = self._play(trainer, pl_module) if trainer.is_global_zero else False
+        if self.best is not None and trainer.strategy.broadcast(better):
+            trainer.save_checkpoint(self.best)
 
-    def _play(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:
-        """Play and record the episodes; returns their mean return."""
+    def _play(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Play and record the episodes; tells whether no agent was better before."""
         assert isinstance(pl_module, FinetuneModule)
         assert pl_module.env_frames is not None
         episodes, films = self.play(greedy(pl_module), 1)
@@ -85,4 +87,7 @@ class EvaluatePolicy(L.Callback):
             trainer.logger.log_metrics(self.newest.metrics(), pl_module.env_frames)
             if films:
                 recorder.log_video(trainer, "episode", films[0], self.fps, pl_module.env_frames)
-        return self.newest.score.mean
+        better = self.newest.score.mean > self.best_return
+        if better:
+            self.best_return = self.newest.score.mean
+        return better

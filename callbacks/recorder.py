@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from mapo_lightning import artifacts, mlflow_store
+from mapo_lightning.checkpoint import BEST
 from mapo_lightning.provenance import git_state, versions
 from mapo_lightning.tracking import RunLogger
 from mapo_lightning.types import Frames
@@ -221,8 +222,8 @@ class MLflowRecorder(L.Callback):
         for checkpoint in trainer.checkpoint_callbacks:
             if isinstance(checkpoint, ModelCheckpoint):
                 paths = {checkpoint.last_model_path, checkpoint.best_model_path} - {""}
-                for path in sorted(paths):
-                    artifacts.log_file(run, Path(path), "checkpoints")
+                for path in sorted({*map(Path, paths), *Path(checkpoint.dirpath or "").glob(BEST)}):
+                    artifacts.log_file(run, path, "checkpoints")
         run.flush()
 
 

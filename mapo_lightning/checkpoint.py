@@ -20,6 +20,9 @@ from mapo_lightning.types import CheckpointError
 
 log = logging.getLogger(__name__)
 
+BEST = "best.ckpt"
+"""File of the best agent so far, beside ``last.ckpt``, where ``evaluate.keep_best`` asks for it."""
+
 
 class LoadReport(NamedTuple):
     """What became of every part when a pre-trained model was taken over."""

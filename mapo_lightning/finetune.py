@@ -122,9 +122,12 @@ class FinetuneModule(TrainedModule):
         terms = fit.log | behaviour.log | {"world_model": fit.total.detach()}
         return fit.total + behaviour.actor + behaviour.critic, terms
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Refresh the slow critic on schedule."""
-        if self.trainer.global_step % self.agent.cfg.target_every == 0:
+        # Not at the batch's end: checkpoints are written there before it, and a resumed run would
+        # go on without.
+        made = self.trainer.global_step
+        if made and made % self.agent.cfg.target_every == 0:
             self.agent.update_target()
 
     def configure_optimizers(self) -> Any:

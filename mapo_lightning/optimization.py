@@ -70,19 +70,28 @@ class TrainedModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """One update; Lightning does the rest of it unless it is captured."""
+        due = self.log_due  # of this update: the captured one counts before it is logged
         if self.captured is None:
             total, terms = self.losses(batch)
-            self.log_terms(_named("train", terms))
-            return total
+            found = _named("train", terms)
+        else:
+            total, found = None, self._replayed(batch, self.captured)
+        if due:
+            self.log_dict(found)
+            if self.env_frames is not None:
+                self.log("env_frames", float(self.env_frames))
+                self.log("step", float(self.env_frames))  # Lightning takes it as the x-axis
+        return total
+
+    def _replayed(self, batch: Batch, captured: Captured) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        captured, optimizer = self.captured, self.optimizers()
+        optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.step(closure=lambda: found.update(captured(batch)))
         schedule = self.lr_schedulers()
         if isinstance(schedule, torch.optim.lr_scheduler.LRScheduler):
             schedule.step()
-        self.log_terms(found)
-        return None
+        return found
 
     def capture(self, recorder: Recorder) -> None:
         """Replay a recording of losses, backward and clipping in all updates but the first few."""
@@ -111,14 +120,6 @@ class TrainedModule(L.LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (self.trainer.global_step + 1) % every == 0
 
-    def log_terms(self, terms: Mapping[str, Tensor]) -> None:
-        """Log scalars by their full names if this update is due."""
-        if self.log_due:
-            self.log_dict(dict(terms))
-            if self.env_frames is not None:
-                self.log("env_frames", float(self.env_frames))
-                self.log("step", float(self.env_frames))  # Lightning takes it as the x-axis
-
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any
     ) -> None:
@@ -142,6 +143,14 @@ class TrainedModule(L.LightningModule):
         """Take the counters back when a run resumes."""
         if self.env_frames is not None:
             self.env_frames = int(checkpoint["mapo"]["env_frames"])
+        # Lightning counts captured updates and others in two places, and begins at zero in the one
+        # that the run before did not use.
+        loop = checkpoint["loops"]["fit_loop"]
+        automatic = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+        manual = loop["epoch_loop.manual_optimization.optim_step_progress"]
+        for kind in ("total", "current"):
+            made = max(automatic[kind], manual[kind], key=lambda count: count["completed"])
+            automatic[kind], manual[kind] = dict(made), dict(made)
 
 
 def _named(group: str, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -33,14 +33,18 @@ key              trailing, dtype     meaning
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # the processes of environments do without torch, which takes seconds to import
+    from torch import Tensor
 
 Frames = NDArray[np.uint8]
 """RGB frames, (T, H, W, 3), uint8."""
 
-Batch = dict[str, Tensor]
+Batch: TypeAlias = "dict[str, Tensor]"
 """Named tensors with leading axes (B, T); see the table above."""
 
 POSITIONS = 25

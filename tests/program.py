@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,21 +20,33 @@ ENVIRONMENT.pop("MAPO_RUN_DIR", None)
 
 
 def start(folder: Path, *command: str, said: int | IO[str] | None = None) -> subprocess.Popen[str]:
-    """Start Python with ``command`` in ``folder``; ``said`` takes what it says."""
+    """Start Python with ``command`` in ``folder``; ``said`` takes what it says.
+
+    It is the head of a process group, which `end` ends.
+    """
     return subprocess.Popen(
-        [sys.executable, *command], cwd=folder, env=ENVIRONMENT, stdout=said, stderr=said, text=True
-    )
+        [sys.executable, *command], cwd=folder, env=ENVIRONMENT, stdout=said, stderr=said,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a program and all processes that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def train(folder: Path, *words: str, code: int = 0, script: str = TRAIN) -> str:
     """Run train.py or another script in ``folder``; returns what it said."""
     with tempfile.TemporaryFile("w+") as file:
         process = start(folder, script, *words, said=file)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=300)
-        finally:
-            process.kill()
+        returned = process.poll()
+        end(process)
         file.seek(0)
         said = file.read()
-    assert process.returncode == code, said
+    assert returned is not None, f"it did not end in 300 s: {said}"
+    assert returned == code, said
     return said

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from mapo_lightning.data.video import write_mp4
 from mapo_lightning.envs.filming import film
 from mapo_lightning.envs.gl import prepare_gl
-from mapo_lightning.envs.spec import EnvConfig, needs_gl
+from mapo_lightning.envs.spec import EnvConfig, light_start, needs_gl
 from mapo_lightning.types import ConfigError, VideoError
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,8 @@ def _run(jobs: Sequence[_Job], processes: int) -> Iterator[tuple[_Job, Any]]:
     # spawn: a forked child of a process that has rendered hangs at its first frame (deps 1).
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        running = {pool.submit(_render, job): job for job in jobs}
+        with light_start():
+            running = {pool.submit(_render, job): job for job in jobs}
         try:
             for future in as_completed(running):
                 yield running[future], future.result()

@@ -6,7 +6,9 @@ that draws with OpenGL is touched for a suite that does not need it.
 """
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Optional, Union
 
@@ -109,8 +111,8 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
     """Build several environments that act side by side.
 
     Suites that draw with OpenGL get one spawned process each: after the parent has rendered once,
-    a forked child hangs at its first frame (deps 1). Programs that use them therefore need the
-    usual ``if __name__ == "__main__"``.
+    a forked child hangs at its first frame (deps 1). With ``kind=gym`` programs therefore need
+    the usual ``if __name__ == "__main__"``.
 
     Args:
         cfg: Task and how it is seen.
@@ -132,9 +134,28 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
     ]
     if count == 1 or not needs_gl(cfg):
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
-    return AsyncVectorEnv(
-        makers, shared_memory=True, context="spawn", autoreset_mode=AutoresetMode.NEXT_STEP
-    )
+    # A task registered by the program itself is known only where the program is imported.
+    with nullcontext() if cfg.kind == "gym" else light_start():
+        return AsyncVectorEnv(
+            makers, shared_memory=True, context="spawn", autoreset_mode=AutoresetMode.NEXT_STEP
+        )
+
+
+@contextmanager
+def light_start() -> Iterator[None]:
+    """Processes that are spawned meanwhile do not import the program that spawns them.
+
+    Python has them import its main module, with all that it imports: seconds each, for nothing.
+    """
+    main = sys.modules["__main__"]
+    spec, file = main.__spec__, main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 def env_seed(seed: int, index: int) -> int:

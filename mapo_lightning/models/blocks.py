@@ -140,15 +140,18 @@ class Recorded:
 
     def __init__(self, network: nn.Sequential) -> None:
         self.layers = [layer for layer in network if isinstance(layer, nn.Linear)]
+        # Under autocast once for all steps: Lightning keeps no cast weights from call to call.
+        with torch.no_grad():
+            self.cast = [(_as_product(x.weight), _as_product(x.bias)) for x in self.layers]
         self.taken: list[list[Tensor]] = []  # step -> input of every layer, and the output
 
     @torch.no_grad()
     def __call__(self, x_BF: Tensor) -> Tensor:
         """Output (B, outputs) of one step."""
         values: list[Tensor] = []
-        for i, layer in enumerate(self.layers):
+        for i, (weight, bias) in enumerate(self.cast):
             values.append(F.elu(x_BF) if i else x_BF)
-            x_BF = layer(values[-1])
+            x_BF = F.linear(values[-1], weight, bias)
         self.taken.append([*values, x_BF])
         return x_BF
 
@@ -158,6 +161,13 @@ class Recorded:
         weights = [p for layer in self.layers for p in (layer.weight, layer.bias)]
         out: Tensor = _Replayed.apply(values, *weights)  # type: ignore[no-untyped-call]
         return out
+
+
+def _as_product(x: Tensor) -> Tensor:
+    """In the dtype that autocast gives to products on this device."""
+    device = x.device.type
+    wanted = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return x.to(wanted)
 
 
 class _Replayed(torch.autograd.Function):

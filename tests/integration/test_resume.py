@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from program import ROOT, SMALL, TRAIN, start, train
+from program import ROOT, SMALL, TRAIN, end, start, train
 
 from mapo_lightning.checkpoint import read_checkpoint
 
@@ -31,8 +31,7 @@ def kill_after_checkpoints(folder: Path, words: list[str], count: int) -> dict[s
             if last.exists():
                 seen.add(last.stat().st_mtime_ns)
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        end(process)
     assert process.returncode == -signal.SIGKILL, (folder / "said.txt").read_text()
     return read_checkpoint(last)
 
@@ -106,8 +105,16 @@ def test_the_best_agent_is_kept_and_plays_episodes_that_chose_nobody(tmp_path: P
 
     before = evaluations()
     assert len(before) == 3
+    assert list((tmp_path / "runs/artifacts").rglob("checkpoints/best.ckpt"))
     assert before[kept()] == max(before.values())
     assert [film.name for film in (tmp_path / "run/videos").iterdir()] == ["seed_1003.mp4"]
+    # A run that was killed in its last episodes plays them when it is resumed.
+    (tmp_path / "run/evaluation.json").unlink()
+    train(tmp_path, "resume=run")
+    assert before[kept()] == max(before.values())
+    # The seeds that chose an agent are not those that judge it.
+    said = train(tmp_path, "stage=evaluate", "checkpoint=run/finetune/best.ckpt", "run_dir=again")
+    assert "3 episodes from reset seeds 1003..1005" in said
     # A resumed run knows what it has to beat.
     train(tmp_path, "resume=run", "finetune.agent_steps=150")
     after = evaluations()
@@ -148,7 +155,7 @@ def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) ->
     script.write_text(DIGEST.replace("ROOT", repr(str(ROOT))))
     run = partial(train, tmp_path, script=str(script))
     two = ["trainer.devices=2", "trainer.strategy=ddp", "tracking.enabled=true"]
-    two += ["evaluate.keep_best=true"]
+    two += ["evaluate.keep_best=true", "evaluate.every=2"]
     said = run(*FINETUNE, *two, "run_dir=run", "finetune.agent_steps=170")
     assert said.count("episodes from reset seeds") == 1  # one process speaks
     weights = [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]

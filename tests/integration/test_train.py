@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from miniatures import write_ssv2
-from program import ROOT, SMALL, TRAIN, start, train
+from program import ROOT, SMALL, TRAIN, end, start, train
 
 from mapo_lightning.checkpoint import read_checkpoint
 
@@ -111,7 +111,11 @@ def test_two_nodes_started_by_torchrun_make_one_run(toy_videos: Path, tmp_path: 
     agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=7"]
     agent += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     nodes = [start(tmp_path, *agent, TRAIN, *words) for _ in range(2)]
-    assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    try:
+        assert [node.wait(timeout=240) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            end(node)
     runs = sqlite3.connect(tmp_path / "runs/mlflow.db").execute("select name, status from runs")
     assert sorted(runs) == [("job7-mapo-videos", "FINISHED"), ("pretrain", "FINISHED")]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,5 +112,36 @@ def test_products_run_in_bfloat16_under_autocast_and_states_stay_float32() -> No
     assert {x.dtype for x in mixed} == {torch.float32}
     torch.testing.assert_close(mixed.deter[:, 0], exact.deter[:, 0], rtol=0.1, atol=0.05)
     assert not torch.equal(mixed.deter, exact.deter)
-    loss.backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    fast = torch.autograd.grad(loss, list(model.parameters()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        start = model.initial(2, action)
+        slow_post, slow_prior = autograd_observe(model, action, embed, first, start, noise)
+        slow_loss = loss_of(slow_post, slow_prior.float())
+    alike(fast, torch.autograd.grad(slow_loss, list(model.parameters())))
+
+
+def test_gradients_of_a_dream_in_bfloat16_are_those_of_autograd() -> None:
+    model = rssm().requires_grad_(False)
+    start = model.initial(5, torch.zeros(1))
+    actions = torch.randn(4, 5, 3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.manual_seed(3)
+        dream = model.imagine(start.feat, lambda i, _: actions[i], 4, replay=lambda: actions)
+        torch.manual_seed(3)
+        noise, state, states = torch.rand(4, 5, 4), start, []
+        for i in range(4):
+            state = model.imagine_step(state, actions[i], noise[i])
+            states.append(state)
+        slow = torch.stack([start.feat, *(state.feat for state in states)])
+    weight = torch.randn(dream.shape)
+    fast = torch.autograd.grad((dream.tanh() * weight).sum(), actions)
+    alike(fast, torch.autograd.grad((slow.tanh() * weight).sum(), actions))
+
+
+def alike(fast: Sequence[Tensor], slow: Sequence[Tensor]) -> None:
+    """Float32, and up to bfloat16's rounding the same direction and length."""
+    for a, b in zip(fast, slow, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        assert float(b.norm()) > 0.0
+        assert float(torch.cosine_similarity(a.flatten(), b.flatten(), 0)) > 0.99
+        assert float(a.norm() / b.norm()) == pytest.approx(1.0, abs=0.05)
