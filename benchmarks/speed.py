@@ -43,7 +43,7 @@ TARGETS = {
 }
 MEMORY = {"ours fp32": 8.0, "ours bf16": 6.0}  # GB, of fine-tuning at size=paper
 SMALL = [name for name in VARIANTS if "recompute" not in name]  # where memory does not matter
-FEW = ["reference", "reference, allocator", "ours fp32", "ours bf16"]
+FEW = ["reference", "reference, allocator", "ours fp32"]
 TINY, PAPER = ["pretrain tiny", "finetune tiny"], ["pretrain paper", "finetune paper"]
 
 
@@ -154,11 +154,11 @@ def counts_table(cases: Sequence[str]) -> str:
     return "\n" + table(heads, rows)
 
 
-def parts_table(cases: Sequence[str], threads: int, steps: int) -> str:
+def parts_table(cases: Sequence[str], variants: Sequence[str], threads: int, steps: int) -> str:
     found = {
         (case, name): alone("parts", threads, case=case, variant=name, warm=2, steps=steps)
         for case in cases
-        for name in ("ours fp32", "ours bf16")
+        for name in variants
     }
     keys = list(dict.fromkeys(key for one in found.values() for key in one))
     rows = [
@@ -231,7 +231,10 @@ def sections(quick: bool, rounds: int = 3) -> dict[str, Callable[[], Iterator[st
     """What can be asked for, in the order of the report."""
 
     def tiny() -> Iterator[str]:
-        yield steps_table(TINY, FEW if quick else SMALL, 1, rounds, 3, 8)
+        if quick:
+            yield steps_table(TINY, FEW, 1, rounds, 2, 4)
+        else:
+            yield steps_table(TINY, SMALL, 1, rounds, 3, 8)
 
     def pretrain() -> Iterator[str]:
         yield steps_table(PAPER[:1], list(VARIANTS), 2, rounds, 2, 2)
@@ -243,9 +246,11 @@ def sections(quick: bool, rounds: int = 3) -> dict[str, Callable[[], Iterator[st
         yield counts_table(TINY if quick else TINY + PAPER)
 
     def parts() -> Iterator[str]:
-        yield parts_table(TINY, 1, 5)
-        if not quick:
-            yield parts_table(PAPER, 2, 1)
+        if quick:
+            yield parts_table(TINY, ["ours fp32"], 1, 2)
+        else:
+            yield parts_table(TINY, ["ours fp32", "ours bf16"], 1, 5)
+            yield parts_table(PAPER, ["ours fp32", "ours bf16"], 2, 1)
 
     def other() -> Iterator[str]:
         yield overhead_table()
