@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from program import train
 
 from mapo_lightning.envs.gl import OffscreenCamera, prepare_gl
 from mapo_lightning.types import EnvironmentSetupError
@@ -97,6 +98,21 @@ def test_a_program_that_forgets_to_close_ends_in_silence(tmp_path: Path) -> None
     )
     done = ask(code, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_environments_in_processes_import_neither_the_program_nor_torch(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(
+        "print('imported')\n"  # no guard: whoever imports this again would build environments too
+        "import sys\n"
+        "from mapo_lightning.envs import EnvConfig, make_vector_env\n"
+        "assert 'torch' not in sys.modules\n"
+        "envs = make_vector_env(EnvConfig(kind='dmc', name='cartpole_balance'), 0, 2)\n"
+        "envs.reset()\n"
+        "envs.close()\n"
+        "print(__file__, __spec__)\n"
+    )
+    assert train(tmp_path, script=str(script)).splitlines() == ["imported", f"{script} None"]
 
 
 @pytest.mark.parametrize("camera", ["upright", "hanging"])
