@@ -42,8 +42,8 @@ from mapo_lightning.datamodule import ReplayDataModule
 from mapo_lightning.evaluation import Evaluation, Score, floors
 from mapo_lightning.optimization import TrainedModule
 from mapo_lightning.origin import Resumed, configure, resumed
-from mapo_lightning.runtime import keep_freed_memory, rank, run_folder
-from mapo_lightning.types import CheckpointError, ConfigError, MapoError
+from mapo_lightning.runtime import check_origin, keep_freed_memory, rank, run_folder
+from mapo_lightning.types import MapoError
 
 NAMES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
 HERE = Path(__file__).resolve().parent
@@ -78,17 +78,10 @@ def main(argv: list[str]) -> int:
 
 def start(composed: Composed[RunConfig]) -> Run:
     """Settle threads, seeds, folder and the MLflow run that holds those of the phases."""
-    intruder = Path(callbacks.__file__ or "").resolve().parent
-    if intruder != HERE / "callbacks":
-        raise ConfigError(
-            f"'callbacks' was imported from {intruder}, not from {HERE / 'callbacks'}: another "
-            "installed package has the same name; uninstall it"
-        )
+    check_origin(callbacks, HERE)
     cfg = composed.config
-    recorder = None
-    if cfg.trainer.capture:
-        processes = cfg.trainer.devices * cfg.trainer.num_nodes
-        recorder = cuda_recorder(cfg.trainer.accelerator, processes)
+    trainer = cfg.trainer
+    recorder = cuda_recorder(trainer.accelerator, trainer.processes) if trainer.capture else None
     if cfg.trainer.keep_memory:
         keep_freed_memory()
     if cfg.trainer.threads:
@@ -184,7 +177,7 @@ def label(run: Run) -> None:
 def finetune(run: Run, init_from: Path | None = None) -> None:
     """Stage 2, with an evaluation before and after, and a summary."""
     cfg, seed = run.cfg, run.cfg.seed + rank()
-    updates = cfg.finetune.updates(cfg.trainer.devices * cfg.trainer.num_nodes)
+    updates = cfg.finetune.updates(cfg.trainer.processes)
     best = run.folder / "finetune" / BEST if cfg.evaluate.keep_best else None
     if run.resumed.finished("finetune", updates):
         if best is not None and not (run.folder / "evaluation.json").exists():
@@ -198,21 +191,12 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
     if report is not None:
         log.info("from %s: %s", init_from, report)
     play = partial(build.play_episodes, cfg)
-    repeat = cfg.env.frames_per_step
     evaluation = EvaluatePolicy(
-        play,
-        floors(play, stage.action_dim),
-        cfg.evaluate.seeds,
-        cfg.about,
-        cfg.evaluate.every,
-        cfg.env.fps,
-        best,
-    )
-    extra = [
-        CollectExperience(stage.collector, repeat, seed),
-        ImaginationRollout(cfg.callbacks.rollout_every),
-        evaluation,
-    ]
+        play, floors(play, stage.action_dim), cfg.evaluate.seeds, cfg.about, cfg.evaluate.every,
+        cfg.env.fps, best,
+    )  # fmt: skip
+    collect = CollectExperience(stage.collector, cfg.env.frames_per_step, seed)
+    extra = [collect, ImaginationRollout(cfg.callbacks.rollout_every), evaluation]
     watch = {"return": "collect/return", "reward": "train/imagined_reward"}
     data = ReplayDataModule(stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, seed)
     fit(run, "finetune", module, data, updates, extra, watch, action_dim=stage.action_dim)
@@ -224,15 +208,8 @@ def finetune(run: Run, init_from: Path | None = None) -> None:
 
 def test_best(run: Run, path: Path) -> None:
     """Play the agent of the best evaluation, on reset seeds that none of them had."""
-    if tracking.is_main_process() and not path.exists():
-        raise CheckpointError(
-            f"no agent was kept at '{path}': no evaluation had a return that is a number. "
-            "finetune/last.ckpt is the last agent"
-        )
     log.info("the agent of the best evaluation plays episodes that none of them had")
-    evaluation = run.cfg.evaluate
-    unseen = replace(evaluation, seed=evaluation.seed + evaluation.episodes)
-    test(run, replace(run.cfg, evaluate=unseen), path)
+    test(run, replace(run.cfg, evaluate=run.cfg.evaluate.unseen), path)
 
 
 def evaluate(run: Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mapo_lightning.data.replay import ReplayConfig
@@ -71,6 +71,11 @@ class EvaluateConfig:
         """Reset seed of every episode."""
         return tuple(range(self.seed, self.seed + self.episodes))
 
+    @property
+    def unseen(self) -> EvaluateConfig:
+        """The same with the seeds after these, for an agent that these have chosen."""
+        return replace(self, seed=self.seed + self.episodes)
+
 
 @dataclass
 class CallbacksConfig:
@@ -131,6 +136,11 @@ class TrainerConfig:
     """Refuse operations whose result depends on the order of threads."""
     log_every: int = 50
     """Updates between two points of a curve."""
+
+    @property
+    def processes(self) -> int:
+        """Processes on all machines."""
+        return self.devices * self.num_nodes
 
     def __post_init__(self) -> None:
         for name in ("devices", "num_nodes", "log_every"):

@@ -8,10 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+
+from mapo_lightning.types import ConfigError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
 _MIB = 2**20
@@ -62,6 +65,20 @@ def run_folder(name: str, given: str = "") -> Path:
     os.environ["MAPO_RUN_DIR"] = str(path)  # ranks that this process starts share it
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_origin(package: ModuleType, folder: Path) -> None:
+    """Refuse a package of the same name from elsewhere.
+
+    Raises:
+        ConfigError: ``package`` does not lie in ``folder``.
+    """
+    found, wanted = Path(package.__file__ or "").resolve().parent, folder / package.__name__
+    if found != wanted:
+        raise ConfigError(
+            f"'{package.__name__}' was imported from {found}, not from {wanted}: another installed "
+            "package has the same name; uninstall it"
+        )
 
 
 def rank() -> int:

@@ -29,7 +29,7 @@ ABOVE: dict[str, set[str]] = {
     "pretrain": {"optimization", "checkpoint"},
     "finetune": {"optimization", "checkpoint"},
     "redact": {"types"},
-    "runtime": set(),
+    "runtime": {"types"},
     "schema": {"types"},
     "command_line": {"types"},
     "conf_groups": {"schema"},
