@@ -43,6 +43,16 @@ def autograd_observe(
     )
 
 
+def autograd_imagine(model: RSSM, start: RSSMState, actions: Tensor) -> Tensor:
+    """Features of a dream step by step, with the random numbers that `imagine` draws."""
+    torch.manual_seed(3)
+    noise, state, found = torch.rand(4, 5, 4), start, [start.feat]
+    for action, uniform in zip(actions, noise, strict=True):
+        state = model.imagine_step(state, action, uniform)
+        found.append(state.feat)
+    return torch.stack(found)
+
+
 def test_gradients_of_following_are_those_of_autograd() -> None:
     model = rssm()
     first = torch.zeros(2, 6, dtype=torch.bool)
@@ -71,12 +81,7 @@ def test_gradients_of_a_dream_reach_the_actions_as_autograd_says() -> None:
     actions = torch.randn(4, 5, 3, requires_grad=True)
     torch.manual_seed(3)
     dream = model.imagine(start.feat, lambda i, _: actions[i], 4, replay=lambda: actions)
-    torch.manual_seed(3)
-    noise, state, states = torch.rand(4, 5, 4), start, []
-    for i in range(4):
-        state = model.imagine_step(state, actions[i], noise[i])
-        states.append(state)
-    slow = torch.stack([start.feat, *(state.feat for state in states)])
+    slow = autograd_imagine(model, start, actions)
     torch.testing.assert_close(dream, slow, rtol=1e-5, atol=1e-6)
     weight = torch.randn(dream.shape)
     (fast,) = torch.autograd.grad((dream.tanh() * weight).sum(), actions)
@@ -127,12 +132,7 @@ def test_gradients_of_a_dream_in_bfloat16_are_those_of_autograd() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.manual_seed(3)
         dream = model.imagine(start.feat, lambda i, _: actions[i], 4, replay=lambda: actions)
-        torch.manual_seed(3)
-        noise, state, states = torch.rand(4, 5, 4), start, []
-        for i in range(4):
-            state = model.imagine_step(state, actions[i], noise[i])
-            states.append(state)
-        slow = torch.stack([start.feat, *(state.feat for state in states)])
+        slow = autograd_imagine(model, start, actions)
     weight = torch.randn(dream.shape)
     fast = torch.autograd.grad((dream.tanh() * weight).sum(), actions)
     alike(fast, torch.autograd.grad((slow.tanh() * weight).sum(), actions))
