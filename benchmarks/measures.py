@@ -279,34 +279,9 @@ def measure_parts(args: argparse.Namespace) -> dict[str, Any]:
     return {"whole": whole} | {key: value / args.steps for key, value in seconds.items()}
 
 
-def measure_ceiling(args: argparse.Namespace) -> dict[str, Any]:
-    """FLOP/s of a large convolution and of a large product, the best of a few."""
-    keep_freed_memory()
-    x = torch.randn(64, 96, 32, 32).contiguous(memory_format=torch.channels_last)
-    conv = torch.nn.Conv2d(96, 96, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
-    a = torch.randn(2048, 2048)
-    found: dict[str, Any] = {}
-    with torch.no_grad():
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            xs, layer, matrix = x.to(dtype), conv.to(dtype), a.to(dtype)
-            found[f"conv {name}"] = best(lambda xs=xs, f=layer: f(xs), 2 * 64 * 1024 * 96 * 96 * 9)
-            found[f"product {name}"] = best(lambda m=matrix: m @ m, 2 * 2048**3)
-    return found
-
-
-def best(work: Callable[[], Any], flops: int) -> float:
-    fastest = float("inf")
-    for _ in range(6):
-        started = time.perf_counter()
-        work()
-        fastest = min(fastest, time.perf_counter() - started)
-    return flops / fastest / 1e9
-
-
 STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "step": measure_step,
     "gpu": measure_gpu,
     "counts": measure_counts,
     "parts": measure_parts,
-    "ceiling": measure_ceiling,
 }

@@ -1,4 +1,4 @@
-"""What `speed.py` measures around a step: simulators, the loader, Lightning."""
+"""What `speed.py` measures around a step: the machine, simulators, the loader, Lightning."""
 
 from __future__ import annotations
 
@@ -33,6 +33,30 @@ from mapo_lightning.config import RunConfig
 from mapo_lightning.datamodule import ReplayDataModule
 from mapo_lightning.envs.spec import make_vector_env
 from mapo_lightning.runtime import keep_freed_memory
+
+
+def measure_ceiling(args: argparse.Namespace) -> dict[str, Any]:
+    """FLOP/s of a large convolution and of a large product, the best of a few."""
+    keep_freed_memory()
+    x = torch.randn(64, 96, 32, 32).contiguous(memory_format=torch.channels_last)
+    conv = torch.nn.Conv2d(96, 96, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    a = torch.randn(2048, 2048)
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            xs, layer, matrix = x.to(dtype), conv.to(dtype), a.to(dtype)
+            found[f"conv {name}"] = best(lambda xs=xs, f=layer: f(xs), 2 * 64 * 1024 * 96 * 96 * 9)
+            found[f"product {name}"] = best(lambda m=matrix: m @ m, 2 * 2048**3)
+    return found
+
+
+def best(work: Callable[[], Any], flops: int) -> float:
+    fastest = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        work()
+        fastest = min(fastest, time.perf_counter() - started)
+    return flops / fastest / 1e9
 
 
 def measure_envs(args: argparse.Namespace) -> dict[str, Any]:
@@ -137,6 +161,7 @@ def measure_overhead(args: argparse.Namespace) -> dict[str, Any]:
 
 
 SURROUNDINGS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "ceiling": measure_ceiling,
     "envs": measure_envs,
     "data": measure_data,
     "overhead": measure_overhead,

@@ -87,7 +87,8 @@ class EvaluatePolicy(L.Callback):
             trainer.logger.log_metrics(self.newest.metrics(), pl_module.env_frames)
             if films:
                 recorder.log_video(trainer, "episode", films[0], self.fps, pl_module.env_frames)
-        better = not self.newest.score.mean <= self.best_return  # nor where one is no number
+        # Also where a mean is not a number: one agent is always kept.
+        better = not self.newest.score.mean <= self.best_return
         if better:
             self.best_return = self.newest.score.mean
         return better
