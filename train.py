@@ -33,16 +33,19 @@ from callbacks.labels import RecordLabels
 from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
-from mapo_lightning import build, tracking
-from mapo_lightning.capture import CudaRecorder, cuda_recorder
-from mapo_lightning.checkpoint import BEST, check_fit, read_checkpoint
-from mapo_lightning.compose import Composed
-from mapo_lightning.config import RunConfig
-from mapo_lightning.datamodule import ReplayDataModule
-from mapo_lightning.evaluation import Evaluation, Score, floors
-from mapo_lightning.optimization import TrainedModule
-from mapo_lightning.origin import Resumed, configure, resumed
-from mapo_lightning.runtime import check_origin, keep_freed_memory, rank, run_folder
+from mapo_lightning.config.compose import Composed
+from mapo_lightning.run import build
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.from_checkpoint import Resumed, configure, resumed
+from mapo_lightning.run.trainer import best_device, build_trainer
+from mapo_lightning.tracking import logger as tracking
+from mapo_lightning.training.acting import greedy
+from mapo_lightning.training.base_module import TrainedModule
+from mapo_lightning.training.checkpoint import BEST, check_fit, read_checkpoint
+from mapo_lightning.training.cuda_graph import CudaRecorder, cuda_recorder
+from mapo_lightning.training.datamodule import ReplayDataModule
+from mapo_lightning.training.evaluation import Evaluation, Score, floors
+from mapo_lightning.training.process import check_origin, keep_freed_memory, rank, run_folder
 from mapo_lightning.types import MapoError
 
 NAMES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
@@ -222,9 +225,9 @@ def test(run: Run, cfg: RunConfig, path: Path) -> None:
     if not tracking.is_main_process():
         return
     module, card = build.load_finetuned(cfg, path)
-    module.to(build.best_device(cfg.trainer.accelerator))
+    module.to(best_device(cfg.trainer.accelerator))
     play = partial(build.play_episodes, cfg)
-    episodes, films = play(build.greedy(module), cfg.evaluate.videos)
+    episodes, films = play(greedy(module), cfg.evaluate.videos)
     about = cfg.about | {"checkpoint": str(path), "env_frames": card["env_frames"]}
     unlearned = floors(play, card["action_dim"])
     found = Evaluation(Score(tuple(episodes)), unlearned, cfg.evaluate.seeds, about)
@@ -274,7 +277,7 @@ def fit(
         around.append(PhaseProgress(NAMES[phase], watch))
     validate_every = cfg.pretrain.validate_every if phase == "pretrain" else None
     folder = run.folder / phase
-    trainer = build.build_trainer(cfg, updates, folder, around + extra, logger, validate_every)
+    trainer = build_trainer(cfg, updates, folder, around + extra, logger, validate_every)
     trainer.fit(module, datamodule=data, ckpt_path=earlier, weights_only=True)
 
 

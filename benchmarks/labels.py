@@ -30,12 +30,12 @@ from label_job import Job, corpus
 from label_servers import running
 from scenes import moving_square
 
-from mapo_lightning import labels
-from mapo_lightning.build import build_pretrain
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
+from mapo_lightning.config.compose import compose
 from mapo_lightning.data.video import write_mp4
-from mapo_lightning.datamodule import VideoDataModule
+from mapo_lightning.label_tools import parquet as labels
+from mapo_lightning.run.build import build_pretrain
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.training.datamodule import VideoDataModule
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, AT_ONCE = 0.2, 8

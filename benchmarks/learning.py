@@ -39,12 +39,12 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mapo_lightning.build import build_collection, load_finetuned  # noqa: E402
-from mapo_lightning.compose import from_base  # noqa: E402
-from mapo_lightning.config import RunConfig  # noqa: E402
-from mapo_lightning.datamodule import chunk_batch  # noqa: E402
+from mapo_lightning.config.compose import from_base  # noqa: E402
 from mapo_lightning.envs.collector import RandomPolicy  # noqa: E402
-from mapo_lightning.origin import agent_settings  # noqa: E402
+from mapo_lightning.run.build import build_collection, load_finetuned  # noqa: E402
+from mapo_lightning.run.config import RunConfig  # noqa: E402
+from mapo_lightning.run.from_checkpoint import agent_settings  # noqa: E402
+from mapo_lightning.training.datamodule import chunk_batch  # noqa: E402
 
 METHODS = ("mapo", "mapo_no_cvq", "contextwm", "apv", "prelar", "dreamerv2")
 # Okabe and Ito's palette: told apart with any kind of colour vision.

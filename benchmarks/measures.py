@@ -18,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.reference_step import ReferenceStep
-from mapo_lightning.build import (
+from mapo_lightning.config.compose import compose
+from mapo_lightning.models.rssm_world.rssm import RSSM
+from mapo_lightning.run.build import (
     build_finetune,
     build_pretrain,
 )
-from mapo_lightning.capture import WARM, Captured, CudaRecorder
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
-from mapo_lightning.models.rssm import RSSM
-from mapo_lightning.runtime import keep_freed_memory
+from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import semantic_dim
+from mapo_lightning.training.cuda_graph import WARM, Captured, CudaRecorder
+from mapo_lightning.training.process import keep_freed_memory
 from mapo_lightning.types import Batch
 
 ROOT = Path(__file__).resolve().parents[1]

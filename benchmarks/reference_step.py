@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch import distributions as td
 from torch.nn import functional as F
 
-from mapo_lightning.models.actor_critic import DreamerAgent
-from mapo_lightning.models.decoder import CrossAttention, ResNetDecoder
-from mapo_lightning.models.quantizer import Quantizer
-from mapo_lightning.models.rssm import RSSM
-from mapo_lightning.models.world_model import WorldModel
+from mapo_lightning.models.agents.dreamer import DreamerAgent
+from mapo_lightning.models.rssm_world.decoder import CrossAttention, ResNetDecoder
+from mapo_lightning.models.rssm_world.quantizer import Quantizer
+from mapo_lightning.models.rssm_world.rssm import RSSM
+from mapo_lightning.models.rssm_world.world_model import WorldModel
 
 State = dict[str, Tensor]
 Batch = dict[str, Tensor]

@@ -21,18 +21,13 @@ from torch import Tensor
 from benchmarks.measures import CONF, Work, timed
 from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
-from mapo_lightning.build import (
-    build_collection,
-    build_finetune,
-    build_trainer,
-    build_videos,
-    render_demo,
-)
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
-from mapo_lightning.datamodule import ReplayDataModule
-from mapo_lightning.envs.spec import make_vector_env
-from mapo_lightning.runtime import keep_freed_memory
+from mapo_lightning.config.compose import compose
+from mapo_lightning.envs.factory import make_vector_env
+from mapo_lightning.run.build import build_collection, build_finetune, build_videos, render_demo
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.trainer import build_trainer
+from mapo_lightning.training.datamodule import ReplayDataModule
+from mapo_lightning.training.process import keep_freed_memory
 
 
 def measure_ceiling(args: argparse.Namespace) -> dict[str, Any]:

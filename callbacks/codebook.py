@@ -8,7 +8,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from mapo_lightning.models.quantizer import Quantizer
+from mapo_lightning.models.rssm_world.quantizer import Quantizer
 from mapo_lightning.types import ConfigError
 
 

@@ -9,9 +9,10 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from mapo_lightning.datamodule import ReplayDataModule
 from mapo_lightning.envs.collector import Collector, RandomPolicy
-from mapo_lightning.finetune import ActingPolicy, FinetuneModule
+from mapo_lightning.training.acting import ActingPolicy
+from mapo_lightning.training.datamodule import ReplayDataModule
+from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.types import CheckpointError
 
 

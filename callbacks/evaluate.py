@@ -10,10 +10,10 @@ from typing import Any
 import lightning as L
 
 from callbacks.recorder import recorder_of
-from mapo_lightning.build import greedy
-from mapo_lightning.checkpoint import read_checkpoint
-from mapo_lightning.evaluation import Evaluation, Play, Score
-from mapo_lightning.finetune import FinetuneModule
+from mapo_lightning.training.acting import greedy
+from mapo_lightning.training.checkpoint import read_checkpoint
+from mapo_lightning.training.evaluation import Evaluation, Play, Score
+from mapo_lightning.training.finetune import FinetuneModule
 
 
 class EvaluatePolicy(L.Callback):

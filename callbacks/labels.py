@@ -10,13 +10,13 @@ import lightning as L
 import torch
 
 from callbacks.recorder import MLflowRecorder, recorder_of
-from mapo_lightning.config import CallbacksConfig
+from callbacks.settings import CallbacksConfig
 from mapo_lightning.data.clips import ClipDataset
-from mapo_lightning.datamodule import VideoDataModule
-from mapo_lightning.gallery import draw
-from mapo_lightning.gallery_page import page
-from mapo_lightning.quality import measure_clips
+from mapo_lightning.label_tools.gallery import draw
+from mapo_lightning.label_tools.page import page
+from mapo_lightning.label_tools.quality_report import measure_clips
 from mapo_lightning.semantics.describer import NullDescriber
+from mapo_lightning.training.datamodule import VideoDataModule
 from mapo_lightning.types import Batch, MapoError
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from mapo_lightning import artifacts, mlflow_store
-from mapo_lightning.checkpoint import BEST
-from mapo_lightning.provenance import git_state, versions
-from mapo_lightning.tracking import RunLogger
+from mapo_lightning.tracking import artifacts, mlflow_client
+from mapo_lightning.tracking.logger import RunLogger
+from mapo_lightning.tracking.versions import git_state, versions
+from mapo_lightning.training.checkpoint import BEST
 from mapo_lightning.types import Frames
 
 
@@ -90,13 +90,13 @@ class MLflowRecorder(L.Callback):
             tags |= {"git.commit": git.commit, "git.dirty": str(git.dirty).lower()}
             if git.diff:
                 artifacts.log_text(run, git.diff, "git.diff")
-        run.attempt("tags", lambda: mlflow_store.set_tags(run.experiment, run.active_run, tags))
+        run.attempt("tags", lambda: mlflow_client.set_tags(run.experiment, run.active_run, tags))
         run.log_hyperparams(self.params)
         artifacts.log_dict(run, found, "versions.json")
         if self.config_yaml:
             artifacts.log_text(run, self.config_yaml, "config.yaml")
         if self.system_metrics:
-            self._monitor = mlflow_store.system_monitor(run.active_run)
+            self._monitor = mlflow_client.system_monitor(run.active_run)
             self._monitor.start()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -143,7 +143,7 @@ class MLflowRecorder(L.Callback):
             reason = f"{type(exception).__name__}: {exception}"
             tags = {"failure": artifacts.plain_text(reason)}
             run.attempt(
-                "the failure", lambda: mlflow_store.set_tags(run.experiment, run.active_run, tags)
+                "the failure", lambda: mlflow_client.set_tags(run.experiment, run.active_run, tags)
             )
         self._close(trainer)
 

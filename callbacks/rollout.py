@@ -14,7 +14,7 @@ from torchmetrics.functional.image import (
 )
 
 from callbacks.recorder import recorder_of
-from mapo_lightning.models.world_model import WorldModel
+from mapo_lightning.models.rssm_world.world_model import WorldModel
 from mapo_lightning.types import Batch, Frames
 
 HORIZONS = (1, 5, 10, 15)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mapo_lightning.agent import Agent, load_agent
+    from mapo_lightning.run.agent import Agent, load_agent
 
 __all__ = ["Agent", "load_agent"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     """Import what the package offers at its first use: importing the package alone stays light."""
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    from mapo_lightning import agent
+    from mapo_lightning.run import agent
 
     return getattr(agent, name)

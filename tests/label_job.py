@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mapo_lightning.data.clips import ClipDataset
-from mapo_lightning.data.corpus import CorpusLabelling
-from mapo_lightning.data.windows import VideoDataConfig, scan_videos
-from mapo_lightning.semantics.describer import VlmConfig
+from mapo_lightning.data.label_corpus import CorpusLabelling
+from mapo_lightning.data.scan import scan_videos
+from mapo_lightning.data.settings import VideoDataConfig
+from mapo_lightning.semantics.settings import VlmConfig
 
 BEGUN = "begun"
 

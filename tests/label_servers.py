@@ -159,8 +159,8 @@ def serve_qwen(port: int, model: str) -> None:
     import uvicorn
     from fastapi import FastAPI
 
-    from mapo_lightning.semantics.describer import VlmConfig
     from mapo_lightning.semantics.qwen import QwenDescriber
+    from mapo_lightning.semantics.settings import VlmConfig
 
     torch.set_num_threads(1)
     describer = QwenDescriber(VlmConfig(kind="transformers", model=model, max_new_tokens=8))

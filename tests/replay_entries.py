@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mapo_lightning.data.replay import EntryId, Replay, ReplayConfig, ReplaySpec
+from mapo_lightning.data.replay import EntryId, Replay, ReplaySpec
+from mapo_lightning.data.settings import ReplayConfig
 
 SPEC = ReplaySpec((4, 4, 3), action_dim=2, semantic_dim=5)
 

@@ -13,20 +13,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mapo_lightning.data.ahead import (
+from mapo_lightning.data.prefetch import (
     WindowFrames,
     count_labels,
     hold_labels,
     pend,
     run_ahead,
 )
-from mapo_lightning.data.footage import name_window, read
-from mapo_lightning.data.source import VideoFileError, VideoInfo
-from mapo_lightning.data.windows import VideoDataConfig
-from mapo_lightning.semantics.describer import StreamingDescriber, VlmConfig
+from mapo_lightning.data.reader import name_window, read
+from mapo_lightning.data.settings import VideoDataConfig
+from mapo_lightning.data.video_info import VideoFileError, VideoInfo
+from mapo_lightning.semantics.describer import StreamingDescriber
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.labeler import Label, Labeler, WindowRequest
 from mapo_lightning.semantics.phrase import Phrase, Status
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import Frames, VideoError
 
 log = logging.getLogger(__name__)

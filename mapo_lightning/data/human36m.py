@@ -14,8 +14,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from mapo_lightning.data.image_sequence import IMAGES, name_run
 from mapo_lightning.data.listing import SUFFIXES, Entry, Listing, walk
-from mapo_lightning.data.stills import IMAGES, name_run
 from mapo_lightning.types import VideoError
 
 VALIDATION_SUBJECTS = frozenset({"S9", "S11"})

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,26 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mapo_lightning.data.episodes import EpisodeFolder, GrowingEpisode, ReplayError, ReplaySpec
-from mapo_lightning.types import ConfigError
+from mapo_lightning.data.settings import ReplayConfig
 
 __all__ = ["EntryId", "Replay", "ReplayConfig", "ReplayError", "ReplaySpec"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class ReplayConfig:
-    """How much experience is kept, and how chunks are drawn from it."""
-
-    capacity: int = 1_000_000
-    """Agent steps kept by each rank; the oldest whole episodes leave first. On disk a step takes
-    12.3 kB for 64x64 pixels, and 2 bytes per number of an embedded phrase."""
-    prioritize_ends: bool = False
-    """Draw the last chunk of an episode more often (facts 6.2; published for Meta-World)."""
-
-    def __post_init__(self) -> None:
-        if self.capacity < 1:
-            raise ConfigError(f"capacity must be at least 1 agent step, got {self.capacity}")
 
 
 class EntryId(NamedTuple):

@@ -15,7 +15,7 @@ import cv2
 import decord
 import numpy as np
 
-from mapo_lightning.data.source import (
+from mapo_lightning.data.video_info import (
     Reason,
     VideoFileError,
     VideoInfo,

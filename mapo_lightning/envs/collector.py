@@ -13,7 +13,7 @@ from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import Replay, ReplayError
-from mapo_lightning.envs.tracker import SemanticTracker, Step
+from mapo_lightning.envs.live_labels import SemanticTracker, Step
 from mapo_lightning.types import Frames
 
 _MAY_BE_LOST = 0.1  # share of a replay without which a run still resumes

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mapo_lightning.data.video import write_mp4
+from mapo_lightning.envs.factory import light_start, needs_gl
 from mapo_lightning.envs.filming import film
 from mapo_lightning.envs.gl import prepare_gl
-from mapo_lightning.envs.spec import EnvConfig, light_start, needs_gl
+from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.types import ConfigError, VideoError
 
 log = logging.getLogger(__name__)

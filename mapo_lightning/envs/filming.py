@@ -11,7 +11,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mapo_lightning.envs.spec import EnvConfig, make_simulator
+from mapo_lightning.envs.factory import make_simulator
+from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import Simulator
 from mapo_lightning.types import Frames
 

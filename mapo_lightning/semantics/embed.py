@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from mapo_lightning.semantics import words
+from mapo_lightning.semantics import vocabulary
 from mapo_lightning.semantics.phrase import SLOTS, Phrase
 from mapo_lightning.types import ConfigError, DescriberError
 
@@ -123,7 +123,7 @@ def _hash_words(slot: str, text: str, width: int) -> NDArray[np.float32]:
     for word in re.findall(r"[^\W\d_]+", text.lower()):
         if word in _SKIP:
             continue
-        stem = words.VERBS.get(word, word.removesuffix("'s").removesuffix("s"))
+        stem = vocabulary.VERBS.get(word, word.removesuffix("'s").removesuffix("s"))
         digest = hashlib.blake2b(f"{slot}:{stem}".encode(), digest_size=8).digest()
         # Two places per word: words that collide in one are still told apart by the other.
         for half in (digest[:4], digest[4:]):
@@ -136,7 +136,8 @@ def _hash_words(slot: str, text: str, width: int) -> NDArray[np.float32]:
 def _direction(text: str) -> NDArray[np.float32]:
     """(right, up, towards the camera, clockwise), of norm 0 or 1; diagonals are sums."""
     low = re.sub(r"\b(?:counter|anti)[- ]?clock", "counterclock", text.lower())
-    known = [words.DIRECTIONS[w] for w in re.findall(r"[a-z]+", low) if w in words.DIRECTIONS]
+    words = re.findall(r"[a-z]+", low)
+    known = [vocabulary.DIRECTIONS[w] for w in words if w in vocabulary.DIRECTIONS]
     # "towards the right" is to the right: the bare word says only that a goal follows.
     planar = [k for k in known if k[0] or k[1]]
     total = np.sum(planar or known or [(0.0, 0.0, 0.0, 0.0)], axis=0, dtype=np.float32)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from mapo_lightning.semantics.describer import Describer, NullDescriber, VlmConfig
+from mapo_lightning.semantics.describer import Describer, NullDescriber
 from mapo_lightning.semantics.flow import FlowDescriber
 from mapo_lightning.semantics.labeler import Labeler
-from mapo_lightning.semantics.marks import read_marks
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.qwen import QwenDescriber
-from mapo_lightning.semantics.servers import OutageLog
+from mapo_lightning.semantics.reviews import read_marks
+from mapo_lightning.semantics.server_pool import OutageLog
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.semantics.text_encoder import build_encoder
 

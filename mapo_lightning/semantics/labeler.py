@@ -19,9 +19,9 @@ from mapo_lightning.semantics.describer import (
     StreamingDescriber,
 )
 from mapo_lightning.semantics.embed import Encoder
-from mapo_lightning.semantics.marks import Marks
 from mapo_lightning.semantics.phrase import MAX_TEXT, Phrase, Status, clean_text, parse_reply
-from mapo_lightning.semantics.servers import is_ending
+from mapo_lightning.semantics.reviews import Marks
+from mapo_lightning.semantics.server_pool import is_ending
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import DescriberError, Frames
 

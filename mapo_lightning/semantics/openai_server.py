@@ -21,9 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from mapo_lightning.semantics.describer import Reply, VlmConfig
+from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.phrase import PROMPT
-from mapo_lightning.semantics.servers import OutageLog, Server, ServerPool, as_they_come, is_ending
+from mapo_lightning.semantics.server_pool import (
+    OutageLog,
+    Server,
+    ServerPool,
+    as_they_come,
+    is_ending,
+)
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import DescriberError, Frames
 
 if TYPE_CHECKING:

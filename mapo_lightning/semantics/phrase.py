@@ -7,7 +7,7 @@ import re
 import unicodedata
 from typing import Literal, NamedTuple
 
-from mapo_lightning.semantics import words
+from mapo_lightning.semantics import vocabulary
 
 PROMPT = (
     "Please describe possible actions(if there appears significant action then describe it else "
@@ -104,7 +104,7 @@ def parse_reply(text: str) -> Parsed:
     if _NOTHING.search(flat):
         return Parsed(None, "null")
     # Brackets that hold no slots are the question repeated, or mere punctuation.
-    found = words.read_sentence(_BRACKET.sub(" ", flat))
+    found = vocabulary.read_sentence(_BRACKET.sub(" ", flat))
     if found is None:
         return Parsed(None, "unreadable")
     return Parsed(Phrase(*(clean_text(slot, MAX_SLOT) for slot in found)), "prose")
@@ -127,9 +127,9 @@ def _place(slots: list[str]) -> list[str]:
         return slots[: len(SLOTS)]
     placed = [slots[0], slots[1], "", "", ""]
     for slot in slots[2:]:
-        if words.is_distance(slot) and not placed[4]:
+        if vocabulary.is_distance(slot) and not placed[4]:
             placed[4] = slot
-        elif words.direction_of(slot) and not placed[3]:
+        elif vocabulary.direction_of(slot) and not placed[3]:
             placed[3] = slot
         else:
             free = next((i for i in (2, 3, 4) if not placed[i]), 4)
@@ -141,7 +141,7 @@ def _bracket_slots(lines: list[str]) -> list[str] | None:
     """Slots of the first line that has at least two, else those of the whole reply."""
     found = [_BRACKET.findall(line.translate(_WIDE)) for line in (*lines, " ".join(lines))]
     # A model that repeats the question has not answered it.
-    found = [[s for s in slots if s.strip().lower() not in words.TEMPLATE] for slots in found]
+    found = [[s for s in slots if s.strip().lower() not in vocabulary.TEMPLATE] for slots in found]
     slots = next((slots for slots in found if len(slots) >= 2), found[-1])
     if len(slots) == 1:
         slots = [part.strip(_EDGES) for part in re.split(r"[;|,]", slots[0])]

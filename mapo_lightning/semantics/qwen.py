@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mapo_lightning.semantics.describer import Reply, VlmConfig
+from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.phrase import PROMPT
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import DescriberError, Frames
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from typing import IO, Concatenate, NamedTuple, ParamSpec, TypeVar, cast, get_ar
 import numpy as np
 from numpy.typing import NDArray
 
-from mapo_lightning.semantics.claims import Claims
+from mapo_lightning.semantics.locks import Claims
 from mapo_lightning.semantics.phrase import SLOTS, Phrase, Status
 from mapo_lightning.types import DescriberError
 

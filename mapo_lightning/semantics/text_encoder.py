@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mapo_lightning.semantics.describer import VlmConfig
 from mapo_lightning.semantics.embed import Encoder, HashedSlots, HiddenState
 from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.semantics.qwen import hidden_size, loading, locate
+from mapo_lightning.semantics.settings import VlmConfig
 
 _REMEMBERED = 65536  # phrases
 

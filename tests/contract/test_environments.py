@@ -12,7 +12,8 @@ import pytest
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
-from mapo_lightning.envs.spec import EnvConfig, make_env, make_vector_env, needs_gl
+from mapo_lightning.envs.factory import make_env, make_vector_env, needs_gl
+from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import PixelEnv
 from mapo_lightning.types import EnvironmentSetupError
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
+from mapo_lightning.config.compose import compose
+from mapo_lightning.envs.factory import make_env
 from mapo_lightning.envs.metaworld import MetaWorldTask, scripted_expert
-from mapo_lightning.envs.spec import EnvConfig, make_env
+from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import PixelEnv
+from mapo_lightning.run.config import RunConfig
 
 DMC = ("cheetah_run", "walker_run", "hopper_hop", "quadruped_run")
 METAWORLD = ("door-open", "drawer-close", "lever-pull", "dial-turn")

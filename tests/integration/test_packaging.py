@@ -53,7 +53,8 @@ def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> 
     subprocess.run([*command, wheel], check=True, timeout=240)
     code = (
         f"import sys; sys.path.insert(0, {str(target)!r})\n"
-        "import callbacks, mapo_lightning, mapo_lightning.compose, mapo_lightning.tracking\n"
+        "import callbacks, mapo_lightning, mapo_lightning.config.compose\n"
+        "import mapo_lightning.tracking.logger\n"
         "print(callbacks.__file__); print(mapo_lightning.__file__)"
     )
     done = subprocess.run(

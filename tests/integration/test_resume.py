@@ -15,7 +15,7 @@ import pytest
 import torch
 from program import ROOT, SMALL, TRAIN, end, start, train
 
-from mapo_lightning.checkpoint import read_checkpoint
+from mapo_lightning.training.checkpoint import read_checkpoint
 
 FINETUNE = [*SMALL, "stage=finetune", "callbacks.rollout_every=1000"]
 
@@ -133,7 +133,6 @@ from pathlib import Path
 import lightning as L
 sys.path.insert(0, ROOT)
 import train
-from mapo_lightning import build
 
 class Digest(L.Callback):
     def on_train_end(self, trainer, module):
@@ -141,8 +140,8 @@ class Digest(L.Callback):
         digests = {k: hashlib.sha256(data).hexdigest() for k, data in weights.items()}
         Path(f"rank{trainer.global_rank}.txt").write_text(repr(digests))
 
-make = build.build_trainer
-build.build_trainer = lambda cfg, n, at, calls, *rest: make(cfg, n, at, [*calls, Digest()], *rest)
+make = train.build_trainer
+train.build_trainer = lambda cfg, n, at, calls, *rest: make(cfg, n, at, [*calls, Digest()], *rest)
 
 if __name__ == "__main__":
     sys.exit(train.main(sys.argv[1:]))

@@ -10,7 +10,7 @@ import pytest
 from miniatures import write_ssv2
 from program import ROOT, SMALL, TRAIN, end, start, train
 
-from mapo_lightning.checkpoint import read_checkpoint
+from mapo_lightning.training.checkpoint import read_checkpoint
 
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
 
@@ -125,9 +125,10 @@ import sys
 from pathlib import Path
 import lightning as L, torch
 from callbacks.codebook import CodebookUpdate
-from mapo_lightning import build
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
+from mapo_lightning.run import build
+from mapo_lightning.run.trainer import build_trainer
+from mapo_lightning.config.compose import compose
+from mapo_lightning.run.config import RunConfig
 
 class Digest(L.Callback):
     def on_train_end(self, trainer, module):
@@ -140,7 +141,7 @@ if __name__ == "__main__":
     cfg = compose(sys.argv[1:], RunConfig, Path(CONF)).config
     L.seed_everything(0)
     torch.set_num_threads(1)
-    trainer = build.build_trainer(cfg, 4, Path("ckpt"), [CodebookUpdate(), Digest()], None)
+    trainer = build_trainer(cfg, 4, Path("ckpt"), [CodebookUpdate(), Digest()], None)
     trainer.fit(build.build_pretrain(cfg), datamodule=build.build_videos(cfg))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mapo_lightning.models.objective import ObjectiveConfig
-from mapo_lightning.models.rssm import RSSM, RSSMConfig
-from mapo_lightning.models.world_model import WorldModel
+from mapo_lightning.models.rssm_world.rssm import RSSM
+from mapo_lightning.models.rssm_world.settings import RSSMConfig
+from mapo_lightning.models.rssm_world.world_model import WorldModel
+from mapo_lightning.models.settings import ObjectiveConfig
 from mapo_lightning.types import Batch
 
 ROOT = Path(__file__).parents[2]
@@ -66,8 +67,8 @@ def moving_square(steps: int = 10) -> Batch:
 
 
 def test_two_clips_can_be_overfitted_and_dreamt_and_use_two_codes() -> None:
-    from mapo_lightning.compose import compose
-    from mapo_lightning.config import RunConfig
+    from mapo_lightning.config.compose import compose
+    from mapo_lightning.run.config import RunConfig
 
     torch.manual_seed(0)
     words = ["world_model.context.quantizer.shape=global", "world_model.context.quantizer.codes=8"]

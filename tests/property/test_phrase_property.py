@@ -7,7 +7,6 @@ import numpy as np
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from mapo_lightning.semantics.describer import VlmConfig
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.phrase import (
@@ -18,6 +17,7 @@ from mapo_lightning.semantics.phrase import (
     format_phrase,
     parse_reply,
 )
+from mapo_lightning.semantics.settings import VlmConfig
 
 WORD = st.text("abcdefghijklmnopqrstuvwxyz\u00e9\u4e2d0123456789", min_size=1, max_size=9)
 SLOT = st.lists(WORD, min_size=1, max_size=6).map(" ".join)

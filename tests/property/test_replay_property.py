@@ -10,7 +10,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mapo_lightning.data.replay import Replay, ReplayConfig, ReplaySpec
+from mapo_lightning.data.replay import Replay, ReplaySpec
+from mapo_lightning.data.settings import ReplayConfig
 
 SPEC = ReplaySpec((2, 2, 3), action_dim=1, semantic_dim=1)
 

@@ -11,12 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measures import CONF, batch_of
 from benchmarks.reference_step import ReferenceStep
-from mapo_lightning.build import build_finetune, build_pretrain
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
-from mapo_lightning.finetune import FinetuneModule
-from mapo_lightning.models.decoder import CrossAttention
-from mapo_lightning.pretrain import PretrainModule
+from mapo_lightning.config.compose import compose
+from mapo_lightning.models.rssm_world.decoder import CrossAttention
+from mapo_lightning.run.build import build_finetune, build_pretrain
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.training.finetune import FinetuneModule
+from mapo_lightning.training.pretrain import PretrainModule
 from mapo_lightning.types import Batch
 
 WORDS = ["env=dmc_walker_run", "finetune.batch_size=2", "finetune.chunk_length=8"]

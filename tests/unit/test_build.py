@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mapo_lightning.build import build_collection, labelled_env
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
+from mapo_lightning.config.compose import compose
+from mapo_lightning.run.build import build_collection, labelled_env
+from mapo_lightning.run.config import RunConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 

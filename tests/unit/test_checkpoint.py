@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mapo_lightning.build import build_finetune, build_pretrain
-from mapo_lightning.checkpoint import load_pretrained, read_checkpoint
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
+from mapo_lightning.config.compose import compose
+from mapo_lightning.run.build import build_finetune, build_pretrain
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.training.checkpoint import load_pretrained, read_checkpoint
 from mapo_lightning.types import CheckpointError
 
 CONF = Path(__file__).parents[2] / "conf"

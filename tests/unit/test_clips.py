@@ -11,9 +11,9 @@ from scenes import moving_square, numbered
 from torch.utils.data import DataLoader
 
 from mapo_lightning.data.clips import Clip, ClipDataset
+from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import VideoInfo, probe_video, write_mp4
-from mapo_lightning.data.windows import VideoDataConfig
-from mapo_lightning.semantics.describer import VlmConfig
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.types import VideoError
 

@@ -13,14 +13,16 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
-from mapo_lightning.data.replay import Replay, ReplayConfig, ReplayError, ReplaySpec
-from mapo_lightning.datamodule import chunk_batch
+from mapo_lightning.data.replay import Replay, ReplayError, ReplaySpec
+from mapo_lightning.data.settings import ReplayConfig
 from mapo_lightning.envs.collector import Collector, RandomPolicy, run_episodes
-from mapo_lightning.envs.tracker import SemanticTracker, Step
-from mapo_lightning.semantics.describer import Reply, VlmConfig
+from mapo_lightning.envs.live_labels import SemanticTracker, Step
+from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.labeler import Labeler
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.store import LabelStore
+from mapo_lightning.training.datamodule import chunk_batch
 from mapo_lightning.types import POSITIONS
 
 LENGTH = 30

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mapo_lightning.compose import Composed, compose
+from mapo_lightning.config.compose import Composed, compose
 from mapo_lightning.types import ConfigError
 
 

@@ -12,7 +12,7 @@ import pytest
 from mapo_lightning.data.video import probe_video, read_frames
 from mapo_lightning.envs.demo import default_scenes, render_demo_videos
 from mapo_lightning.envs.filming import SmoothActions, film
-from mapo_lightning.envs.spec import EnvConfig
+from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.types import ConfigError, EnvironmentSetupError
 
 TOY = [EnvConfig(kind="toy", name="disc_anywhere")]

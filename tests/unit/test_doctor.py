@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from mapo_lightning import doctor
-from mapo_lightning.doctor import Check
+from mapo_lightning.run import doctor
+from mapo_lightning.run.doctor import Check
 from mapo_lightning.types import EnvironmentSetupError
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mapo_lightning.data.video import probe_video
 from mapo_lightning.envs.collector import Episode, RandomPolicy
-from mapo_lightning.evaluation import Evaluation, Score, enlarged, floors
+from mapo_lightning.training.evaluation import Evaluation, Score, enlarged, floors
 
 RETURNS = [3.0, 100.0, 1.0, 2.0, 4.0, 5.0, 6.0, -50.0]
 

@@ -17,14 +17,14 @@ from PIL import Image
 from scenes import moving_square, still
 
 from mapo_lightning.data.clips import ClipDataset
-from mapo_lightning.data.truth import FILE
+from mapo_lightning.data.ground_truth import FILE
+from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import fingerprint, probe_video, write_mp4
-from mapo_lightning.data.windows import VideoDataConfig
-from mapo_lightning.gallery import draw, find_videos, main
-from mapo_lightning.gallery_page import Sample, page
-from mapo_lightning.semantics.describer import VlmConfig
-from mapo_lightning.semantics.marks import FORMAT, Marks, read_marks
+from mapo_lightning.label_tools.gallery import draw, find_videos, main
+from mapo_lightning.label_tools.page import Sample, page
 from mapo_lightning.semantics.phrase import Phrase
+from mapo_lightning.semantics.reviews import FORMAT, Marks, read_marks
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 
 SAFE = "<i>&'\" {{ x }}.mp4"

@@ -20,14 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replies import HOSTILE, replies
 
-from mapo_lightning import artifacts
-from mapo_lightning.gallery_page import Place, Sample, page
+from mapo_lightning.label_tools.page import Place, Sample, page
 from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.labeler import Label, Labeler, WindowRequest
 from mapo_lightning.semantics.phrase import MAX_SLOT, MAX_TEXT
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
-from mapo_lightning.tracking import RunLogger, TrackingConfig, make_logger, open_store, store_uri
+from mapo_lightning.tracking import artifacts
+from mapo_lightning.tracking.logger import RunLogger, make_logger, open_store, store_uri
+from mapo_lightning.tracking.settings import TrackingConfig
 from mapo_lightning.types import Frames
 
 VIDEO = "\x1b[31m<b onclick='x'>\"=cup.mp4"

@@ -11,10 +11,11 @@ from miniatures import write_images
 from scenes import numbered
 
 from mapo_lightning.data.clips import ClipDataset
-from mapo_lightning.data.footage import read
+from mapo_lightning.data.reader import read
+from mapo_lightning.data.scan import VideoIndex, scan_videos
+from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import write_mp4
-from mapo_lightning.data.windows import VideoDataConfig, VideoIndex, scan_videos
-from mapo_lightning.semantics.describer import VlmConfig
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import VideoError
 
 

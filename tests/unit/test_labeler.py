@@ -11,10 +11,11 @@ import pytest
 from scenes import cases, moving_square
 
 from mapo_lightning.data.video import VideoFileError
-from mapo_lightning.semantics.describer import NullDescriber, Reply, VlmConfig
+from mapo_lightning.semantics.describer import NullDescriber, Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.labeler import Labeler, LabelStats, WindowRequest, frames_identity
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.types import ConfigError, DescriberError, Frames
 

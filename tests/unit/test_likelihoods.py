@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from mapo_lightning.build import build_finetune
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
-from mapo_lightning.models.context import NO_CONTEXT
+from mapo_lightning.config.compose import compose
 from mapo_lightning.models.distributions import one_hot_sample
+from mapo_lightning.models.rssm_world.context import NO_CONTEXT
+from mapo_lightning.run.build import build_finetune
+from mapo_lightning.run.config import RunConfig
 from mapo_lightning.types import Batch
 
 CONF = Path(__file__).parents[2] / "conf"

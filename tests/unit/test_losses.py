@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from mapo_lightning.models.actor_critic import AgentConfig, DreamerAgent
+from mapo_lightning.models.agents.dreamer import DreamerAgent
+from mapo_lightning.models.agents.settings import AgentConfig
 from mapo_lightning.models.distributions import (
     TruncatedNormal,
     balanced_kl,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mapo_lightning.build import build_finetune, build_pretrain
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
+from mapo_lightning.config.compose import compose
+from mapo_lightning.run.build import build_finetune, build_pretrain
+from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import semantic_dim
 from mapo_lightning.types import Batch
 

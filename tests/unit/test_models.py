@@ -6,18 +6,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mapo_lightning.models.action_source import (
-    EnvAction,
-    InverseAction,
-    SemanticAction,
+from mapo_lightning.models.blocks import frozen, mlp, position_code
+from mapo_lightning.models.rssm_world.action_source import EnvAction, InverseAction, SemanticAction
+from mapo_lightning.models.rssm_world.context import FrameContext
+from mapo_lightning.models.rssm_world.decoder import build_decoder
+from mapo_lightning.models.rssm_world.encoder import build_encoder, normalised
+from mapo_lightning.models.rssm_world.intrinsic import VideoBonus
+from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState
+from mapo_lightning.models.rssm_world.settings import (
+    BonusConfig,
+    ContextConfig,
+    ImageConfig,
+    RSSMConfig,
     SourceConfig,
 )
-from mapo_lightning.models.blocks import frozen, mlp, position_code
-from mapo_lightning.models.context import ContextConfig, FrameContext
-from mapo_lightning.models.decoder import build_decoder
-from mapo_lightning.models.encoder import ImageConfig, build_encoder, normalised
-from mapo_lightning.models.intrinsic import BonusConfig, VideoBonus
-from mapo_lightning.models.rssm import RSSM, RSSMConfig, RSSMState
 from mapo_lightning.types import Batch, ConfigError
 
 PAPER_CNN = ImageConfig(kind="cnn")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
-from mapo_lightning.schema import lookup, section, walk
+from mapo_lightning.config.compose import compose
+from mapo_lightning.config.schema import lookup, section, walk
+from mapo_lightning.run.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 ROWS = {

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from label_servers import PHRASES, Running, running
 
-from mapo_lightning.semantics import servers
-from mapo_lightning.semantics.describer import StreamingDescriber, VlmConfig
+from mapo_lightning.semantics import server_pool as servers
+from mapo_lightning.semantics.describer import StreamingDescriber
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.phrase import parse_reply
-from mapo_lightning.semantics.servers import OutageLog, ServerPool, as_they_come
+from mapo_lightning.semantics.server_pool import OutageLog, ServerPool, as_they_come
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import ConfigError, DescriberError, Frames
 
 NOWHERE = "http://127.0.0.1:9/v1"  # the discard port: nobody listens

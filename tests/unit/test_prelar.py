@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from mapo_lightning.build import build_finetune, build_pretrain
-from mapo_lightning.checkpoint import load_pretrained
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
-from mapo_lightning.models.action_source import InverseAction, PaddedAction, SourceConfig
-from mapo_lightning.models.consistency import LatentAction, consistency, gaussian_kl, order_loss
+from mapo_lightning.config.compose import compose
 from mapo_lightning.models.distributions import categorical_kl
-from mapo_lightning.models.encoder import ImageConfig
-from mapo_lightning.models.rssm import RSSM, RSSMConfig, RSSMState
+from mapo_lightning.models.rssm_world.action_source import InverseAction, PaddedAction
+from mapo_lightning.models.rssm_world.consistency import (
+    LatentAction,
+    consistency,
+    gaussian_kl,
+    order_loss,
+)
+from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState
+from mapo_lightning.models.rssm_world.settings import ImageConfig, RSSMConfig, SourceConfig
+from mapo_lightning.run.build import build_finetune, build_pretrain
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.training.checkpoint import load_pretrained
 from mapo_lightning.types import Batch, ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"

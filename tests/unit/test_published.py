@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mapo_lightning.build import build_finetune, build_pretrain
-from mapo_lightning.compose import compose
-from mapo_lightning.config import RunConfig
-from mapo_lightning.models.context import ContextConfig
-from mapo_lightning.models.decoder import build_decoder
-from mapo_lightning.models.encoder import ImageConfig, build_encoder
-from mapo_lightning.models.rssm import RSSM, NormedGRU, RSSMConfig
+from mapo_lightning.config.compose import compose
+from mapo_lightning.models.rssm_world.decoder import build_decoder
+from mapo_lightning.models.rssm_world.encoder import build_encoder
+from mapo_lightning.models.rssm_world.rssm import RSSM, NormedGRU
+from mapo_lightning.models.rssm_world.settings import ContextConfig, ImageConfig, RSSMConfig
+from mapo_lightning.run.build import build_finetune, build_pretrain
+from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import semantic_dim
 
 CONF = Path(__file__).parents[2] / "conf"

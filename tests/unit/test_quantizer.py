@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mapo_lightning.models.context import ContextConfig, FrameContext
-from mapo_lightning.models.encoder import ImageConfig
-from mapo_lightning.models.quantizer import Quantizer, QuantizerConfig
+from mapo_lightning.models.rssm_world.context import FrameContext
+from mapo_lightning.models.rssm_world.quantizer import Quantizer
+from mapo_lightning.models.rssm_world.settings import ContextConfig, ImageConfig, QuantizerConfig
 
 
 def test_look_up_is_nearest_and_straight_through() -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny_models import save_bert, save_qwen
 
-from mapo_lightning.semantics.describer import Describer, StreamingDescriber, VlmConfig
+from mapo_lightning.semantics.describer import Describer, StreamingDescriber
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.phrase import Phrase, parse_reply
 from mapo_lightning.semantics.qwen import QwenDescriber, identity
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.text_encoder import TextEncoder, _load
 from mapo_lightning.types import DescriberError, Frames
 

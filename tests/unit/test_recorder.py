@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from callbacks.recorder import MLflowRecorder, contact_sheet, recorder_of
-from mapo_lightning.tracking import RunLogger, TrackingConfig, make_logger, open_store, store_uri
+from mapo_lightning.tracking.logger import RunLogger, make_logger, open_store, store_uri
+from mapo_lightning.tracking.settings import TrackingConfig
 
 
 class Line(L.LightningModule):

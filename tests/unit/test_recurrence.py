@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mapo_lightning.models.blocks import Recorded, mlp
 from mapo_lightning.models.distributions import one_hot_sample
-from mapo_lightning.models.rssm import RSSM, RSSMConfig, RSSMState
+from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState
+from mapo_lightning.models.rssm_world.settings import RSSMConfig
 
 
 def rssm() -> RSSM:

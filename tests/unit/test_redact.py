@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mapo_lightning.redact import is_secret_name, redact, redact_text
+from mapo_lightning.config.redact import is_secret_name, redact, redact_text
 
 
 @pytest.mark.parametrize("name", ["key", "api_key", "apiKey", "hf-token", "PASSWORD", "db_secret"])

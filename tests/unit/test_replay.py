@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from replay_entries import entry, make, play
 
-from mapo_lightning.data.replay import ReplayConfig, ReplayError
+from mapo_lightning.data.replay import ReplayError
+from mapo_lightning.data.settings import ReplayConfig
 from mapo_lightning.types import ConfigError
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from replay_entries import entry, make, play
 
-from mapo_lightning.data.replay import Replay, ReplayConfig, ReplayError, ReplaySpec
+from mapo_lightning.data.replay import Replay, ReplayError, ReplaySpec
+from mapo_lightning.data.settings import ReplayConfig
 
 
 def test_resuming_brings_back_the_same_episodes_and_closes_the_open_one(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from miniatures import CLASSES, scene, write_images, write_list, write_ssv2
 from scenes import damage
 
 from mapo_lightning.data.clips import ClipDataset
+from mapo_lightning.data.scan import VideoIndex, scan_videos
+from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import resize
-from mapo_lightning.data.windows import VideoDataConfig, VideoIndex, scan_videos
-from mapo_lightning.semantics.describer import VlmConfig
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import ConfigError, VideoError
 
 WEBM = "20bn-something-something-v2"

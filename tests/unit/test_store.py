@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mapo_lightning.semantics.claims import Claims
+from mapo_lightning.semantics.locks import Claims
 from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import DescriberError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mapo_lightning.envs.spec import EnvConfig, make_env
+from mapo_lightning.envs.factory import make_env
+from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.toy import OPTIMAL_RETURN, PAD_RADIUS, ToyDisc, reward_at
 from mapo_lightning.envs.wrappers import resize_area
 from mapo_lightning.types import EnvironmentSetupError

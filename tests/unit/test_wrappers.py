@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from mapo_lightning.envs.spec import EnvConfig, env_seed, make_env, make_vector_env
+from mapo_lightning.envs.factory import env_seed, make_env, make_vector_env
+from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import Outcome, PixelEnv, resize_area
 from mapo_lightning.types import ConfigError, EnvironmentSetupError, MapoError
 

@@ -1,0 +1,36 @@
+"""Settings of the callbacks; free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mapo_lightning.types import ConfigError
+
+
+@dataclass
+class CallbacksConfig:
+    """What happens around training."""
+
+    codebook: bool = True
+    """Move the codebook after each update; must be off for methods without one."""
+    rollout_every: int = 5000
+    """Updates between imagination rollouts; one more is made at the end."""
+    checkpoint_every: int = 5000
+    """Updates between checkpoints; one more is made at the end."""
+    phrases: int = 24
+    """Windows in the table of phrases that is recorded at the end of pre-training."""
+    gallery: int = 200
+    """Windows in the page of labels that is recorded at the end of pre-training; 0: no page."""
+    quality: int = 48
+    """Windows by which the labels are judged at the end of pre-training; each costs four more
+    questions to the describer. 0: not at all."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        for name in ("gallery", "quality"):
+            if not 0 <= getattr(self, name) <= 2000:
+                raise ConfigError(f"{name} must lie in [0, 2000], got {getattr(self, name)}")
+        for name in ("rollout_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

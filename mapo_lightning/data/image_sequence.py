@@ -1,0 +1,173 @@
+"""Videos that were taken apart: numbered JPEG or PNG images, read as they lie on disk.
+
+A run of images is named by the path of one of them with the number written as ``%06d`` (six
+digits) or ``%d`` (no leading zeros), and by the numbers there are, evenly spaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from mapo_lightning.data.video import resize
+from mapo_lightning.data.video_info import (
+    VideoFileError,
+    VideoInfo,
+    fingerprint,
+    middle_square,
+    target_size,
+)
+from mapo_lightning.types import Frames
+
+IMAGES = frozenset({".jpg", ".jpeg", ".png"})
+"""File names that count as images, lower case."""
+
+_NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
+# A JPEG can be decoded at a half, a quarter or an eighth of its size: averaged, and faster.
+_REDUCED = {
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+}
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path names images, not a video file."""
+    return path.suffix.lower() in IMAGES
+
+
+def name_run(prefix: str, number: str, suffix: str) -> str:
+    """Name of the run that the image ``prefix + number + suffix`` belongs to."""
+    digits = f"%0{len(number)}d" if number.startswith("0") else "%d"
+    return prefix.replace("%", "%%") + digits + suffix
+
+
+def find_run(folder: Path) -> tuple[Path, tuple[int, ...]]:
+    """Find the images of a folder that holds the frames of one video.
+
+    Returns:
+        Name of the run, and the numbers found, ascending.
+
+    Raises:
+        VideoFileError: There is no folder or no image, or there are several runs.
+    """
+    try:
+        names = [entry.name for entry in os.scandir(folder) if is_run(Path(entry.name))]
+    except OSError as error:
+        raise VideoFileError(folder, "missing", f"{error.strerror}") from error
+    parts = sorted(found.groups() for name in names if (found := _NUMBERED.fullmatch(name)))
+    runs = {(prefix, suffix) for prefix, _, suffix in parts}
+    if len(runs) != 1:
+        what = f"images of {len(runs)} runs" if runs else "no numbered images"
+        raise VideoFileError(folder, "unreadable", f"its folder holds {what}, one is needed")
+    # Numbers with leading zeros sort first, and one of them tells the number of digits.
+    prefix, suffix = runs.pop()
+    run = folder / name_run(prefix, parts[0][1], suffix)
+    return run, tuple(sorted(int(number) for _, number, _ in parts))
+
+
+def even_numbers(run: Path, numbers: Sequence[int]) -> range:
+    """The numbers of a run as a range.
+
+    Raises:
+        VideoFileError: Images are missing in between.
+    """
+    if len(numbers) < 2:
+        return range(numbers[0], numbers[0] + 1) if numbers else range(0)
+    steps = np.diff(numbers)
+    found, counts = np.unique(steps, return_counts=True)
+    step = max(1, int(found[counts.argmax()]))
+    odd = np.flatnonzero(steps != step)
+    if len(odd):
+        last, following = numbers[odd[0]], numbers[odd[0] + 1]
+        detail = f"image {following} follows {last}, the others are {step} apart: some are missing"
+        raise VideoFileError(run, "damaged", detail)
+    return range(numbers[0], numbers[-1] + 1, step)
+
+
+def fingerprint_run(run: Path, numbers: range) -> str:
+    """Hash the numbers and the content of the first, the middle and the last image.
+
+    Raises:
+        VideoFileError: There is no image, or one of the three cannot be read.
+    """
+    if not numbers:
+        raise VideoFileError(run, "empty", "there is no image")
+    places = (0, len(numbers) // 2, len(numbers) - 1)
+    content = [fingerprint(_place(run, numbers[place])) for place in places]
+    return hashlib.blake2b(f"{numbers} {content}".encode(), digest_size=16).hexdigest()
+
+
+def probe_run(run: Path, numbers: range) -> VideoInfo:
+    """Look at the first image.
+
+    Raises:
+        VideoFileError: It is missing or damaged.
+    """
+    name = fingerprint_run(run, numbers)
+    height, width = _image(run, numbers[0]).shape[:2]
+    return VideoInfo(run, name, len(numbers), width, height, 0.0, numbers=numbers)
+
+
+def check_run(info: VideoInfo) -> None:
+    """Decode every image once.
+
+    Raises:
+        VideoFileError: One is missing, damaged, or has another size than the first.
+    """
+    for number in info.numbers or ():
+        height, width = _image(info.path, number).shape[:2]
+        if (height, width) != (info.height, info.width):
+            wanted = f"the first has {info.width}x{info.height}"
+            detail = f"image {number} has {width}x{height} pixels, {wanted}"
+            raise VideoFileError(info.path, "damaged", detail)
+
+
+def read_run(info: VideoInfo, numbers: Sequence[int], size: int | tuple[int, int]) -> Frames:
+    """Decode images by number; see `video.read_frames` for ``size``.
+
+    Raises:
+        VideoFileError: One is missing, damaged, or has another size than the first.
+    """
+    side = min(info.height, info.width)
+    kept = (side, side) if info.square else (info.height, info.width)
+    height, width = target_size(kept, size)
+    # At least twice as large as asked for: what is left is averaged by area.
+    fits = [f for f in _REDUCED if kept[0] >= 2 * f * height and kept[1] >= 2 * f * width]
+    jpeg = info.path.suffix.lower() != ".png"  # of a PNG a reduced picture only drops pixels
+    flag = _REDUCED[max(fits)] if fits and jpeg else cv2.IMREAD_COLOR
+    frames: list[Frames] = []
+    for number in numbers:
+        image = _image(info.path, number, flag)
+        if frames and image.shape != frames[0].shape:
+            detail = f"image {number} has another size than those before it"
+            raise VideoFileError(info.path, "damaged", detail)
+        frames.append(image)
+    whole = np.stack(frames)
+    cut = resize(middle_square(whole) if info.square else whole, (height, width))
+    return np.ascontiguousarray(cut[..., ::-1])  # OpenCV's order is blue, green, red
+
+
+def _place(run: Path, number: int) -> Path:
+    return run.with_name(run.name % number)
+
+
+def _image(run: Path, number: int, flag: int = cv2.IMREAD_COLOR) -> Frames:
+    """One image, (H, W, 3) uint8, blue first."""
+    path = _place(run, number)
+    try:
+        data: NDArray[np.uint8] = np.frombuffer(path.read_bytes(), np.uint8)
+    except OSError as error:
+        detail = f"image '{path.name}' cannot be read: {error.strerror}"
+        raise VideoFileError(run, "missing", detail) from error
+    image = cv2.imdecode(data, flag) if len(data) else None
+    if image is None:
+        raise VideoFileError(run, "damaged", f"image '{path.name}' cannot be decoded")
+    return image.astype(np.uint8, copy=False)

@@ -1,0 +1,131 @@
+"""Frames by index, whether they lie in a video file or as numbered images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mapo_lightning.data import image_sequence, video
+from mapo_lightning.data.video_info import VideoFileError, VideoInfo, fingerprint
+from mapo_lightning.types import Frames
+
+
+class Footage(NamedTuple):
+    """Where the frames of one video lie; images come with their numbers."""
+
+    path: Path
+    numbers: range | None = None
+
+    def fingerprint(self) -> str:
+        """Name the content.
+
+        Raises:
+            VideoFileError: It is missing or cannot be opened.
+        """
+        if self.numbers is None:
+            return fingerprint(self.path)
+        return image_sequence.fingerprint_run(self.path, self.numbers)
+
+    def examine(self, max_undecodable: float) -> VideoInfo:
+        """Decode all of it once.
+
+        Args:
+            max_undecodable: Share of lost frames that a video file may have, in [0, 1].
+
+        Raises:
+            VideoFileError: It cannot be used.
+        """
+        if self.numbers is None:
+            info = video.probe_video(self.path)
+            video.check_video(info, max_undecodable)
+        else:
+            info = image_sequence.probe_run(self.path, self.numbers)
+            image_sequence.check_run(info)
+        return info
+
+
+def locate(path: Path, numbers: Sequence[int] = ()) -> Footage:
+    """Find the frames of a video.
+
+    Args:
+        path: A video file, a folder of images, or the name of a run of images.
+        numbers: Numbers of the images of a run, ascending; of a folder they are looked up.
+
+    Raises:
+        VideoFileError: The folder holds no run of images, or images are missing in between.
+    """
+    if path.is_dir():
+        path, numbers = image_sequence.find_run(path)
+    if not image_sequence.is_run(path):
+        return Footage(path)
+    return Footage(path, image_sequence.even_numbers(path, numbers))
+
+
+def thin_out(info: VideoInfo, rate: float | None, square: bool) -> VideoInfo:
+    """Look at a video at another frame rate, or only at the square in its middle.
+
+    Args:
+        info: The video with all its frames.
+        rate: Frames per second wanted, met as nearly as whole steps can; None: all frames. A
+            video that does not know its rate keeps all its frames.
+        square: See `VideoInfo`.
+
+    Returns:
+        The video; where it shows something else than before, its fingerprint is another.
+    """
+    step = max(1, round(info.fps / rate)) if rate and info.fps else 1
+    if step == 1 and not square:
+        return info
+    numbers = (range(info.frames) if info.numbers is None else info.numbers)[::step]
+    seen = f"{info.fingerprint} every {step}, square {square}"
+    name = hashlib.blake2b(seen.encode(), digest_size=16).hexdigest()
+    return info._replace(
+        fingerprint=name, frames=len(numbers), fps=info.fps / step, numbers=numbers, square=square
+    )
+
+
+def read(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, int]) -> Frames:
+    """Read frames of a video, scaled down by averaging; see `video.read_frames`.
+
+    Args:
+        info: The video.
+        indices: Frames, from 0 to ``info.frames - 1``, in any order.
+        size: (height, width) in pixels; or the short side, the shape is kept.
+
+    Returns:
+        RGB frames (T, height, width, 3), uint8.
+
+    Raises:
+        VideoFileError: The file or an image is missing or broken, or an index is out of range.
+    """
+    numbers = indices if info.numbers is None else _numbers(info, indices)
+    if image_sequence.is_run(info.path):
+        return image_sequence.read_run(info, numbers, size)
+    return video.read_frames(info.path, numbers, size, info.square)
+
+
+def name_window(info: VideoInfo, window: range, size: int) -> tuple[str, str]:
+    """Name a window of frames twice: by content, and for people.
+
+    Args:
+        info: The video.
+        window: Frames of the video.
+        size: Short side that they are read at, in pixels.
+
+    Returns:
+        Its identity; and the file's name with the numbers that the file itself has, which are
+        others where the video was thinned out.
+    """
+    own = window if info.numbers is None else info.numbers[window.start : window.stop : window.step]
+    seen, shown = (f"frames {part[0]}..{part[-1]} step {part.step}" for part in (window, own))
+    return f"{info.fingerprint} {seen} size {size}", f"{info.path.name} {shown}"
+
+
+def _numbers(info: VideoInfo, indices: Sequence[int]) -> list[int]:
+    assert info.numbers is not None
+    if min(indices) < 0 or max(indices) >= info.frames:
+        detail = f"asked for frames {min(indices)}..{max(indices)}, it has {info.frames}"
+        raise VideoFileError(info.path, "too_short", detail)
+    return [info.numbers[index] for index in indices]

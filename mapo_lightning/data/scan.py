@@ -1,0 +1,201 @@
+"""Which videos of a data set can be used, and which are kept aside."""
+
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from mapo_lightning.data.human36m import list_human36m
+from mapo_lightning.data.listing import SUFFIXES, Entry, Listing, list_folder, restrict
+from mapo_lightning.data.reader import locate, thin_out
+from mapo_lightning.data.scan_cache import Remembered, write_whole
+from mapo_lightning.data.settings import VideoDataConfig
+from mapo_lightning.data.ssv2 import list_ssv2
+from mapo_lightning.data.video_info import VideoFileError, VideoInfo
+from mapo_lightning.types import ConfigError, VideoError
+
+log = logging.getLogger(__name__)
+
+LISTS: dict[str, Callable[[Path], Listing]] = {
+    "demo": list_folder,
+    "folder": list_folder,
+    "ssv2": list_ssv2,
+    "human36m": list_human36m,
+}
+"""What lists the videos of each kind of data set: the plug that a new one fills."""
+
+_SHOWN = 100  # names of missing and of unlisted videos that the report holds
+_SAVE_SECONDS = 60.0  # a scan that is interrupted loses at most so much
+
+
+class VideoIndex(NamedTuple):
+    """What a scan found."""
+
+    videos: list[VideoInfo]
+    """All that can be used, by path."""
+    quarantined: list[tuple[Path, str]]
+    """(path, "category: reason") of all others, by path."""
+    train: list[VideoInfo]
+    """Those to train on."""
+    holdout: list[VideoInfo]
+    """Those never trained on; empty if there is only one video, or ``holdout`` is 0."""
+
+
+def scan_videos(cfg: VideoDataConfig, cache: Path) -> VideoIndex:
+    """Find the usable videos of a data set; every one is decoded once in full, ever.
+
+    Args:
+        cfg: Where to look and what to accept.
+        cache: Folder for ``videos.json``, the remembered results by content,
+            ``quarantine.jsonl``, the rejected videos of this scan, and ``report.json``, what it
+            found; made if missing.
+
+    Returns:
+        The index; the same on every machine that sees the same files.
+
+    Raises:
+        ConfigError: No folder is given, or a class that the data set has not.
+        VideoError: The folder is missing, is not laid out as `kind` says, or holds no usable
+            video; names the reasons.
+    """
+    root = Path(cfg.root)
+    if not cfg.root or not root.is_dir():
+        raise (VideoError if cfg.root else ConfigError)(
+            f"data.root must be a folder with videos, got '{cfg.root}'"
+        )
+    listing = LISTS[cfg.kind](root)
+    entries = restrict(listing, cfg.classes, cfg.limit, cfg.seed)
+    known = Remembered(cache / "videos.json", cfg.max_undecodable)
+    results = _examine_all(entries, root, cfg, known)
+    rejected = [found for found in results if isinstance(found, VideoFileError)]
+    rows = [{"path": str(e.path), "reason": e.reason, "detail": e.detail} for e in rejected]
+    write_whole(cache / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    usable = [
+        (entry, found)
+        for entry, found in zip(entries, results, strict=True)
+        if isinstance(found, VideoInfo)
+    ]
+    if not usable:
+        raise VideoError(_nothing_left(root, rejected))
+    if rejected:
+        log.warning("%d of %d videos are quarantined: %s", len(rejected), len(entries), cache)
+    quarantined = [(error.path, f"{error.reason}: {error.detail}") for error in rejected]
+    index = VideoIndex([video for _, video in usable], quarantined, *_split(usable, cfg))
+    _report(listing, len(entries), index, cfg, cache / "report.json")
+    return index
+
+
+def _examine_all(
+    entries: Sequence[Entry], root: Path, cfg: VideoDataConfig, known: Remembered
+) -> list[VideoInfo | VideoFileError]:
+    saved, results = time.monotonic(), []
+    with ThreadPoolExecutor(max_workers=max(1, cfg.workers)) as pool:
+        for result in pool.map(lambda e: _examine(e, root.resolve(), cfg, known), entries):
+            results.append(result)
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                known.save()
+                saved = time.monotonic()
+                log.info("looked at %d of %d videos", len(results), len(entries))
+    known.save()
+    return results
+
+
+def _examine(
+    entry: Entry, root: Path, cfg: VideoDataConfig, known: Remembered
+) -> VideoInfo | VideoFileError:
+    try:
+        if not entry.path.resolve().is_relative_to(root):
+            raise VideoFileError(entry.path, "outside", "it is a link out of the video folder")
+        footage = locate(entry.path, entry.numbers)
+        info = known.examine(footage)
+        if footage.numbers:
+            info = info._replace(fps=entry.number_rate / footage.numbers.step)
+        info = thin_out(info._replace(label=entry.label), cfg.rate, cfg.square)
+        if info.frames < cfg.span:
+            detail = f"it has {info.frames} frames, a clip needs {cfg.span}"
+            raise VideoFileError(entry.path, "too_short", detail)
+    except VideoFileError as error:
+        return error
+    return info
+
+
+def _split(
+    found: Sequence[tuple[Entry, VideoInfo]], cfg: VideoDataConfig
+) -> tuple[list[VideoInfo], list[VideoInfo]]:
+    """(train, holdout): by the data set's own lists, or by content."""
+    if cfg.official_split and found[0][0].validation is not None:
+        train = [video for entry, video in found if not entry.validation]
+        if not train:
+            raise VideoError(
+                f"all {len(found)} usable videos belong to the validation list; to learn from them "
+                "all the same say data.official_split=false"
+            )
+        held_out = [video for entry, video in found if entry.validation]
+        if not held_out:
+            log.warning("no video of the validation list is there: nothing is held out")
+        return train, held_out
+
+    # Hold the lowest hashes out: copies stay together, new videos move few others.
+    def rank(video: VideoInfo) -> str:
+        return hashlib.blake2b(f"{cfg.seed} {video.fingerprint}".encode()).hexdigest()
+
+    videos = [video for _, video in found]
+    names = sorted({rank(video) for video in videos})
+    count = min(max(1, round(cfg.holdout * len(names))), len(names) - 1) if cfg.holdout else 0
+    held = set(names[:count])
+    train = [video for video in videos if rank(video) not in held]
+    return train, [video for video in videos if rank(video) in held]
+
+
+def _report(
+    listing: Listing, chosen: int, index: VideoIndex, cfg: VideoDataConfig, path: Path
+) -> None:
+    """Write down what was found, and log it where it may surprise."""
+    present, classes = len(listing.entries), Counter(video.label for video in index.videos)
+    found = {
+        "kind": cfg.kind,
+        "root": cfg.root,
+        "listed": present + len(listing.missing),
+        "present": present,
+        "missing": len(listing.missing),
+        "unlisted": len(listing.unlisted),
+        "left_out": present - chosen,
+        "quarantined": Counter(why.partition(":")[0] for _, why in index.quarantined),
+        "usable": len(index.videos),
+        "frames": sum(video.frames for video in index.videos),
+        "train": len(index.train),
+        "holdout": len(index.holdout),
+        "classes": dict(sorted(classes.items())),
+        "first_missing": listing.missing[:_SHOWN],
+        "first_unlisted": listing.unlisted[:_SHOWN],
+    }
+    write_whole(path, json.dumps(found, indent=1) + "\n")
+    if cfg.kind in ("demo", "folder"):
+        return
+    log.info(
+        "data=%s: %d videos listed, %d of them missing, %d there but in no list; %d left out by "
+        "data.classes and data.limit; %d classes (%s)",
+        cfg.kind,
+        found["listed"],
+        found["missing"],
+        found["unlisted"],
+        found["left_out"],
+        len(classes),
+        path,
+    )
+
+
+def _nothing_left(root: Path, rejected: Sequence[VideoFileError]) -> str:
+    if not rejected:
+        kinds = ", ".join(sorted(SUFFIXES))
+        return f"no video found in '{root}' or its subfolders; looked for {kinds}"
+    reasons = ", ".join(f"{n} {why}" for why, n in Counter(e.reason for e in rejected).items())
+    return (
+        f"none of the {len(rejected)} videos in '{root}' can be used: {reasons}. "
+        f"The first: {rejected[0]}"
+    )

@@ -1,0 +1,116 @@
+"""Settings of videos, of labelling all of them, and of replay; free of torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+from mapo_lightning.types import POSITIONS, ConfigError
+
+
+@dataclass
+class VideoDataConfig:
+    """Which videos are watched, and how clips are cut from them (O28, O29)."""
+
+    kind: Literal["demo", "folder", "ssv2", "human36m"] = "demo"
+    """demo: videos rendered from simulators on this machine. folder: your own, from `root`. ssv2,
+    human36m: Something-Something V2 and Human3.6M, as they are handed out; see docs/data.md."""
+    root: str = ""
+    """Folder of the videos, searched with all its subfolders; empty only with kind=demo."""
+    classes: list[str] = field(default_factory=list)
+    """Classes to use, by the data set's own names; empty uses all. ssv2 and human36m only."""
+    limit: Optional[int] = None  # noqa: UP045 (read by OmegaConf)
+    """Use at most so many videos, drawn by name and `seed`; null uses all."""
+    official_split: bool = True
+    """Train on the data set's training list and hold its validation list out, where it has them;
+    false: learn from both and hold `holdout` of all videos out."""
+    clip_length: int = POSITIONS
+    """Frames T of one clip."""
+    frame_stride: int = 1
+    """Frames of the video from one frame of a clip to the next."""
+    rate: Optional[float] = None  # noqa: UP045
+    """Thin the frames of a video out to about so many per second first, Hz; null: as filmed."""
+    square: bool = False
+    """Cut the square in the middle out first; false squashes the whole picture to a square."""
+    image_size: int = 64
+    """Height and width of a clip's frames, in pixels; the aspect ratio is not kept."""
+    holdout: float = 0.1
+    """Share of the videos never trained on, in [0, 0.5]; at least one if there are two. Not used
+    with a split that comes with the data set."""
+    max_undecodable: float = 0.1
+    """Share of lost frames above which a video is rejected, in [0, 1]."""
+    workers: int = 2
+    """Processes that decode clips, and threads that scan the folder; 0 decodes in the main one."""
+    seed: int = 0
+    """Which videos are held out; independent of the seed of the run."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        if not 2 <= self.clip_length <= POSITIONS:
+            raise ConfigError(
+                f"clip_length must lie in [2, {POSITIONS}] frames, got {self.clip_length}"
+            )
+        if not 1 <= self.frame_stride <= 100:
+            raise ConfigError(f"frame_stride must lie in [1, 100], got {self.frame_stride}")
+        if not 8 <= self.image_size <= 1024:
+            raise ConfigError(f"image_size must lie in [8, 1024] pixels, got {self.image_size}")
+        if not 0.0 <= self.holdout <= 0.5:
+            raise ConfigError(f"holdout must lie in [0, 0.5], got {self.holdout}")
+        if not 0.0 <= self.max_undecodable <= 1.0:
+            raise ConfigError(f"max_undecodable must lie in [0, 1], got {self.max_undecodable}")
+        if not 0 <= self.workers <= 256:
+            raise ConfigError(f"workers must lie in [0, 256], got {self.workers}")
+        if self.rate is not None and not 0.0 < self.rate <= 1000.0:
+            raise ConfigError(f"rate must lie in (0, 1000] frames per second, got {self.rate}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit must be at least 1 video, got {self.limit}")
+
+    @property
+    def span(self) -> int:
+        """Frames of the video that one clip reaches over."""
+        return (self.clip_length - 1) * self.frame_stride + 1
+
+
+@dataclass
+class LabelConfig:
+    """What stage=label does: every window of all videos gets its label."""
+
+    shard: str = "0/1"
+    """Which part of the corpus, as i/n with i from 0: for jobs on several machines. Processes that
+    torchrun starts share a part out among themselves."""
+    dry: bool = False
+    """Only say how many windows and questions there are, and how long they would take."""
+    probe: int = 16
+    """Questions that dry=true asks to measure the rate; their answers are kept. 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.probe < 0:
+            raise ConfigError(f"probe must not be negative, got {self.probe}")
+        self.part()
+
+    def part(self) -> tuple[int, int]:
+        """The shard as (number, count)."""
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
+        if not match or not int(match[1]) < int(match[2]):
+            raise ConfigError(f"shard must be i/n with i from 0 to n-1, got '{self.shard}'")
+        return int(match[1]), int(match[2])
+
+
+@dataclass
+class ReplayConfig:
+    """How much experience is kept, and how chunks are drawn from it."""
+
+    capacity: int = 1_000_000
+    """Agent steps kept by each rank; the oldest whole episodes leave first. On disk a step takes
+    12.3 kB for 64x64 pixels, and 2 bytes per number of an embedded phrase."""
+    prioritize_ends: bool = False
+    """Draw the last chunk of an episode more often (facts 6.2; published for Meta-World)."""
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ConfigError(f"capacity must be at least 1 agent step, got {self.capacity}")

@@ -1,0 +1,133 @@
+"""One configuration and two factories for every environment.
+
+A suite is one file with a `Simulator` (see `wrappers.py`) and one entry in `make_simulator` below.
+Simulator packages are imported only when an environment of their suite is built, and nothing
+that draws with OpenGL is touched for a suite that does not need it.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from mapo_lightning.envs.settings import EnvConfig
+from mapo_lightning.envs.wrappers import PixelEnv, Simulator
+from mapo_lightning.types import ConfigError
+
+
+def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:
+    """Build one environment.
+
+    Args:
+        cfg: Task and how it is seen.
+        seed: Seed of the first reset; the same seed gives the same sequence of episodes.
+
+    Returns:
+        A Gymnasium environment. Observations: ``image`` (size, size, 3) uint8 and, if asked for,
+        ``label_image`` (label_size, label_size, 3) uint8. Actions: Box [-1, 1], (A,), float32.
+        Rewards are summed over the repeated action; ``info["success"]`` is 0.0 or 1.0 where
+        the suite knows success.
+
+    Raises:
+        EnvironmentSetupError: The task or the camera does not exist, a package is missing, or
+            nothing on this machine can render.
+    """
+    return PixelEnv(
+        make_simulator(cfg),
+        size=cfg.size,
+        label_size=cfg.label_size,
+        action_repeat=cfg.frames_per_step,
+        time_limit=cfg.time_limit,
+        seed=seed,
+    )
+
+
+def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> VectorEnv:
+    """Build several environments that act side by side.
+
+    Suites that draw with OpenGL get one spawned process each: after the parent has rendered once,
+    a forked child hangs at its first frame (deps 1). With ``kind=gym`` programs therefore need
+    the usual ``if __name__ == "__main__"``.
+
+    Args:
+        cfg: Task and how it is seen.
+        seed: Environment i is seeded from (seed, i).
+        num_envs: Number of environments; None: ``cfg.num_envs``.
+
+    Returns:
+        A Gymnasium vector environment with autoreset in the step after the end (NEXT_STEP):
+        that step ignores its action, has reward 0, and shows the first frame of the new episode.
+
+    Raises:
+        EnvironmentSetupError: As `make_env`.
+    """
+    count = cfg.num_envs if num_envs is None else num_envs
+    if count < 1:
+        raise ConfigError(f"num_envs must be at least 1, got {count}")
+    makers: list[Callable[[], gym.Env[Any, Any]]] = [
+        functools.partial(make_env, cfg, env_seed(seed, index)) for index in range(count)
+    ]
+    if count == 1 or not needs_gl(cfg):
+        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+    # A task registered by the program itself is known only where the program is imported.
+    with nullcontext() if cfg.kind == "gym" else light_start():
+        return AsyncVectorEnv(
+            makers, shared_memory=True, context="spawn", autoreset_mode=AutoresetMode.NEXT_STEP
+        )
+
+
+@contextmanager
+def light_start() -> Iterator[None]:
+    """Processes that are spawned meanwhile do not import the program that spawns them.
+
+    Python has them import its main module, with all that it imports: seconds each, for nothing.
+    """
+    main = sys.modules["__main__"]
+    spec, file = main.__spec__, main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+
+
+def env_seed(seed: int, index: int) -> int:
+    """Seed of environment ``index``: (1, 0) and (0, 1) must not share their episodes."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
+
+def needs_gl(cfg: EnvConfig) -> bool:
+    """Whether environments of this configuration draw with OpenGL."""
+    if cfg.kind == "gym":
+        from mapo_lightning.envs.gymnasium_env import draws_with_mujoco
+
+        return draws_with_mujoco(cfg.name)
+    return cfg.kind in ("dmc", "metaworld")
+
+
+def make_simulator(cfg: EnvConfig) -> Simulator:
+    """Build the task in its own units, without what `PixelEnv` adds."""
+    if not cfg.name:
+        raise ConfigError(f"env.name must name a task of {cfg.kind}, got an empty string")
+    if cfg.kind == "toy":
+        from mapo_lightning.envs.toy import ToyDisc
+
+        return ToyDisc(cfg.name)
+    if cfg.kind == "dmc":
+        from mapo_lightning.envs.dmc import DmcTask
+
+        return DmcTask(cfg.name, cfg.camera, cfg.render_quality)
+    if cfg.kind == "metaworld":
+        from mapo_lightning.envs.metaworld import MetaWorldTask
+
+        return MetaWorldTask(cfg.name, cfg.camera, cfg.render_quality)
+    from mapo_lightning.envs.gymnasium_env import GymnasiumTask
+
+    return GymnasiumTask(cfg.name, cfg.render_quality, bounded=cfg.time_limit is not None)

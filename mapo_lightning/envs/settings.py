@@ -1,0 +1,90 @@
+"""Settings of environments and of the demo's videos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional, Union
+
+from mapo_lightning.types import ConfigError
+
+SUITE_REPEAT = {"toy": 1, "dmc": 2, "metaworld": 1, "gym": 1}
+"""Action repeat of each suite in the published experiments (facts 6.1)."""
+
+
+SUITE_FRAMES = {"toy": 50, "dmc": 1000, "metaworld": 500}
+"""Environment frames after which the suite itself ends an episode."""
+
+
+@dataclass
+class EnvConfig:
+    """Which task to act in, and how it is seen and clocked (O31, O32)."""
+
+    kind: Literal["toy", "dmc", "metaworld", "gym"] = "toy"
+    """Suite: ``toy`` needs numpy alone, ``dmc`` and ``metaworld`` are MuJoCo, ``gym`` is any
+    registered Gymnasium id that renders as ``rgb_array``."""
+    name: str = "disc"
+    """Task: ``disc`` or ``disc_anywhere`` (toy), ``walker_run`` as domain_task (dmc),
+    ``door-open`` (metaworld), a Gymnasium id (gym)."""
+    camera: Optional[Union[int, str]] = None  # noqa: UP007, UP045 (read by OmegaConf)
+    """Camera id or name; null: 0 (2 for quadruped) in dmc, ``corner`` in metaworld."""
+    action_repeat: Optional[int] = None  # noqa: UP045
+    """Environment frames per agent step; null: the suite's, 2 in dmc and 1 elsewhere."""
+    size: int = 64
+    """Height and width of the observed image, in pixels."""
+    label_size: Optional[int] = None  # noqa: UP045
+    """Height and width in pixels of a second image for the describer; null: none."""
+    render_quality: Literal["full", "fast"] = "fast"
+    """``full``: as the suite draws; ``fast``: no shadows, reflections and multisampling. Videos
+    and observations of one experiment should use the same."""
+    time_limit: Optional[int] = None  # noqa: UP045
+    """Longest episode, in agent steps; null: the suite's (500 in dmc at repeat 2 and in
+    metaworld, 50 in toy, the registered one in gym). May shorten a suite's, not lengthen it."""
+    num_envs: int = 1
+    """Environments that act side by side, each in its own process if it renders with OpenGL."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in SUITE_REPEAT:
+            raise ConfigError(f"kind must be one of {', '.join(SUITE_REPEAT)}, got '{self.kind}'")
+        for name in ("action_repeat", "label_size", "time_limit", "size", "num_envs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.render_quality not in ("full", "fast"):
+            raise ConfigError(f"render_quality must be full or fast, got '{self.render_quality}'")
+        frames = SUITE_FRAMES.get(self.kind)
+        if frames and self.time_limit and (self.time_limit - 1) * self.frames_per_step >= frames:
+            raise ConfigError(
+                f"time_limit must fit the {frames} frames of an episode of {self.kind}, "
+                f"got {self.time_limit} agent steps of {self.frames_per_step} frames"
+            )
+
+    @property
+    def frames_per_step(self) -> int:
+        """Environment frames per agent step: ``action_repeat``, or what the suite uses."""
+        return self.action_repeat or SUITE_REPEAT[self.kind]
+
+    @property
+    def fps(self) -> int:
+        """Frames per second of an episode's video, one frame per agent step."""
+        return max(5, 50 // self.frames_per_step)
+
+
+@dataclass
+class DemoConfig:
+    """Videos that ``data=demo`` renders once; no actions are stored with them."""
+
+    scenes: list[str] = field(default_factory=list)
+    """Scenes as kind/name, for example dmc/walker_run, metaworld/door-open, toy/disc."""
+    clips_per_scene: int = 4
+    """Videos per scene."""
+    frames: int = 75
+    """Frames per video, at 25 frames per second."""
+    size: int = 256
+    """Height and width of the videos, in pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("clips_per_scene", "frames"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.size < 64 or self.size % 2:
+            raise ConfigError(f"size must be even and at least 64 pixels, got {self.size}")

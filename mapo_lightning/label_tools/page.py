@@ -1,0 +1,216 @@
+"""One self-contained page of labels beside their frames: what `gallery` and MLflow show.
+
+Every text in it comes from outside and is escaped by the template. The page's policy allows nothing
+but pictures inside it and its own style and script, by their hashes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from mapo_lightning.data.ground_truth import Truth
+from mapo_lightning.data.video import VideoFileError, fingerprint, read_frames
+from mapo_lightning.semantics.agreement import CLEAR_PERCENT, clear_shift, said_direction, same_way
+from mapo_lightning.semantics.labeler import label_key
+from mapo_lightning.semantics.phrase import MAX_SLOT, MAX_TEXT, SLOTS, Phrase, clean_text
+from mapo_lightning.semantics.point_tracking import dominant_motion
+from mapo_lightning.semantics.reviews import Marks
+from mapo_lightning.semantics.store import StoredLabel
+from mapo_lightning.types import Frames
+
+_PAGES = Path(__file__).parent / "pages"
+_TITLES = ("body", "action", "target object", "direction", "displacement")
+_GAP = 3  # pixels right of every frame
+_WAYS = ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right")
+_OTHER_WAYS = ("towards or away", "turning", "none named")
+_HEIGHT = 112  # pixels of a frame in the page
+_WIDEST = 220
+_FRAMES = 8  # frames of a window that are shown
+_SEEN_AT = 128  # short side at which motion is measured, pixels
+
+
+class Place(NamedTuple):
+    """Which frames of which video a label is about, by the name that the store has kept."""
+
+    name: str
+    first: int
+    last: int
+    step: int
+
+
+class Sample(NamedTuple):
+    """Labels drawn from a store, and what the store holds in all."""
+
+    labels: list[tuple[str, StoredLabel, Place, list[Path]]]
+    """Key, label, place, and the videos of that name."""
+    counts: Counter[str]
+    """Labels by how they were read."""
+    elsewhere: int
+    """Labels of environments, or of videos in other folders."""
+
+
+def page(sample: Sample, title: str, marks: Marks | None = None) -> str:
+    """Write the page.
+
+    Args:
+        sample: What to show.
+        title: Where the labels come from; any text.
+        marks: Marks to start from.
+
+    Returns:
+        HTML; 5 to 20 kB a label.
+    """
+    marks = marks or Marks()
+    truth = Truth({path.parent for *_, paths in sample.labels for path in paths})
+    items = [_item(*entry, truth) for entry in sample.labels]
+    known = {key: "accept" for key in marks.accepted} | {key: "reject" for key in marks.rejected}
+    for item in items:
+        item["mark"] = known.pop(item["key"], "")
+    style, script = ((_PAGES / name).read_text() for name in ("gallery.css", "gallery.js"))
+    # A template must be given everything it names, and nothing in it is trusted but these two.
+    maker = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, undefined=StrictUndefined)
+    return maker.get_template("gallery.html.j2").render(
+        policy=_policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        title=clean_text(title, MAX_TEXT),
+        total=sample.counts.total(),
+        counts=dict(sorted(sample.counts.items())),
+        elsewhere=sample.elsewhere,
+        items=items,
+        ways=(*_WAYS, *_OTHER_WAYS),
+        others=json.dumps([{"key": key, "mark": mark} for key, mark in known.items()]),
+    )
+
+
+def _policy(style: str, script: str) -> str:
+    def digest(text: str) -> str:
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest(style)}'; "
+        f"script-src 'sha256-{digest(script)}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _item(
+    key: str, label: StoredLabel, place: Place, paths: list[Path], truth: Truth
+) -> dict[str, Any]:
+    """Everything that the template says about one label."""
+    # Cleaned once more: the store may come from anywhere.
+    slots = [clean_text(slot, MAX_SLOT) for slot in label.phrase or ("",) * len(SLOTS)]
+    item: dict[str, Any] = {
+        "key": clean_text(key, MAX_SLOT),
+        "status": label.status,
+        "text": clean_text(label.text, MAX_TEXT),
+        "phrase": label.phrase,
+        "slots": list(zip(_TITLES, slots, strict=True)),
+        "describer": clean_text(label.describer, MAX_TEXT),
+        "video": clean_text(place.name, MAX_TEXT),
+        "first": place.first,
+        "last": place.last,
+        "step": place.step,
+        "way": _way(label.phrase),
+        "strip": "",
+        "trouble": "",
+        "facts": [],
+        "verdict": "unclear",
+    }
+    try:
+        path = _file_of(key, label, place, paths)
+        frames = read_frames(path, range(place.first, place.last + 1, place.step), _SEEN_AT)
+    except VideoFileError as error:
+        return item | {"trouble": clean_text(str(error), MAX_TEXT)}
+    strip, shown = _strip(frames)
+    moved = truth.moved(path, place.first, place.last)
+    real = None if moved is None or not len(moved.parts) else clear_shift(moved.shifts)
+    facts = [
+        _fact("followed points", dominant_motion(frames), label.phrase),
+        *([_fact("simulator", real, label.phrase)] if moved is not None else []),
+    ]
+    judged = [fact["verdict"] for fact in reversed(facts) if fact["verdict"] != "unclear"]
+    return item | {
+        "strip": _data_uri(strip),
+        "shown": shown,
+        "width": strip.width,
+        "height": strip.height,
+        "facts": facts,
+        "verdict": judged[0] if judged else "unclear",
+    }
+
+
+def _file_of(key: str, label: StoredLabel, place: Place, paths: list[Path]) -> Path:
+    """Find the file among those of one name that the label is about."""
+    if len(paths) == 1:
+        return paths[0]
+    where = f"frames {place.first}..{place.last} step {place.step}"
+    for path in paths:
+        name = fingerprint(path)
+        identities = (f"{name} {where} size {size}" for size in range(16, 2049))
+        if any(label_key(label.describer, identity) == key for identity in identities):
+            return path
+    detail = f"{len(paths)} files have this name, and it is about none of them as they are now"
+    raise VideoFileError(Path(place.name), "missing", detail)
+
+
+def _fact(who: str, shift: np.ndarray[Any, Any] | None, phrase: Phrase | None) -> dict[str, str]:
+    """One yardstick's view of a window, against the phrase."""
+    if shift is None:
+        return {"text": f"{who}: no one clear motion", "verdict": "unclear"}
+    way = _WAYS[round(float(np.arctan2(shift[1], shift[0])) / (np.pi / 4)) % 8]
+    text = f"{who}: {way} {np.linalg.norm(shift):.1f} %"
+    if np.linalg.norm(shift) < CLEAR_PERCENT:
+        return {"text": f"{text}, not clear", "verdict": "unclear"}
+    said = said_direction(phrase)
+    if phrase is None:
+        return {"text": text, "verdict": "missed"}
+    if said is None:
+        return {"text": text, "verdict": "unclear"}
+    return {"text": text, "verdict": "agrees" if same_way(said, shift) else "disagrees"}
+
+
+def _way(phrase: Phrase | None) -> str:
+    """Name of the filter that a phrase's direction falls under."""
+    said = said_direction(phrase)
+    if said is not None:
+        return _WAYS[round(float(np.arctan2(said[1], said[0])) / (np.pi / 4)) % 8]
+    low = phrase.direction.lower() if phrase is not None else ""
+    if "clockwise" in low:
+        return "turning"
+    return (
+        "towards or away"
+        if re.search(r"toward|away|forward|backward|closer", low)
+        else ("none named")
+    )
+
+
+def _strip(frames: Frames) -> tuple[Image.Image, int]:
+    """Frames side by side, and how many."""
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _FRAMES)).round())
+    height, width = frames.shape[1:3]
+    scale = min(_HEIGHT / height, _WIDEST / width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    cell = size[0] + _GAP
+    strip = Image.new("RGB", (cell * len(chosen), size[1]), (128, 128, 128))
+    for place, index in enumerate(chosen.astype(int)):
+        small = Image.fromarray(frames[index]).resize(size, Image.Resampling.LANCZOS)
+        strip.paste(small, (place * cell, 0))
+    return strip, len(chosen)
+
+
+def _data_uri(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, format="WEBP", quality=72, method=4)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,174 @@
+"""Measures how good a describer's labels are, by motion, by repetition and by the simulator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mapo_lightning.data.clips import ClipDataset, LabelExample
+from mapo_lightning.data.ground_truth import Truth
+from mapo_lightning.semantics.agreement import (
+    Agreement,
+    Judged,
+    agreement,
+    clear_shift,
+    frozen,
+    jittered,
+    same_direction,
+)
+from mapo_lightning.semantics.labeler import Label, Labeler
+from mapo_lightning.semantics.point_tracking import dominant_motion
+from mapo_lightning.types import ConfigError, Frames
+
+_AT_ONCE = 16  # windows asked about at once
+_WORST = 40  # videos listed by name
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured of one describer on one set of videos."""
+
+    describer: str
+    """Its name, as in every label's key."""
+    windows: int
+    """Windows looked at."""
+    null: float
+    """Share of them answered null, in [0, 1]."""
+    unreadable: float
+    """Share of them whose answer could not be read."""
+    flow: Agreement
+    """Against the motion of followed points."""
+    truth: Agreement
+    """Against the simulator; of rendered videos only."""
+    still_null: float
+    """Share of frozen windows (one frame repeated, with sensor noise) that are called null."""
+    words_kept: dict[str, float]
+    """Share of windows whose phrase stays the same, word for word, by kind of jitter."""
+    direction_kept: dict[str, float]
+    """Share of windows whose direction stays the same, by kind of jitter."""
+    by_video: dict[str, Agreement]
+    """Against the simulator, or the followed points where there is none; by name of the video."""
+
+    def row(self) -> dict[str, object]:
+        """Return the measures as one row of a table."""
+        row: dict[str, object] = {
+            "describer": self.describer,
+            "windows": self.windows,
+            "null": _percent(self.null),
+            "unreadable": _percent(self.unreadable),
+        }
+        for name, found in (("points", self.flow), ("simulator", self.truth)):
+            low, high = found.interval
+            right = f"{_percent(found.share)} of {found.told}"
+            row[f"direction as {name}"] = f"{right} [{100 * low:.0f}, {100 * high:.0f}]"
+            row[f"by chance ({name})"] = _percent(found.chance)
+            row[f"direction named ({name})"] = f"{found.told} of {found.clear}"
+            row[f"moving, called null ({name})"] = f"{found.null} of {found.clear}"
+            row[f"distance as {name}"] = _number(found.magnitude)
+        row["still clips called null"] = _percent(self.still_null)
+        for kind in self.words_kept:
+            row[f"same words ({kind})"] = _percent(self.words_kept[kind])
+            row[f"same direction ({kind})"] = _percent(self.direction_kept[kind])
+        return row
+
+
+def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
+    """Judge labels, and ask again about frozen and jittered copies of their windows.
+
+    Args:
+        labeler: Who is asked; four further questions a window.
+        examples: Labelled windows; a truth file beside their videos is used where there is one.
+
+    Raises:
+        ConfigError: There are no windows.
+        DescriberError: The describer failed.
+    """
+    if not examples:
+        raise ConfigError("there is no window to judge labels by: callbacks.quality must be > 0")
+    truth = Truth({example.path.parent for example in examples})
+    judged = [_judge(example, truth) for example in examples]
+    count = len(judged)
+    still = _ask(labeler, [frozen(example.frames) for example in examples], "frozen")
+    words: dict[str, float] = {}
+    directions: dict[str, float] = {}
+    copies = [jittered(example.frames) for example in examples]
+    for kind in copies[0]:
+        again = _ask(labeler, [copy[kind] for copy in copies], f"jitter {kind}")
+        pairs = list(zip(judged, again, strict=True))
+        words[kind] = sum(one.phrase == two.phrase for one, two in pairs) / count
+        directions[kind] = sum(same_direction(one.phrase, two.phrase) for one, two in pairs) / count
+    return Quality(
+        describer=labeler.describer.name,
+        windows=count,
+        null=sum(one.status == "null" for one in judged) / count,
+        unreadable=sum(one.status == "unreadable" for one in judged) / count,
+        flow=agreement(judged, [one.by_flow for one in judged]),
+        truth=agreement(judged, [one.by_truth for one in judged]),
+        still_null=sum(not label.known for label in still) / count,
+        words_kept=words,
+        direction_kept=directions,
+        by_video=_by_video(examples, judged),
+    )
+
+
+def measure_clips(clips: ClipDataset, windows: int) -> Quality:
+    """Measure the describer of a set of videos on windows spread over them."""
+    # Asked for more windows than the videos hold, some come twice.
+    found = {(example.path, example.start): example for example in clips.label_examples(windows)}
+    return measure(clips.labeler, list(found.values()))
+
+
+def markdown(found: Sequence[Quality]) -> str:
+    """Return a table with a row per measure and a column per describer, and the worst videos."""
+    rows = [quality.row() for quality in found]
+    head = "| |" + "".join(f" `{_cell(row['describer'])}` |" for row in rows)
+    lines = [head, "|---|" + "---|" * len(rows)]
+    for name in list(rows[0])[1:]:
+        lines.append(f"| {name} |" + "".join(f" {_cell(row[name])} |" for row in rows))
+    for quality in found:
+        told = {video: one for video, one in quality.by_video.items() if one.told}
+        worst = sorted(told.items(), key=lambda pair: (pair[1].share, pair[0]))[:_WORST]
+        lines += ["", "| video | direction right |", "|---|---|"]
+        lines += [f"| {_cell(video)} | {one.agree} of {one.told} |" for video, one in worst]
+    return "\n".join(lines) + "\n"
+
+
+def _by_video(examples: Sequence[LabelExample], judged: Sequence[Judged]) -> dict[str, Agreement]:
+    groups: dict[str, list[Judged]] = {}
+    for example, one in zip(examples, judged, strict=True):
+        groups.setdefault(example.video, []).append(one)
+    known = any(one.by_truth is not None for one in judged)
+    return {
+        video: agreement(ones, [one.by_truth if known else one.by_flow for one in ones])
+        for video, ones in sorted(groups.items())
+    }
+
+
+def _judge(example: LabelExample, truth: Truth) -> Judged:
+    moved = truth.moved(example.path, example.start, example.last)
+    return Judged(
+        example.status,
+        example.phrase,
+        dominant_motion(example.frames),
+        None if moved is None else clear_shift(moved.shifts),
+    )
+
+
+def _ask(labeler: Labeler, windows: Sequence[Frames], what: str) -> list[Label]:
+    labels: list[Label] = []
+    for first in range(0, len(windows), _AT_ONCE):
+        labels += labeler.label_frames(windows[first : first + _AT_ONCE], f"quality: {what}")
+    return labels
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("`", "'")

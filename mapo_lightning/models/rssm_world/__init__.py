@@ -1,0 +1,1 @@
+"""The stacked recurrent state-space world model: MAPO and its four RSSM baselines."""

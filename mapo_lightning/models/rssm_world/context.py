@@ -1,0 +1,115 @@
+"""Scene context: what one random frame of a clip says about all of it.
+
+Shapes: B batch, C channels, Z code width, L tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mapo_lightning.models.rssm_world.encoder import ResNetEncoder, normalised
+from mapo_lightning.models.rssm_world.quantizer import Quantizer
+from mapo_lightning.models.rssm_world.settings import ContextConfig, ImageConfig
+
+SCALES = (16, 8)
+"""Sides of the feature maps that the decoder reads."""
+
+
+class Context(NamedTuple):
+    """What the decoder is told about the scene."""
+
+    maps: dict[int, Tensor]  # side -> (B, C, side, side)
+    terms: dict[str, Tensor]  # scalar loss terms
+    codes: dict[int, Tensor]  # side -> (B, L) code indices; empty without a codebook
+
+
+NO_CONTEXT = Context({}, {}, {})
+"""What a decoder without cross-attention is told."""
+
+
+class FrameContext(nn.Module):
+    """Features of one frame per clip, at 16x16 and 8x8, quantised if the method says so.
+
+    Args:
+        cfg: What is looked at, and how.
+        image: Sizes of the encoder.
+        augment: Erase rectangles while training, as ``cfg`` says; the published systems do so in
+            fine-tuning only.
+
+    Source: Sec. 4.2 and Algorithm 1, lines 6 and 7 of the MAPO paper; facts 3.2.
+    """
+
+    def __init__(self, cfg: ContextConfig, image: ImageConfig, augment: bool = False) -> None:
+        super().__init__()
+        self.cfg, self.erase = cfg, cfg.erase if augment else 0.0
+        self.encoder = ResNetEncoder(image)
+        widths = {16: image.channels[1], 8: image.channels[2]}
+        self.quantizers = nn.ModuleDict()
+        self.terms = ("commitment",) if cfg.kind == "quantized" else ()
+        if cfg.kind == "quantized" and cfg.quantizer.shape == "spatial":
+            self.quantizers.update({str(s): Quantizer(cfg.quantizer, widths[s]) for s in SCALES})
+        elif cfg.kind == "quantized":
+            self.quantizers["frame"] = Quantizer(cfg.quantizer, sum(widths.values()))
+
+    def forward(self, obs: Tensor) -> Context:
+        """Look at one frame of each clip; ``obs`` is (B, T, H, W, 3) uint8."""
+        frame_BCHW = self._augment(normalised(self._pick(obs)))
+        maps = self.encoder.maps(frame_BCHW)
+        maps = {side: maps[side] for side in SCALES}
+        if not self.quantizers:
+            return Context(maps, {}, {})
+        return self._per_frame(maps) if "frame" in self.quantizers else self._per_place(maps)
+
+    def _pick(self, obs: Tensor) -> Tensor:
+        """One frame of each clip, (B, H, W, 3)."""
+        batch, steps = obs.shape[:2]
+        if self.cfg.frame == "first":
+            return obs[:, 0]
+        if self.cfg.frame == "last":
+            return obs[:, -1]
+        tau_B = torch.randint(steps, (batch,), device=obs.device)
+        return obs[torch.arange(batch, device=obs.device), tau_B]
+
+    def _augment(self, frame_BCHW: Tensor) -> Tensor:
+        """Grey out one rectangle of 2-33 % of the area, aspect 0.3-3.3, in some frames."""
+        if not self.training or self.erase == 0.0:
+            return frame_BCHW
+        batch, _, height, width = frame_BCHW.shape
+        u = torch.rand(5, batch, 1, 1, 1, device=frame_BCHW.device)
+        area = (0.02 + 0.31 * u[0]) * height * width
+        aspect = torch.exp(torch.log(torch.tensor(0.3)) + u[1] * torch.log(torch.tensor(11.0)))
+        tall, wide = (area * aspect).sqrt(), (area / aspect).sqrt()
+        top, left = u[2] * (height - tall).clamp(min=0), u[3] * (width - wide).clamp(min=0)
+        y = torch.arange(height, device=u.device).view(1, 1, -1, 1)
+        x = torch.arange(width, device=u.device).view(1, 1, 1, -1)
+        inside = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
+        return frame_BCHW.masked_fill(inside & (u[4] < self.erase), 0.0)
+
+    def _per_place(self, maps: dict[int, Tensor]) -> Context:
+        """Quantise every location of every map with the codebook of its scale."""
+        coded: dict[int, Tensor] = {}
+        codes: dict[int, Tensor] = {}
+        commitment = torch.zeros((), device=next(iter(maps.values())).device)
+        for side, map_BCHW in maps.items():
+            batch, width = map_BCHW.shape[:2]
+            rows_RZ = map_BCHW.permute(0, 2, 3, 1).reshape(-1, width)
+            found = self.quantizers[str(side)](rows_RZ)
+            coded[side] = found.code.view(batch, side, side, width).permute(0, 3, 1, 2)
+            codes[side] = found.chosen.view(batch, -1)
+            commitment = commitment + found.commitment
+        return Context(coded, {"commitment": commitment}, codes)
+
+    def _per_frame(self, maps: dict[int, Tensor]) -> Context:
+        """Quantise the pooled features of both scales as one vector, spread over the maps."""
+        pooled = [maps[side].mean(dim=(2, 3)) for side in SCALES]
+        found = self.quantizers["frame"](torch.cat(pooled, dim=1))
+        parts = found.code.split([p.shape[1] for p in pooled], dim=1)
+        coded = {
+            side: part[:, :, None, None].expand(-1, -1, side, side)
+            for side, part in zip(SCALES, parts, strict=True)
+        }
+        codes = {side: found.chosen[:, None] for side in SCALES}
+        return Context(coded, {"commitment": found.commitment}, codes)

@@ -1,0 +1,1 @@
+"""What a run is: its configuration, the objects it is built of, and its stages."""

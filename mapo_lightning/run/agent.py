@@ -1,0 +1,198 @@
+"""A trained agent outside the trainer: frames in, actions out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mapo_lightning.config.compose import from_base
+from mapo_lightning.run.build import build_tracker, load_finetuned
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.from_checkpoint import agent_settings
+from mapo_lightning.training.acting import ActingPolicy
+from mapo_lightning.training.finetune import FinetuneModule
+from mapo_lightning.types import ConfigError, MapoError
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class ObservationError(MapoError):
+    """What the agent was shown is not what it was trained on."""
+
+
+def load_agent(
+    checkpoint: str | Path, device: str | torch.device = "cpu", describe: bool = True
+) -> Agent:
+    """Load a trained agent; its method, sizes and describer come from the checkpoint.
+
+    Args:
+        checkpoint: A fine-tuning checkpoint, such as ``runs/NAME/finetune/last.ckpt``.
+        device: Where the networks run, such as ``cpu`` or ``cuda:0``.
+        describe: Ask the describer of the checkpoint's run about the frames as they come. False
+            asks nobody: the agent then acts as with ``vlm=none``.
+
+    Raises:
+        CheckpointError: The file is no checkpoint of an agent.
+        ConfigError: There is no such device, or the checkpoint's settings cannot be read.
+    """
+    path = Path(checkpoint)
+    cfg = from_base(agent_settings(path), RunConfig)
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn before they are replaced
+        module, card = load_finetuned(cfg, path)
+    try:
+        module.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"device='{device}' cannot be used ({reason}); try 'cpu'") from error
+    source = cfg.world_model.source.kind if cfg.world_model.lower is not None else "none"
+    if not describe or source != "semantic":
+        cfg.vlm = replace(cfg.vlm, kind="none")
+    return Agent(cfg, module.eval(), int(card["action_dim"]))
+
+
+class Agent:
+    """Acts greedily on the frames it is shown, one environment or N side by side.
+
+    It remembers what it has seen since `reset`. Its random numbers are its own: the posteriors are
+    sampled, as in evaluation, from a stream that ``reset(seed)`` starts.
+
+    Attributes:
+        cfg: The settings of the checkpoint's run.
+        action_dim: Width A of an action.
+    """
+
+    def __init__(self, cfg: RunConfig, module: FinetuneModule, action_dim: int) -> None:
+        self.cfg, self.action_dim = cfg, action_dim
+        self._module = module
+        self._labels = tempfile.TemporaryDirectory(prefix="mapo-labels-")
+        # Labels of this process only: a program that acts has no shared store to write to.
+        self._private = replace(cfg, work_dir=self._labels.name)
+        self.reset()
+
+    def reset(self, seed: int | None = None) -> None:
+        """Forget everything; the next `act` is the first of an episode.
+
+        Args:
+            seed: Of the agent's random numbers; None: ``evaluate.seed`` of its run. With the
+                environment's reset seed here, one environment at a time, an episode goes as in
+                ``stage=evaluate evaluate.num_envs=1``.
+        """
+        start = self.cfg.evaluate.seed if seed is None else seed
+        device = self._device
+        self._random = {"cpu": torch.Generator().manual_seed(start).get_state()}
+        if device.type == "cuda":
+            self._random["cuda"] = torch.Generator(device).manual_seed(start).get_state()
+        self._policy = ActingPolicy(self._module.world_model, self._module.agent, explore=False)
+        self._batch: int | None = None
+        self._label: Callable[[Arrays, NDArray[np.bool_]], Arrays] | None = None
+
+    def act(
+        self,
+        obs: NDArray[np.uint8],
+        label_obs: NDArray[np.uint8] | None = None,
+        is_first: NDArray[np.bool_] | None = None,
+    ) -> NDArray[np.float32]:
+        """Take in the newest frame and answer with an action.
+
+        Args:
+            obs: RGB, (H, W, 3) uint8, or (N, H, W, 3) from N environments.
+            label_obs: The same moment in the size that the describer was shown in training, where
+                ``env.label_size`` or ``vlm.env_frame_size`` of the run ask for one of their own.
+            is_first: (N,), for N environments: which of them have just begun an episode. None:
+                all of them after `reset`, then none.
+
+        Returns:
+            (A,) or (N, A), in [-1, 1], as the wrapped environments of this package take them.
+
+        Raises:
+            ObservationError: A wrong type, shape or number of environments.
+        """
+        single = np.ndim(obs) == 3
+        frames = self._checked(obs, single, "obs", self.cfg.env.size)
+        envs = len(frames)
+        if self._batch is None:
+            self._batch = envs
+            self._label = build_tracker(self._private, envs, "agent").update
+            is_first = np.ones(envs, bool)
+        if envs != self._batch:
+            raise ObservationError(
+                f"act() was given {envs} environments after {self._batch}; call reset() first"
+            )
+        first = np.zeros(envs, bool) if is_first is None else np.asarray(is_first, bool)
+        if first.shape != (envs,):
+            raise ObservationError(f"is_first must be ({envs},), got {first.shape}")
+        shown = {"image": frames} | self._label_frames(label_obs, single)
+        assert self._label is not None
+        step = {"obs": frames, "is_first": first, **self._label(shown, first)}
+        action = self._drawn_from_own_stream(step)
+        return action[0] if single else action
+
+    def close(self) -> None:
+        """Remove the labels kept for this agent."""
+        self._labels.cleanup()
+
+    def __enter__(self) -> Agent:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._module.agent.parameters()).device
+
+    def _drawn_from_own_stream(self, step: Arrays) -> NDArray[np.float32]:
+        """Ask the policy without touching the program's random numbers."""
+        device = self._device
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.set_rng_state(self._random["cpu"])
+            if cuda:
+                torch.cuda.set_rng_state(self._random["cuda"], device)
+            action = self._policy(step)
+            self._random["cpu"] = torch.get_rng_state()
+            if cuda:
+                self._random["cuda"] = torch.cuda.get_rng_state(device)
+        return action
+
+    def _label_frames(
+        self, label_obs: NDArray[np.uint8] | None, single: bool
+    ) -> dict[str, NDArray[np.uint8]]:
+        """The describer's own view, if it has one."""
+        size = self.cfg.vlm.env_frame_size or self.cfg.env.label_size
+        if size is None or self.cfg.vlm.kind == "none":
+            return {}
+        if label_obs is None:
+            raise ObservationError(
+                f"this agent's describer was shown frames of {size} pixels: give them as "
+                "label_obs=, or load the agent with describe=False"
+            )
+        frames = self._checked(label_obs, single, "label_obs", size)
+        if len(frames) != self._batch:
+            raise ObservationError(f"label_obs must hold {self._batch} frames, got {len(frames)}")
+        return {"label_image": frames}
+
+    def _checked(self, obs: Any, single: bool, name: str, size: int) -> NDArray[np.uint8]:
+        """Frames (N, size, size, 3) uint8 as they are; nothing is cast or resized unasked."""
+        shape = (size, size, 3) if single else ("N", size, size, 3)
+        found = np.shape(obs)
+        if not isinstance(obs, np.ndarray) or obs.dtype != np.uint8:
+            kind = obs.dtype if isinstance(obs, np.ndarray) else type(obs).__name__
+            raise ObservationError(f"{name} must be a numpy array of uint8 in [0, 255], got {kind}")
+        if found[-3:] != (size, size, 3) or len(found) != len(shape) or not len(obs):
+            wanted = f"({size}, {size}, 3) or (N, {size}, {size}, 3)"
+            raise ObservationError(f"{name} must have the shape {wanted}, got {found}")
+        return obs[None] if single else obs

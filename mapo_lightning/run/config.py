@@ -1,0 +1,92 @@
+"""One run, as nested dataclasses. Every room owns its own settings; this file only nests them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from callbacks.settings import CallbacksConfig
+from mapo_lightning.data.settings import LabelConfig, ReplayConfig, VideoDataConfig
+from mapo_lightning.envs.settings import DemoConfig, EnvConfig
+from mapo_lightning.models.agents.settings import AgentConfig
+from mapo_lightning.models.rssm_world.settings import WorldModelConfig
+from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.tracking.settings import TrackingConfig
+from mapo_lightning.training.settings import (
+    EvaluateConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    TrainerConfig,
+)
+from mapo_lightning.types import ConfigError
+
+
+@dataclass
+class RunConfig:
+    """One run of train.py."""
+
+    stage: Literal["all", "pretrain", "finetune", "evaluate", "label"] = "all"
+    """all: pre-train, fine-tune and evaluate in one go; or one of them; label: only fill the label
+    store with every window of the videos."""
+    method: str = "mapo"
+    """Published system, for the record; chosen with method=NAME."""
+    seed: int = 0
+    """Of initialisation, sampling and environments."""
+    run_dir: str = ""
+    """Folder of this run; empty: runs/<date>-<method>-<task>."""
+    work_dir: str = "runs/cache"
+    """Folder that runs share: scanned videos and the label store."""
+    init_from: str | None = None
+    """Pre-training checkpoint that fine-tuning starts from; null starts fresh."""
+    checkpoint: str | None = None
+    """Fine-tuning checkpoint that stage=evaluate plays, with the settings it was made with."""
+    resume: str | None = None
+    """Checkpoint, or folder of a run, whose training goes on: with its settings, optimiser, replay,
+    counters and MLflow runs."""
+    data: VideoDataConfig = field(default_factory=VideoDataConfig)
+    """Videos."""
+    demo: DemoConfig = field(default_factory=DemoConfig)
+    """Videos that the demo renders."""
+    vlm: VlmConfig = field(default_factory=VlmConfig)
+    """Who describes them."""
+    label: LabelConfig = field(default_factory=LabelConfig)
+    """Labelling a whole corpus."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """Task."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """Experience."""
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    """Plugs and sizes."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """Behaviour learning."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Stage 1."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Stage 2."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Test episodes."""
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    """What happens around training."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Hardware."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its evaluations are of."""
+        task = f"{self.env.kind}/{self.env.name}"
+        return {"method": self.method, "task": task, "seed": self.seed}
+
+    def __post_init__(self) -> None:
+        if self.stage == "evaluate" and not self.checkpoint:
+            raise ConfigError("stage=evaluate needs checkpoint=PATH of a fine-tuned agent")
+        if self.data.image_size != self.env.size:
+            raise ConfigError(
+                f"data.image_size and env.size must agree, got {self.data.image_size} and "
+                f"{self.env.size}"
+            )
+        if self.env.size != 64:
+            raise ConfigError(
+                f"env.size must be 64, the side the networks have, got {self.env.size}"
+            )

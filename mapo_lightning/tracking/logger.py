@@ -1,0 +1,238 @@
+"""Runs, metrics and parameters in MLflow. Only rank 0 ever talks to it.
+
+One parent run holds a child run per phase. Metrics go through an :class:`Outbox`, so that a slow
+store costs no training time; files go through :mod:`mapo_lightning.tracking.artifacts`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from mapo_lightning.config.redact import redact_text
+from mapo_lightning.tracking import mlflow_client
+from mapo_lightning.tracking.mlflow_client import Point, Status, clean_name
+from mapo_lightning.tracking.queue import Outbox
+from mapo_lightning.tracking.settings import TrackingConfig
+from mapo_lightning.types import ConfigError
+
+__all__ = [
+    "RunLogger",
+    "SilentLogger",
+    "Status",
+    "TrackingConfig",
+    "finish_parent",
+    "is_main_process",
+    "make_logger",
+    "open_store",
+    "start_parent",
+    "store_uri",
+]
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT = 60.0  # seconds between two signs of life
+
+
+def is_main_process() -> bool:
+    """Tell whether this process is rank 0 of node 0; also right before a Trainer exists."""
+    # NODE_RANK and GROUP_RANK: the first process of a second node does not know its rank yet.
+    nodes = (os.environ.get(name) or "0" for name in ("NODE_RANK", "GROUP_RANK"))
+    return not getattr(rank_zero_only, "rank", 0) and all(node == "0" for node in nodes)
+
+
+def store_uri(cfg: TrackingConfig) -> str:
+    """Return the store's address with an absolute path."""
+    if not cfg.uri.startswith("sqlite:///"):
+        return cfg.uri
+    return f"sqlite:///{Path(cfg.uri.removeprefix('sqlite:///')).expanduser().absolute()}"
+
+
+def open_store(cfg: TrackingConfig) -> str | None:
+    """Make the store and the experiment where they are missing, and close runs whose process died.
+
+    Safe to call from several processes at once: MLflow itself ruins a fresh SQLite file when two
+    processes create its tables together, so the first use happens under a file lock.
+
+    Returns:
+        The experiment's id, or None where tracking is off or this is not the main process.
+
+    Raises:
+        ConfigError: The store cannot be opened.
+    """
+    if not cfg.enabled or not is_main_process():
+        return None
+    uri = store_uri(cfg)
+    try:
+        identity = mlflow_client.open_experiment(uri, cfg.experiment, cfg.artifacts)
+    except mlflow_client.errors() as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"cannot open the MLflow store '{redact_text(uri)}': {redact_text(reason)}. "
+            "Give another with tracking.uri=..., or switch it off with tracking.enabled=false."
+        ) from error
+    mlflow_client.close_dead_runs(mlflow_client.client(uri), identity)
+    return identity
+
+
+def start_parent(
+    cfg: TrackingConfig, name: str, tags: Mapping[str, str], run_id: str | None = None
+) -> str | None:
+    """Start the run that holds the runs of all phases.
+
+    Args:
+        cfg: Where to.
+        name: Name of the run.
+        tags: Further tags.
+        run_id: A run to continue instead.
+
+    Returns:
+        Its id, or None where tracking is off or this is not the main process.
+    """
+    experiment = open_store(cfg)
+    if experiment is None:
+        return None
+    return mlflow_client.start_run(
+        mlflow_client.client(store_uri(cfg)), experiment, name, tags, run_id
+    )
+
+
+def finish_parent(
+    run_id: str | None, status: Status = "FINISHED", cfg: TrackingConfig | None = None
+) -> None:
+    """End a run.
+
+    Args:
+        run_id: As returned by :func:`start_parent`; None does nothing.
+        status: How it ended.
+        cfg: The store; the one opened last where it is None.
+    """
+    if run_id is None or not is_main_process():
+        return
+    client = mlflow_client.client(store_uri(cfg) if cfg else None)
+    try:
+        client.set_terminated(run_id, status)
+    except mlflow_client.errors() as error:
+        log.warning("MLflow run %s could not be closed: %s", run_id, error)
+
+
+def make_logger(
+    cfg: TrackingConfig,
+    run_name: str,
+    parent_run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    run_id: str | None = None,
+) -> RunLogger | SilentLogger | None:
+    """Make the Lightning logger of one phase.
+
+    Args:
+        cfg: Where to.
+        run_name: Name of the child run, such as ``pretrain``.
+        parent_run_id: The run it belongs to.
+        tags: Further tags.
+        run_id: A run to continue instead of starting one.
+
+    Returns:
+        The logger; None where tracking is off; on other ranks one that does nothing.
+    """
+    if not cfg.enabled:
+        return None
+    experiment = open_store(cfg)
+    if experiment is None:
+        return SilentLogger()
+    linked = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
+    client = mlflow_client.client(store_uri(cfg))
+    wanted = {**linked, **(tags or {})}
+    identity = mlflow_client.start_run(client, experiment, run_name, wanted, run_id)
+    return RunLogger(cfg, run_name, identity, resumed=run_id is not None)
+
+
+class SilentLogger(DummyLogger):
+    """Stands in for :class:`RunLogger` on the ranks that must not touch the store."""
+
+    run_id: None = None
+
+
+class RunLogger(MLFlowLogger):
+    """Lightning's MLflow logger with background delivery, clean names and safe resuming.
+
+    Args:
+        cfg: The store.
+        run_name: Name of the run.
+        run_id: The run, already started.
+        resumed: The run has earlier values: steps that it already holds are not written again.
+    """
+
+    def __init__(
+        self, cfg: TrackingConfig, run_name: str, run_id: str, resumed: bool = False
+    ) -> None:
+        super().__init__(
+            cfg.experiment, run_name=run_name, tracking_uri=store_uri(cfg), run_id=run_id
+        )
+        self.cfg, self.active_run = cfg, run_id
+        self._outbox: Outbox[Point] | None = None
+        self._seen = mlflow_client.last_steps(self.experiment, run_id) if resumed else {}
+        self._beat = time.monotonic()
+        self.failed_calls = 0
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Queue values; steps at or before the last recorded one of a resumed run are left out."""
+        now, at = int(time.time() * 1000), step or 0
+        points = [
+            (clean_name(name), float(value), now, at)
+            for name, value in metrics.items()
+            if at > self._seen.get(clean_name(name), -1)
+        ]
+        if self._outbox is None:
+            self._outbox = Outbox(self._send, tick=self._heartbeat)
+        self._outbox.put(points)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """Record parameters; those that changed since the run began become one tag per resume."""
+        values = params if isinstance(params, Mapping) else vars(params)
+        self.attempt(
+            "parameters", lambda: mlflow_client.log_params(self.experiment, self.active_run, values)
+        )
+
+    def flush(self, timeout: float = 30.0) -> bool:
+        """Deliver queued values; returns whether all arrived within ``timeout`` seconds."""
+        return self._outbox is None or self._outbox.flush(timeout)
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """Deliver queued values and end the run."""
+        if self._outbox is not None:
+            self._outbox.close()
+            self._outbox = None
+        ended: Status = "FAILED" if status == "failed" else "FINISHED"
+        self.attempt(
+            "the end of the run", lambda: self.experiment.set_terminated(self.active_run, ended)
+        )
+
+    def attempt(self, what: str, call: Callable[[], object]) -> bool:
+        """Run a call that needs the store; a failure is logged and counted, never raised."""
+        try:
+            call()
+        except mlflow_client.errors() as error:
+            self.failed_calls += 1
+            log.warning("MLflow did not take %s: %s", what, redact_text(str(error)))
+            return False
+        return True
+
+    def _send(self, points: list[Point]) -> None:
+        mlflow_client.log_points(self.experiment, self.active_run, points)
+
+    def _heartbeat(self) -> None:
+        if time.monotonic() - self._beat >= _HEARTBEAT:
+            self._beat = time.monotonic()
+            self.experiment.set_tag(self.active_run, "heartbeat", str(int(time.time())))

@@ -1,0 +1,189 @@
+"""What a policy is worth: statistics over episodes from a fixed list of reset seeds (O33).
+
+Returns of a handful of episodes are skewed and have outliers, so next to the mean stands the
+interquartile mean with a bootstrap interval. Source: Agarwal et al., arXiv:2108.13264.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from mapo_lightning.data.video import write_mp4
+from mapo_lightning.envs.collector import Episode, Policy, RandomPolicy, StillPolicy
+from mapo_lightning.tracking import artifacts
+from mapo_lightning.tracking.logger import RunLogger, is_main_process
+from mapo_lightning.types import Frames
+
+log = logging.getLogger(__name__)
+
+CONFIDENCE = 0.95
+_RESAMPLES = 2000
+_CUT = 0.25  # share of the episodes that the interquartile mean leaves out at each end
+_ZOOM = 4  # 64 pixels are too few to look at
+
+PolicyOf = Callable[[int], Policy]
+"""Makes a policy without memory for a batch of episodes; its randomness comes from the seed."""
+
+Play = Callable[[PolicyOf, int], tuple[list[Episode], list[Frames]]]
+"""Plays the evaluation's episodes with a policy and films the given number of them."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Returns of one policy over the evaluation's episodes."""
+
+    episodes: tuple[Episode, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(np.mean([e.score for e in self.episodes]))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over episodes."""
+        return float(np.std([e.score for e in self.episodes]))
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the mean; None for a single episode."""
+        count = len(self.episodes)
+        return self.spread / float(np.sqrt(count - 1)) if count > 1 else None
+
+    @property
+    def iqm(self) -> float:
+        """Interquartile mean: of the middle half of the returns."""
+        return float(stats.trim_mean([e.score for e in self.episodes], _CUT))
+
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """Percentile bootstrap interval of the interquartile mean, always from the same draws.
+
+        It covers the episodes of this one agent, not other training seeds. None for one episode.
+        """
+        if len(self.episodes) < 2:
+            return None
+        found = stats.bootstrap(
+            (np.array([e.score for e in self.episodes]),),
+            lambda returns, axis: stats.trim_mean(returns, _CUT, axis=axis),
+            confidence_level=CONFIDENCE,
+            n_resamples=_RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        return float(found.low), float(found.high)
+
+    @property
+    def success(self) -> float | None:
+        """Share of successful episodes, None where the suite does not say."""
+        told = [e.success for e in self.episodes if e.success is not None]
+        return float(np.mean(told)) if told else None
+
+    def figures(self) -> dict[str, float]:
+        """Every statistic that is defined for these episodes, by name."""
+        low, high = self.interval or (None, None)
+        values = {
+            "return": self.mean,
+            "return_std": self.spread,
+            "return_se": self.error,
+            "return_iqm": self.iqm,
+            "return_iqm_low": low,
+            "return_iqm_high": high,
+            "success": self.success,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def metrics(self) -> dict[str, float]:
+        """What the tracker is told."""
+        return {f"eval/{name}": value for name, value in self.figures().items()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An agent's test episodes, and on the same seeds those of policies that learn nothing.
+
+    Attributes:
+        score: Of the agent.
+        floors: Name -> score of a policy that learns nothing.
+        seeds: Reset seed of every episode.
+        about: What was played: method, task, checkpoint, environment frames and the like.
+    """
+
+    score: Score
+    floors: Mapping[str, Score]
+    seeds: tuple[int, ...]
+    about: Mapping[str, Any]
+
+    def metrics(self) -> dict[str, float]:
+        """What the tracker is told: the agent's statistics and the floors' means."""
+        floors = {f"eval/return_{name}": score.mean for name, score in self.floors.items()}
+        return self.score.metrics() | floors
+
+    def lines(self) -> Iterator[str]:
+        """The summary for people: one line per policy."""
+        yield "{task} after {env_frames:,} frames, ".format(**self.about) + (
+            f"{len(self.seeds)} episodes from reset seeds {self.seeds[0]}..{self.seeds[-1]}:"
+        )
+        for name, score in {**self.floors, self.about["method"]: self.score}.items():
+            line = f"  {name:<12} return {score.mean:8.1f}"
+            if score.error is not None and score.interval is not None:
+                line += f" ± {score.error:.1f} (standard error), interquartile mean {score.iqm:.1f}"
+                line += " [{:.1f}, {:.1f}]".format(*score.interval)
+            yield line + ("" if score.success is None else f", success {score.success:.0%}")
+
+    def tree(self) -> dict[str, Any]:
+        """Everything as plain dicts: what was played, and each policy's statistics and episodes."""
+        policies = {name: self._entry(score) for name, score in self.floors.items()}
+        policies["agent"] = self._entry(self.score)
+        return {**self.about, "confidence": CONFIDENCE, "policies": policies}
+
+    def save(self, path: Path) -> None:
+        """Write `tree` as JSON."""
+        path.write_text(json.dumps(self.tree(), indent=1) + "\n", encoding="utf-8")
+
+    def save_films(self, folder: Path, films: Sequence[Frames], fps: float) -> None:
+        """Write one enlarged video per filmed episode, as ``seed_1000.mp4``."""
+        for seed, film_THWC in zip(self.seeds, films, strict=False):
+            write_mp4(folder / f"seed_{seed}.mp4", enlarged(film_THWC), fps)
+
+    def record(self, logger: object, films: Sequence[Frames], fps: float) -> None:
+        """Put statistics, episodes and videos into an MLflow run of their own, and end it."""
+        if not isinstance(logger, RunLogger):
+            return
+        frames = int(self.about["env_frames"])
+        logger.log_metrics(self.metrics(), frames)
+        artifacts.log_dict(logger, self.tree(), "evaluation.json")
+        for seed, film_THWC in zip(self.seeds, films, strict=False):
+            artifacts.log_video(logger, enlarged(film_THWC), f"seed_{seed}", frames, fps)
+        logger.finalize()
+
+    def _entry(self, score: Score) -> dict[str, Any]:
+        played = [
+            {"seed": seed, "return": e.score, "agent_steps": e.agent_steps, "success": e.success}
+            for seed, e in zip(self.seeds, score.episodes, strict=True)
+        ]
+        return {**score.figures(), "episodes": played}
+
+
+def floors(play: Play, action_dim: int) -> dict[str, Score]:
+    """What policies that learn nothing score on the evaluation's episodes; empty off rank 0."""
+    if not is_main_process():
+        return {}
+    log.info("playing the test episodes at random and without acting")
+    at_random, _ = play(lambda seed: RandomPolicy(action_dim, seed), 0)
+    still, _ = play(lambda seed: StillPolicy(action_dim), 0)
+    return {"random": Score(tuple(at_random)), "still": Score(tuple(still))}
+
+
+def enlarged(film_THWC: Frames) -> Frames:
+    """Each pixel as a square of pixels, (T, 4H, 4W, 3)."""
+    return film_THWC.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)

@@ -1,0 +1,205 @@
+"""Settings of both trainings, of evaluation and of the hardware; free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mapo_lightning.models.settings import ObjectiveConfig
+from mapo_lightning.types import ConfigError
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam as every system of the family uses it (facts 4, 5)."""
+
+    eps: float = 1e-5
+    """Added to the root of the second moment."""
+    weight_decay: float = 1e-6
+    """L2 penalty inside Adam, as in the PyTorch ports. Deviation: adam-l2. APV and DreamerV2 in
+    TensorFlow shrink all weights by this factor instead, whatever the learning rate."""
+    max_grad_norm: float = 100.0
+    """Global norm to which the gradient of each group is clipped."""
+
+    def __post_init__(self) -> None:
+        if self.eps <= 0.0 or self.weight_decay < 0.0 or self.max_grad_norm <= 0.0:
+            raise ConfigError("eps and max_grad_norm must be positive, weight_decay not negative")
+
+
+@dataclass
+class PretrainConfig:
+    """Pre-training on videos (facts 5, O27, O28)."""
+
+    updates: int = 600_000
+    """Optimiser updates: 600,000 for a first result, 1,200,000 for parity (O27)."""
+    batch_size: int = 16
+    """Clips per update and rank (O28)."""
+    lr: float = 3e-4
+    """Learning rate, constant (O28)."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Adam's other numbers."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Loss weights; the method's file names them."""
+    validate_every: int = 5000
+    """Updates between passes over the held-out clips."""
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch_size", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr <= 0.0:
+            raise ConfigError(f"lr must be positive, got {self.lr}")
+
+
+@dataclass
+class FinetuneConfig:
+    """Learning in an environment (facts 6.1; the suites' numbers stand in conf/env/)."""
+
+    agent_steps: int = 502_000
+    """Agent steps in all, prefill included; times the action repeat gives frames (O30)."""
+    prefill: int = 1000
+    """Agent steps of uniformly random behaviour before learning starts."""
+    prefill_hold: int = 1
+    """Agent steps for which each random action of the prefill is held; 1 as published. Sustained
+    actions show what single ones, which cancel out, do not."""
+    initial_updates: int = 100
+    """Updates on the prefill before the agent acts."""
+    train_every: int = 5
+    """Agent steps between updates."""
+    collect_ahead: bool = True
+    """The environments simulate and draw a step while the next update runs, which hides all of it
+    if ``env.num_envs`` is at least ``train_every``. Replay gets that step one update later; the
+    order of everything stays fixed. Off with ``trainer.deterministic``."""
+    batch_size: int = 16
+    """Replayed chunks per update and rank."""
+    chunk_length: int = 50
+    """Length T of a replayed chunk."""
+    lr_model: float = 3e-4
+    """Learning rate of upper dynamics, decoder and heads."""
+    lr_lower: float = 3e-4
+    """Learning rate of encoder, context and lower dynamics."""
+    hold_lower: int = 0
+    """First updates in which the lower learning rate is zero: 100 on Meta-World (facts 2.5)."""
+    hold_actor: int = 0
+    """First updates in which the actor's learning rate is zero: an actor that trusts a model which
+    has seen nothing yet saturates. 0 as published, with its low learning rate."""
+    lr_actor: float = 8e-5
+    """Learning rate of the actor."""
+    lr_critic: float = 8e-5
+    """Learning rate of the critic."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Adam's other numbers."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Loss weights; the method's file names them, the environment's sets free nats."""
+    load: list[str] = field(
+        default_factory=lambda: ["encoder", "context", "source", "lower", "decoder"]
+    )
+    """Parts taken over from pre-training (O23); PreLAR drops its source."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts of the world model whose weights stay as they are, such as encoder and decoder; the
+    published systems train them all (O23). Batch norm goes on following its inputs."""
+
+    def __post_init__(self) -> None:
+        for name in ("agent_steps", "prefill", "prefill_hold", "train_every", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.chunk_length < 2:
+            raise ConfigError(f"chunk_length must be at least 2, got {self.chunk_length}")
+        for name in ("initial_updates", "hold_lower", "hold_actor"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("lr_model", "lr_lower", "lr_actor", "lr_critic"):
+            if getattr(self, name) <= 0.0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.prefill >= self.agent_steps:
+            raise ConfigError(
+                f"prefill must be below agent_steps, got {self.prefill} of {self.agent_steps}"
+            )
+
+    def updates(self, ranks: int) -> int:
+        """Optimiser updates of the whole run when ``ranks`` processes collect together."""
+        return self.initial_updates + (self.agent_steps - self.prefill) // (
+            self.train_every * ranks
+        )
+
+
+@dataclass
+class EvaluateConfig:
+    """Greedy episodes from a fixed list of reset seeds (O33)."""
+
+    episodes: int = 10
+    """Episodes per evaluation."""
+    seed: int = 1000
+    """First reset seed; the others follow it."""
+    every: int = 10_000
+    """Updates between evaluations in training; one more is made at the end."""
+    keep_best: bool = False
+    """Keep the agent of the best evaluation as best.ckpt and sum up with it, on reset seeds that no
+    evaluation has seen: those after ``seed + episodes``. False: the last agent counts, as
+    published."""
+    num_envs: int = 2
+    """Environments that play side by side."""
+    videos: int = 3
+    """Episodes that stage=evaluate films; evaluations in training film one."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "every", "num_envs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "videos"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Reset seed of every episode."""
+        return tuple(range(self.seed, self.seed + self.episodes))
+
+    @property
+    def unseen(self) -> EvaluateConfig:
+        """The same with the seeds after these, for an agent that these have chosen."""
+        return replace(self, seed=self.seed + self.episodes)
+
+
+@dataclass
+class TrainerConfig:
+    """Hardware, and what Lightning's Trainer is told of it."""
+
+    accelerator: str = "auto"
+    """cpu, gpu, or auto."""
+    devices: int = 1
+    """Processes per node: one per device."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """auto, or ddp."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Numbers in the networks; KL terms, returns and distributions stay in float32.
+    Deviation: bf16. The published code has fp16 with a loss scaler; bf16 needs none."""
+    threads: int = 0
+    """Torch threads of each process; 0 leaves torch's choice. Tiny models want 1 or 2."""
+    keep_memory: bool = True
+    """Keep freed blocks in the process instead of returning them: no page faults in an update on a
+    CPU, for the peak of one update in resident memory."""
+    compile: bool = False
+    """Let torch compile encoder and decoder: about a minute at the start, for GPUs; on a CPU it
+    gains nothing (docs/performance.md). Where the compiler fails, they run as they are."""
+    capture: bool = False
+    """Replay each update as one CUDA graph, on one GPU; never run on a device yet
+    (docs/performance.md)."""
+    deterministic: bool = False
+    """Refuse operations whose result depends on the order of threads."""
+    log_every: int = 50
+    """Updates between two points of a curve."""
+
+    @property
+    def processes(self) -> int:
+        """Processes on all machines."""
+        return self.devices * self.num_nodes
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "num_nodes", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.threads < 0:
+            raise ConfigError(f"threads must not be negative, got {self.threads}")

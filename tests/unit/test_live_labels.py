@@ -1,0 +1,197 @@
+"""Late labels: nobody waits for them, and each lands where it belongs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_collector import LENGTH, clocks
+
+from mapo_lightning.data.replay import Replay, ReplaySpec
+from mapo_lightning.data.settings import ReplayConfig
+from mapo_lightning.envs.collector import Collector, RandomPolicy
+from mapo_lightning.envs.live_labels import SemanticTracker, Step
+from mapo_lightning.run.build import answers_late
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.semantics.describer import Reply
+from mapo_lightning.semantics.embed import HashedSlots
+from mapo_lightning.semantics.labeler import Labeler
+from mapo_lightning.semantics.phrase import Phrase
+from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.store import LabelStore
+from mapo_lightning.training.settings import TrainerConfig
+from mapo_lightning.types import ConfigError, DescriberError, Frames
+
+SECONDS = 0.2
+
+
+def phrase(time: int) -> Phrase:
+    return Phrase("clock", "ticks", "time", "up", f"{time} ticks")
+
+
+class SlowClockReader:
+    """Takes its time to say when a window of a clock's pictures ended."""
+
+    name, in_worker = "slow clocks", True
+
+    def __init__(self, seconds: float, breaks: bool = False) -> None:
+        self.seconds, self.breaks, self.calls = seconds, breaks, 0
+        self.threads: set[str] = set()
+
+    def describe(self, clips: Sequence[Frames]) -> list[Reply]:
+        time.sleep(self.seconds)
+        self.calls += 1
+        self.threads.add(threading.current_thread().name)
+        if self.breaks:
+            raise DescriberError("the server at 127.0.0.1 is gone")
+        ends = [int(clip[-1, 0, 0, 0]) for clip in clips]
+        return [Reply("".join(f"[{slot}]" for slot in phrase(end))) for end in ends]
+
+
+def collector(folder: Path, describer: SlowClockReader, **vlm: float) -> tuple[Collector, Replay]:
+    labeler = Labeler(describer, LabelStore(folder / "labels", "test"), HashedSlots())
+    tracker = SemanticTracker(labeler, VlmConfig(**vlm), 2, "clock", late=True)  # type: ignore[arg-type]
+    replay = Replay(folder / "replay", ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
+    return Collector(clocks(2), tracker, replay, seed=0), replay
+
+
+def entries(replay: Replay) -> list[np.ndarray]:
+    """All whole episodes, as they lie on disk."""
+    return [np.load(path) for path in sorted(replay._folder.root.glob("episode-*.npy"))]
+
+
+def window_of(time: int) -> int | None:
+    """Last frame of the window that labels a frame: the grid of 4, held until the next."""
+    return None if time < 3 else 3 + (time - 3) // 4 * 4
+
+
+def test_a_slow_describer_slows_no_environment_and_every_label_lands(tmp_path: Path) -> None:
+    describer = SlowClockReader(SECONDS)
+    playing, replay = collector(tmp_path, describer, env_queue=1000)
+    started = time.perf_counter()
+    playing.collect(RandomPolicy(2, 0), 6 * LENGTH)
+    seconds = time.perf_counter() - started
+    asked = 6 * (LENGTH // 4)  # windows of the six episodes; asked one after the other: 8 s
+    assert seconds < 0.1 * asked * SECONDS
+    assert 6 * LENGTH / seconds > 200  # environment steps per second
+    playing.close()
+    assert describer.threads == {"labels"}
+    assert playing.tracker.skipped == 0
+    episodes = entries(replay)
+    assert len(episodes) == 6
+    for episode in episodes:
+        for entry in episode:
+            now = int(entry["obs"][0, 0, 0])
+            end = window_of(now)
+            assert bool(entry["has_semantic"]) == (end is not None)
+            expected = np.zeros(320) if end is None else HashedSlots().encode(phrase(end))
+            np.testing.assert_allclose(entry["semantic"], expected, atol=1e-3)
+
+
+def test_a_full_queue_skips_as_null_and_counts(tmp_path: Path) -> None:
+    playing, replay = collector(tmp_path, SlowClockReader(0.05), env_queue=3)
+    started = time.perf_counter()
+    playing.collect(RandomPolicy(2, 0), 4 * LENGTH)
+    assert time.perf_counter() - started < 4 * (LENGTH // 4) * 0.05
+    assert playing.tracker.waiting <= 3
+    playing.close()
+    skipped = playing.tracker.skipped
+    assert skipped > 0
+    labelled = 0
+    for episode in entries(replay):
+        for end in range(3, LENGTH, 4):
+            span = episode[end : end + 4]
+            assert len(set(span["has_semantic"].tolist())) == 1, "a window is known or skipped"
+            expected = HashedSlots().encode(phrase(end)) * span["has_semantic"][0]
+            np.testing.assert_allclose(span["semantic"], [expected] * len(span), atol=1e-3)
+            labelled += int(span["has_semantic"][0])
+    assert labelled + skipped == 4 * (LENGTH // 4)
+
+
+def test_acting_uses_the_newest_finished_answer_and_replay_waits_for_its_own(
+    tmp_path: Path,
+) -> None:
+    playing, _ = collector(tmp_path, SlowClockReader(0.0))
+    tracker, seen = playing.tracker, []
+    for now in range(12):
+        frame = {"image": np.full((2, 8, 8, 3), now, np.uint8)}
+        step = tracker.update(frame, np.full(2, now == 0))
+        seen.append((bool(step["has_semantic"][0]), bool(tracker.to_store()["has_semantic"][0])))
+        held = step["semantic"][0]
+        if now in (4, 8):
+            expected = HashedSlots().encode(phrase(now - 1))
+            np.testing.assert_array_equal(held, expected)
+        if now == 7:  # still that of the first window, while its own is being asked about
+            np.testing.assert_array_equal(held, HashedSlots().encode(phrase(3)))
+        _settle(tracker)
+    assert seen[:3] == [(False, False)] * 3
+    assert seen[3] == (False, False)
+    assert seen[4] == (True, True)
+    assert seen[7] == (True, False)
+    assert seen[8] == (True, True)
+    tracker.close()
+
+
+def _settle(tracker: SemanticTracker) -> None:
+    assert tracker._late is not None
+    for _ in range(500):
+        if len(tracker._late._answered) == tracker.waiting:
+            return
+        time.sleep(0.01)
+    raise AssertionError("no answer in five seconds")
+
+
+class _Unhurried(RandomPolicy):
+    """Gives the other thread a chance."""
+
+    def __call__(self, step: Step) -> np.ndarray:
+        time.sleep(0.001)
+        return super().__call__(step)
+
+
+def test_what_breaks_in_the_thread_reaches_the_user(tmp_path: Path) -> None:
+    playing, _ = collector(tmp_path, SlowClockReader(0.0, breaks=True))
+    with pytest.raises(DescriberError, match=r"127\.0\.0\.1 is gone"):
+        playing.collect(_Unhurried(2, 0), 10**6)
+    playing.close()
+
+
+def test_the_end_does_not_wait_for_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    playing, replay = collector(tmp_path, SlowClockReader(30.0), env_drain=0.1)
+    playing.collect(RandomPolicy(2, 0), 2 * LENGTH)
+    started = time.perf_counter()
+    with caplog.at_level(logging.WARNING):
+        playing.close()
+    assert time.perf_counter() - started < 5.0
+    assert playing.tracker.skipped == 2 * (LENGTH // 4)
+    assert "14 windows of clock have no label and count as null" in caplog.text
+    assert not any(episode["has_semantic"].any() for episode in entries(replay))
+
+
+def test_answers_for_episodes_that_are_gone_do_no_harm(tmp_path: Path) -> None:
+    playing, replay = collector(tmp_path, SlowClockReader(SECONDS))
+    replay.cfg.capacity = LENGTH  # one episode stays
+    playing.collect(RandomPolicy(2, 0), 4 * LENGTH)
+    playing.close()
+    (episode,) = entries(replay)
+    assert episode["has_semantic"][3:].all()
+
+
+def test_runs_that_can_repeat_exactly_wait_for_their_labels() -> None:
+    exact, slow = TrainerConfig(deterministic=True), VlmConfig(kind="server")  # type: ignore[arg-type]
+    assert not answers_late(RunConfig())  # flow
+    assert answers_late(RunConfig(vlm=slow))
+    assert not answers_late(RunConfig(vlm=slow, trainer=exact))
+    assert answers_late(RunConfig(vlm=VlmConfig(env_late=True), trainer=exact))
+    assert not answers_late(RunConfig(vlm=VlmConfig(kind="server", env_late=False)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("field", "value"), [("env_queue", 0), ("env_drain", -1.0)])
+def test_config_ranges(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{field} must .*got {value}"):
+        VlmConfig(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from label_servers import running
+from scenes import moving_square
+from tiny_models import save_qwen
+from torch.utils.data import DataLoader
+
+from mapo_lightning.data.clips import ClipDataset
+from mapo_lightning.data.prefetch import collate_clips, run_ahead, settle
+from mapo_lightning.data.settings import VideoDataConfig
+from mapo_lightning.data.video import VideoInfo, probe_video, write_mp4
+from mapo_lightning.semantics.factory import build_labeler
+from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.types import DescriberError
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[VideoInfo]:
+    folder, found = tmp_path_factory.mktemp("videos"), []
+    for number in range(3):
+        path = folder / f"{number}.mp4"
+        film = moving_square(np.random.default_rng(number), number, 40.0, 40, size=(64, 64))
+        write_mp4(path, film, 10.0)
+        found.append(probe_video(path))
+    return found
+
+
+def dataset(videos: list[VideoInfo], root: Path, **vlm: object) -> ClipDataset:
+    cfg = VlmConfig(**({"frame_size": 32} | vlm))
+    return ClipDataset(videos, VideoDataConfig(clip_length=9, workers=0), cfg, root)
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 10])
+def test_jobs_come_back_in_order_with_their_errors(ahead: int) -> None:
+    def job(number: int) -> int:
+        time.sleep(0.01 * (number % 3))
+        if number == 4:
+            raise ValueError("four")
+        return number * number
+
+    found = []
+    for name, result in run_ahead(((n, partial(job, n)) for n in range(8)), ahead):
+        try:
+            found.append((name, result()))
+        except ValueError as error:
+            found.append((name, str(error)))
+    assert found == [(n, "four" if n == 4 else n * n) for n in range(8)]
+
+
+def test_so_many_are_in_flight_and_no_more() -> None:
+    now, most, lock = [0], [0], threading.Lock()
+
+    def job() -> None:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.02)
+        with lock:
+            now[0] -= 1
+
+    endless = run_ahead(((n, job) for n in itertools.count()), 4)
+    for _, result in itertools.islice(endless, 12):
+        result()
+    endless.close()
+    assert most[0] == 4
+
+
+def test_model_in_the_training_process_labels_whole_batches(
+    videos: list[VideoInfo], tmp_path: Path
+) -> None:
+    model = str(save_qwen(tmp_path / "model"))
+    words = {"kind": "transformers", "model": model, "max_new_tokens": 8}
+    source = dataset(videos, tmp_path, **words)
+    loader = DataLoader(source, batch_size=4, num_workers=1, collate_fn=collate_clips)
+    batch = next(iter(loader))
+    assert len(batch["pending"]) > 4
+    assert not batch["has_semantic"].any()
+    labeler = build_labeler(source.vlm, tmp_path, "main")
+    settled = settle(batch, labeler)
+    assert "pending" not in settled
+    assert int(settled["vlm_asked"].sum()) == labeler.stats.asked > 0
+    assert torch.equal(settled["vlm_asked"] + settled["vlm_hits"], settled["vlm_windows"])
+    # The same clips drawn again, now that everything is known, are the same batch.
+    again = next(iter(loader))
+    assert again.pop("pending") == []
+    for key in ("obs", "semantic", "has_semantic", "position"):
+        assert torch.equal(again[key], settled[key]), key
+    assert again["has_semantic"].any()
+    offline = dataset(videos, tmp_path, **words, cached_only=True)
+    assert "pending" not in next(iter(offline))
+
+
+def test_clips_in_flight_do_not_change_what_is_drawn(
+    videos: list[VideoInfo], tmp_path: Path
+) -> None:
+    with running(seconds=0.05, schema="ignored") as server:
+        words = {"kind": "openai", "base_url": server.url, "structured": "brackets"}
+        busy = dataset(videos, tmp_path, **words, concurrency=8)
+        assert busy._clips_in_flight() > 4
+        found = list(itertools.islice(busy, 8))
+        assert sum(int(clip["vlm_asked"]) for clip in found) > 0
+        calm = dataset(videos, tmp_path, **words, cached_only=True)
+        for clip, same in zip(found, calm, strict=False):
+            np.testing.assert_array_equal(clip["obs"], same["obs"])
+            np.testing.assert_array_equal(clip["semantic"], same["semantic"])
+        assert 3 < server.stats()["most"] <= 8  # a clip alone has three windows
+
+
+ABANDONED = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+from mapo_lightning.data.video import probe_video
+from test_ahead import dataset
+words = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"}
+source = dataset([probe_video(Path(sys.argv[1]))], Path(sys.argv[2]), **words)
+import threading
+threading.Thread(target=lambda: next(iter(source)), daemon=True).start()
+time.sleep(2.0)
+"""
+
+
+def test_a_program_ends_although_no_server_answers(videos: list[VideoInfo], tmp_path: Path) -> None:
+    here, tests = (str(folder) for folder in Path(__file__).parents[:2])
+    command = [sys.executable, "-c", ABANDONED, str(videos[0].path), str(tmp_path), here, tests]
+    subprocess.run(command, timeout=40, check=True)
+
+
+def test_windows_without_an_answer_are_null_now_and_asked_later(
+    videos: list[VideoInfo], tmp_path: Path
+) -> None:
+    with running(schema="ignored") as server:
+        words = {"kind": "openai", "base_url": server.url, "on_outage": "skip"}
+        source = dataset(videos, tmp_path, **words)
+        server.kill()
+        clip = source.clip_at(0, 4)
+        assert not clip["has_semantic"].any()
+        assert (clip["vlm_asked"], clip["vlm_hits"]) == (3, 0)
+        assert source.labeler.stats.unanswered == 3
+        assert source.labeler.store.items() == {}
+        server.start(server.port)
+        time.sleep(1.1)
+        assert dataset(videos, tmp_path, **words).clip_at(0, 4)["vlm_asked"] == 3
+    words |= {"on_outage": "error", "timeout_seconds": 0.2, "frame_size": 48}
+    with pytest.raises(DescriberError, match="no label server answers"):
+        dataset(videos, tmp_path, **words).clip_at(0, 4)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from mapo_lightning.tracking.versions import git_state, requirements, versions
+
+
+def git(folder: Path, *words: str) -> None:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    words = ("-c", "core.hooksPath=", "-c", "commit.gpgsign=false", *words)
+    subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True)
+
+
+def test_the_state_of_a_checkout(tmp_path: Path) -> None:
+    git(tmp_path, "init")
+    (tmp_path / "a.txt").write_text("one\n")
+    before = git_state(tmp_path)
+    assert before is not None
+    assert (before.commit, before.dirty) == ("none", True)
+    assert before.diff == "# untracked: a.txt\n"
+
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "one")
+    clean = git_state(tmp_path)
+    assert clean is not None
+    assert (len(clean.commit), clean.dirty, clean.diff) == (40, False, "")
+
+    (tmp_path / "a.txt").write_text("two http://me:canary@host\n")
+    dirty = git_state(tmp_path)
+    assert dirty is not None
+    assert dirty.commit == clean.commit
+    assert dirty.dirty
+    assert "+two http://***@host" in dirty.diff
+
+
+def test_no_checkout_is_no_error(tmp_path: Path) -> None:
+    assert git_state(tmp_path) is None
+    assert git_state(tmp_path / "missing") is None
+
+
+def test_versions_cover_what_is_declared() -> None:
+    found = versions()
+    assert {"python", "mapo-lightning"} <= set(found)
+    assert {requirement.name for requirement in requirements()} <= set(found)
