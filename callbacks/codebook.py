@@ -8,7 +8,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from mapo_lightning.models.rssm_world.quantizer import Quantizer
+from mapo_lightning.models.interfaces import Codebook
 from mapo_lightning.types import ConfigError
 
 
@@ -21,16 +21,16 @@ class CodebookUpdate(L.Callback):
 
     def __init__(self) -> None:
         self._done_step = 0
-        self._books: dict[str, Quantizer] = {}
+        self._books: dict[str, Codebook] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the codebooks."""
         self._books = {
             name.rpartition(".")[2]: module
             for name, module in pl_module.named_modules()
-            if isinstance(module, Quantizer) and not module.cfg.frozen
+            if isinstance(module, Codebook) and not module.frozen
         }
-        if not any(isinstance(module, Quantizer) for module in pl_module.modules()):
+        if not any(isinstance(module, Codebook) for module in pl_module.modules()):
             raise ConfigError(
                 "CodebookUpdate found no codebook in the model. Switch it off "
                 "(callbacks.codebook=false) or choose a method with one (method=mapo)."

@@ -14,7 +14,7 @@ from torchmetrics.functional.image import (
 )
 
 from callbacks.recorder import recorder_of
-from mapo_lightning.models.rssm_world.world_model import WorldModel
+from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.types import Batch, Frames
 
 HORIZONS = (1, 5, 10, 15)
@@ -58,10 +58,7 @@ class ImaginationRollout(L.Callback):
         batch = {k: v.to(pl_module.device) for k, v in data.rollout_batch(self.clips).items()}
         world_model = pl_module.world_model
         assert isinstance(world_model, WorldModel)
-        was_training = world_model.training
-        world_model.eval()
         dream = world_model.open_loop(batch, self.seen)
-        world_model.train(was_training)
         truth = batch["obs"].float() / 255.0
         frames = getattr(pl_module, "env_frames", None)
         step = trainer.global_step if frames is None else frames

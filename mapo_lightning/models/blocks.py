@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,28 @@ def position_code(position: Tensor, width: int) -> Tensor:
 
 
 @contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
+def evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put modules, but not their children, into evaluation mode; their own modes come back."""
+    modules = [module for module in modules if module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+class HasParameters(Protocol):
+    """Anything with parameters."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of them."""
+        ...
+
+
+@contextmanager
+def frozen(*modules: HasParameters) -> Iterator[None]:
     """Let gradients flow *through* these modules but not *into* their parameters.
 
     Used while the actor's imagination is built: the published code computes the world model's
@@ -129,65 +150,3 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for p in params:
             p.requires_grad_(True)
-
-
-class Recorded:
-    """Runs an `mlp` step after step without autograd, and gives all steps one backward together.
-
-    Step by step, autograd would add up every weight's gradient once per step. Inputs are data: no
-    gradient reaches them.
-    """
-
-    def __init__(self, network: nn.Sequential) -> None:
-        self.layers = [layer for layer in network if isinstance(layer, nn.Linear)]
-        # Under autocast once for all steps: Lightning keeps no cast weights from call to call.
-        with torch.no_grad():
-            self.cast = [(_as_product(x.weight), _as_product(x.bias)) for x in self.layers]
-        self.taken: list[list[Tensor]] = []  # step -> input of every layer, and the output
-
-    @torch.no_grad()
-    def __call__(self, x_BF: Tensor) -> Tensor:
-        """Output (B, outputs) of one step."""
-        values: list[Tensor] = []
-        for i, (weight, bias) in enumerate(self.cast):
-            values.append(F.elu(x_BF) if i else x_BF)
-            x_BF = F.linear(values[-1], weight, bias)
-        self.taken.append([*values, x_BF])
-        return x_BF
-
-    def replay(self) -> Tensor:
-        """Outputs of all steps in a graph, (I, B, outputs)."""
-        values = [torch.stack(parts) for parts in zip(*self.taken, strict=True)]
-        weights = [p for layer in self.layers for p in (layer.weight, layer.bias)]
-        out: Tensor = _Replayed.apply(values, *weights)  # type: ignore[no-untyped-call]
-        return out
-
-
-def _as_product(x: Tensor) -> Tensor:
-    """In the dtype that autocast gives to products on this device."""
-    device = x.device.type
-    wanted = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return x.to(wanted)
-
-
-class _Replayed(torch.autograd.Function):
-    """Gradients of a recorded network's weights: one product per layer."""
-
-    @staticmethod
-    def forward(ctx: Any, values: list[Tensor], *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(*values[:-1], *weights[::2])
-        return values[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        half = len(ctx.saved_tensors) // 2
-        values, weights = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
-        grad = grads[0].flatten(0, -2)
-        found: list[Tensor] = []
-        for i in reversed(range(half)):
-            value = values[i].flatten(0, -2).to(grad.dtype)
-            found = [grad.t() @ value, grad.sum(0), *found]
-            if i:
-                grad = grad @ weights[i].to(grad.dtype)
-                grad = torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, True, value)
-        return None, *found

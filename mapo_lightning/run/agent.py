@@ -152,7 +152,7 @@ class Agent:
 
     @property
     def _device(self) -> torch.device:
-        return next(self._module.agent.parameters()).device
+        return next(self._module.parameters()).device
 
     def _drawn_from_own_stream(self, step: Arrays) -> NDArray[np.float32]:
         """Ask the policy without touching the program's random numbers."""

@@ -23,7 +23,7 @@ from mapo_lightning.envs.factory import make_vector_env
 from mapo_lightning.envs.live_labels import SemanticTracker
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.models.agents.dreamer import DreamerAgent
-from mapo_lightning.models.rssm_world.world_model import WorldModel
+from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.reviews import read_marks
@@ -101,11 +101,11 @@ def shared_store(cfg: RunConfig) -> Any:
 
 def build_pretrain(cfg: RunConfig) -> PretrainModule:
     """World model without upper dynamics."""
-    world_model = WorldModel(
+    world_model = RSSMWorldModel(
         cfg.world_model, cfg.pretrain.objective, semantic_dim(cfg.vlm), action_dim=None
     )
     if cfg.trainer.compile:
-        compile_parts([world_model.encoder, world_model.decoder])
+        compile_parts(world_model.parts())
     return PretrainModule(world_model, cfg.pretrain)
 
 
@@ -113,12 +113,12 @@ def build_finetune(
     cfg: RunConfig, action_dim: int, init_from: Path | None
 ) -> tuple[FinetuneModule, LoadReport | None]:
     """Stacked world model and agent; the lower half from a checkpoint if one is given."""
-    world_model = WorldModel(
+    world_model = RSSMWorldModel(
         cfg.world_model, cfg.finetune.objective, semantic_dim(cfg.vlm), action_dim
     )
     agent = DreamerAgent(
         cfg.agent,
-        world_model.feat_dim,
+        world_model,
         action_dim,
         cfg.world_model.head_layers,
         cfg.world_model.head_units,
@@ -127,7 +127,7 @@ def build_finetune(
     if init_from is not None:
         report = load_pretrained(world_model, read_checkpoint(init_from), cfg.finetune.load)
     if cfg.trainer.compile:
-        compile_parts([world_model.encoder, world_model.decoder])
+        compile_parts(world_model.parts())
     return FinetuneModule(world_model, agent, cfg.finetune), report
 
 

@@ -8,21 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from mapo_lightning.envs.collector import (
-    Policy,
-)
-from mapo_lightning.models.agents.dreamer import DreamerAgent
-from mapo_lightning.models.rssm_world.belief import Belief
-from mapo_lightning.models.rssm_world.world_model import WorldModel
+from mapo_lightning.envs.collector import Policy
+from mapo_lightning.models.interfaces import Agent, Belief, WorldModel
 from mapo_lightning.training.finetune import FinetuneModule
 
 
 class ActingPolicy:
     """The agent in an environment: keeps a belief per environment and acts on it.
 
-    Both posteriors are sampled, in evaluation too; only the action is the mode there (facts 2.4).
+    The belief is sampled, in evaluation too; only the action is the mode there (facts 2.4).
 
     Args:
         world_model: Trained model; used in evaluation mode, whatever mode it is in.
@@ -30,10 +26,8 @@ class ActingPolicy:
         explore: Sample actions; otherwise take the policy's mode.
     """
 
-    def __init__(self, world_model: WorldModel, agent: DreamerAgent, explore: bool) -> None:
+    def __init__(self, world_model: WorldModel, agent: Agent, explore: bool) -> None:
         self.world_model, self.agent, self.explore = world_model, agent, explore
-        # All that differs between the modes of the parts in use; `eval()` visits every module.
-        self.norms = [m for m in world_model.encoder.modules() if isinstance(m, nn.BatchNorm2d)]
         self.belief: Belief | None = None
         self.action: Tensor | None = None
 
@@ -48,19 +42,15 @@ class ActingPolicy:
         Returns:
             Actions (N, A) in [-1, 1].
         """
-        device = next(self.agent.parameters()).device
+        device = next(self.world_model.parameters()).device
         batch = {key: torch.from_numpy(x).to(device)[:, None] for key, x in step.items()}
         if self.action is None:
             envs = batch["obs"].shape[0]
             self.action = torch.zeros(envs, self.agent.action_dim, device=device)
         batch["action"] = self.action[:, None]
-        training = [norm.training for norm in self.norms]
-        for norm in self.norms:
-            norm.training = False
-        self.belief = self.world_model.observe(batch, self.belief).belief.at(0)
-        for norm, was_training in zip(self.norms, training, strict=True):
-            norm.training = was_training
-        self.action = self.agent.act(self.belief.control.feat, self.explore)
+        with self.world_model.evaluating():
+            self.belief = self.world_model.observe(batch, self.belief).at(0)
+            self.action = self.agent.act(self.belief, self.explore)
         acted: NDArray[np.float32] = self.action.float().cpu().numpy()
         return acted
 

@@ -16,9 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.types import CheckpointError
 
 log = logging.getLogger(__name__)
+
+EXTRA = "_extra_state"
+"""End of the keys under which torch keeps what is no tensor, such as an agent's own optimisers."""
 
 BEST = "best.ckpt"
 """File of the best agent so far, beside ``last.ckpt``, where ``evaluate.keep_best`` asks for it."""
@@ -125,7 +129,7 @@ def check_fit(model: nn.Module, content: Mapping[str, Any], path: Path) -> None:
 
 
 def load_pretrained(
-    world_model: nn.Module, checkpoint: Mapping[str, Any], parts: Sequence[str]
+    world_model: WorldModel, checkpoint: Mapping[str, Any], parts: Sequence[str]
 ) -> LoadReport:
     """Take over named parts of a pre-trained world model, each of them exactly.
 
@@ -135,7 +139,7 @@ def load_pretrained(
     Args:
         world_model: The model of the new stage.
         checkpoint: As `read_checkpoint` gives it.
-        parts: Names of the children to take over, if the new model has them.
+        parts: Names of the parts to take over, if the new model has them.
 
     Raises:
         CheckpointError: A tensor of a part is missing, left over or of another shape.
@@ -146,8 +150,7 @@ def load_pretrained(
         if head == "world_model":
             part, _, name = rest.partition(".")
             stored.setdefault(part, {})[name] = tensor
-    children = {name: child for name, child in world_model.named_children() if child is not None}
-    children = {name: child for name, child in children.items() if any(child.state_dict())}
+    children = {name: part for name, part in world_model.parts().items() if any(part.state_dict())}
     wanted = [name for name in parts if name in children]
     made_by = checkpoint["mapo"].get("method", "another method")
     advice = f"the checkpoint was made with method={made_by}; use the same method= and size="
@@ -166,6 +169,8 @@ def _check_part(
 ) -> None:
     """Name the first tensor that does not fit."""
     for name, tensor in wanted.items():
+        if name.endswith(EXTRA):
+            continue
         if name not in stored:
             raise CheckpointError(f"the checkpoint has no '{prefix}{name}': {advice}")
         if stored[name].shape != tensor.shape:
@@ -174,5 +179,5 @@ def _check_part(
                 f"{tuple(tensor.shape)} in the model: {advice}"
             )
     for name in stored:
-        if name not in wanted:
+        if name not in wanted and not name.endswith(EXTRA):
             raise CheckpointError(f"the model has no '{prefix}{name}': {advice}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mapo_lightning.models.rssm_world.world_model import WorldModel
+from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.training.base_module import TrainedModule, named_adam
 from mapo_lightning.training.settings import PretrainConfig
 from mapo_lightning.types import Batch

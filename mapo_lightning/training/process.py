@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,14 +86,19 @@ def rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
+COMPILED = ("encoder", "decoder")
+"""Parts of a world model that the compiler speeds up."""
+
+
 def compile_parts(
-    parts: Iterable[nn.Module], backend: str | Callable[..., Any] = "inductor"
+    parts: Mapping[str, nn.Module], backend: str | Callable[..., Any] = "inductor"
 ) -> None:
-    """Have torch compile these modules, in place, when they are first called.
+    """Have torch compile the `COMPILED` ones of these, in place, when they are first called.
 
     Where the compiler fails (there is none on the machine, or it cannot take an operation), torch
     warns and the part runs as it is.
     """
     torch._dynamo.config.suppress_errors = True
-    for part in parts:
-        part.compile(backend=backend)
+    for name in COMPILED:
+        if name in parts:
+            parts[name].compile(backend=backend)

@@ -116,6 +116,16 @@ class FinetuneConfig:
                 f"prefill must be below agent_steps, got {self.prefill} of {self.agent_steps}"
             )
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rate of every group of parameters."""
+        return {
+            "lower": self.lr_lower,
+            "model": self.lr_model,
+            "actor": self.lr_actor,
+            "critic": self.lr_critic,
+        }
+
     def updates(self, ranks: int) -> int:
         """Optimiser updates of the whole run when ``ranks`` processes collect together."""
         return self.initial_updates + (self.agent_steps - self.prefill) // (

@@ -6,37 +6,86 @@ Shapes: I imagined steps, N imagination starts, F feat, A action.
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from mapo_lightning.models.agents.settings import AgentConfig
-from mapo_lightning.models.blocks import Recorded, frozen, mlp
+from mapo_lightning.models.blocks import frozen, mlp
 from mapo_lightning.models.distributions import TruncatedNormal
+from mapo_lightning.models.interfaces import (
+    AgentLoss,
+    Belief,
+    DifferentiableWorldModel,
+    Fit,
+    WorldModel,
+)
 from mapo_lightning.models.returns import lambda_returns, step_weights
-from mapo_lightning.models.rssm_world.world_model import WorldModel
+from mapo_lightning.types import Batch, ConfigError
 
 
-class AgentLoss(NamedTuple):
-    """One evaluation of the actor's and the critic's loss."""
+class ActorInDream:
+    """The actor on the way through one dream: reparameterised actions from noise drawn before.
 
-    actor: Tensor  # scalar of eq. (5)
-    critic: Tensor  # scalar of eq. (4)
-    log: dict[str, Tensor]  # detached scalars
+    Args:
+        network: Actor's perceptron, features -> raw output.
+        noise_INA: Uniform noise of every step, (I, N, A).
+    """
+
+    def __init__(self, network: nn.Sequential, noise_INA: Tensor) -> None:
+        self.network, self.noise = network, noise_INA
+        self.raw: list[Tensor] = []  # of each step, or one tensor of all steps
+
+    def __call__(self, feat: Tensor) -> Tensor:
+        """Action of the next step (N, A)."""
+        self.raw.append(self.network(feat.detach()))  # the state is data (facts 2.4, 6)
+        return self.sample(self.raw[-1], len(self.raw) - 1)
+
+    def sample(self, raw: Tensor, step: int) -> Tensor:
+        """Action (N, A) of one step from the actor's output, (N, 2A)."""
+        return TruncatedNormal.from_raw(raw).sample(self.noise[step])
+
+    def sample_all(self, raw: Tensor) -> Tensor:
+        """Actions of all steps (I, N, A) from the actor's outputs, (I, N, 2A), which are kept."""
+        self.raw = list(raw)
+        self.policies = TruncatedNormal.from_raw(raw)
+        return self.policies.sample(self.noise)
+
+    @cached_property
+    def policies(self) -> TruncatedNormal:
+        """Action distributions of all steps, axes (I, N)."""
+        return TruncatedNormal.from_raw(torch.stack(self.raw))
 
 
 class DreamerAgent(nn.Module):
     """Actor, critic and slow critic over the features of the control dynamics.
 
+    Args:
+        cfg: Behaviour learning.
+        world_model: Dreamt in; its features are what the networks read. Not kept.
+        action_dim: Width A of an action.
+        layers: Hidden layers of both networks.
+        units: Width of those layers.
+
+    Raises:
+        ConfigError: The world model gives no gradients through its dreams.
+
     Source: eq. (4) and (5) of the MAPO paper; DreamerV2, arXiv:2010.02193, Sec. 2; facts 4.
     """
 
     def __init__(
-        self, cfg: AgentConfig, feat: int, action_dim: int, layers: int, units: int
+        self, cfg: AgentConfig, world_model: WorldModel, action_dim: int, layers: int, units: int
     ) -> None:
         super().__init__()
+        if not isinstance(world_model, DifferentiableWorldModel):
+            raise ConfigError(
+                "agent.kind=dreamer learns by gradients through dreams, which "
+                f"{type(world_model).__name__} does not give; choose another agent or world model"
+            )
         self.cfg, self.action_dim = cfg, action_dim
+        feat = world_model.feat_dim
         self.actor = mlp(feat, units, layers, 2 * action_dim)
         self.critic = mlp(feat, units, layers, 1)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -45,69 +94,61 @@ class DreamerAgent(nn.Module):
         """Action distribution in states with features (..., F)."""
         return TruncatedNormal.from_raw(self.actor(feat))
 
-    def act(self, feat_BF: Tensor, explore: bool) -> Tensor:
+    def act(self, belief: Belief, explore: bool) -> Tensor:
         """Action (B, A) in [-1, 1]: a sample while exploring, the mode in evaluation."""
-        policy = self.policy(feat_BF)
+        policy = self.policy(belief.feat)
         if not explore:
             return policy.mode()
         action = policy.sample(torch.rand_like(policy.mean))
         noise = self.cfg.explore_noise * torch.randn_like(action)
         return (action + noise).clamp(-1.0, 1.0)
 
-    def losses(self, world_model: WorldModel, start_NF: Tensor) -> AgentLoss:
-        """Dream from every given state and learn from it.
+    def losses(self, world_model: WorldModel, fit: Fit, batch: Batch) -> AgentLoss:
+        """Dream from every state of the batch and learn from it.
 
         Args:
             world_model: Dreamt in; its parameters receive no gradient.
-            start_NF: Features of control states, without history, (N, F).
+            fit: Gives the states to start from, without history.
+            batch: Not read.
         """
-        record = Recorded(self.actor)
-        lead = self.cfg.horizon, len(start_NF), self.action_dim
-        noise_INA = torch.rand(lead, device=start_NF.device)
-        policies: list[TruncatedNormal] = []
-
-        def act(i: int, feat_NF: Tensor) -> Tensor:
-            return TruncatedNormal.from_raw(record(feat_NF)).sample(noise_INA[i])
-
-        def replay() -> Tensor:
-            # The policy sees the state as data; its action keeps its gradient (facts 2.4, 6).
-            policies.append(TruncatedNormal.from_raw(record.replay()))
-            return policies[0].sample(noise_INA)
-
+        assert isinstance(world_model, DifferentiableWorldModel)
+        start = fit.belief.flatten().detach()
+        lead = self.cfg.horizon, len(start.feat), self.action_dim
+        policy = ActorInDream(self.actor, torch.rand(lead, device=start.feat.device))
         with frozen(world_model):
-            feat_INF = world_model.imagine(start_NF, act, self.cfg.horizon, replay)
-            reward_IN = world_model.head("reward", feat_INF)
-            discount_IN = self._discount(world_model, feat_INF)
-            slow_IN = self.target(feat_INF).float().squeeze(-1)
+            dream = world_model.imagine_with_gradients(start, policy, self.cfg.horizon)
+            slow_IN = self.target(dream.feat).float().squeeze(-1)
+        discount_IN = self.cfg.discount * dream.discount
         target_IN = lambda_returns(
-            reward_IN[:-1], slow_IN[:-1], discount_IN[:-1], slow_IN[-1], self.cfg.lam
+            dream.reward[:-1], slow_IN[:-1], discount_IN[:-1], slow_IN[-1], self.cfg.lam
         )
         weight_IN = step_weights(discount_IN)
-        entropy_IN = policies[0].entropy()
+        entropy_IN = policy.policies.entropy()
         # Eq. (5). The action taken in state i first shows in the target of state i + 1.
         gain_IN = target_IN[1:] + self.cfg.entropy * entropy_IN[:-1]
         actor = -(weight_IN[:-2] * gain_IN).mean()
         # Eq. (4).
-        value_IN = self.critic(feat_INF[:-1].detach()).float().squeeze(-1)
+        value_IN = self.critic(dream.feat[:-1].detach()).float().squeeze(-1)
         critic = (weight_IN[:-1] * 0.5 * (value_IN - target_IN.detach()).pow(2)).mean()
         log = {
             "actor": actor,
             "critic": critic,
             "entropy": entropy_IN.mean(),
             "imagined_return": target_IN.mean(),
-            "imagined_reward": reward_IN.mean(),
+            "imagined_reward": dream.reward.mean(),
             "value": value_IN.mean(),
         }
-        return AgentLoss(actor, critic, {name: x.detach() for name, x in log.items()})
+        return AgentLoss(
+            {"actor": actor, "critic": critic}, {name: x.detach() for name, x in log.items()}
+        )
 
-    def _discount(self, world_model: WorldModel, feat_INF: Tensor) -> Tensor:
-        """γ, times the predicted probability to go on where there is such a head, (I, N)."""
-        if "discount" in world_model.heads:
-            return self.cfg.discount * world_model.head("discount", feat_INF).sigmoid()
-        return torch.full(feat_INF.shape[:-1], self.cfg.discount, device=feat_INF.device)
+    def groups(self) -> Mapping[str, Iterable[nn.Parameter]]:
+        """Actor and critic; the slow critic is copied, not trained."""
+        return {"actor": self.actor.parameters(), "critic": self.critic.parameters()}
 
     @torch.no_grad()
-    def update_target(self) -> None:
-        """Copy the critic into the slow critic."""
-        for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
-            slow.copy_(fast)
+    def after_update(self, updates: int) -> None:
+        """Copy the critic into the slow critic on schedule."""
+        if updates % self.cfg.target_every == 0:
+            for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
+                slow.copy_(fast)

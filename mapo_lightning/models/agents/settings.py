@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mapo_lightning.types import ConfigError
 
@@ -11,6 +12,8 @@ from mapo_lightning.types import ConfigError
 class AgentConfig:
     """Behaviour learning (facts 4)."""
 
+    kind: Literal["dreamer"] = "dreamer"
+    """DreamerV2's actor-critic, which learns inside the dream only."""
     horizon: int = 15
     """Number of imagined steps from every replayed state."""
     discount: float = 0.99

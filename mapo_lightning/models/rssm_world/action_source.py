@@ -6,48 +6,63 @@ Shapes: B batch, T time, A action, V semantic vector.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mapo_lightning.models.blocks import mlp, position_code, xavier
-from mapo_lightning.models.rssm_world.consistency import LatentAction, gaussian_kl
+from mapo_lightning.models.rssm_world.consistency import LatentAction, consistency, gaussian_kl
 from mapo_lightning.models.rssm_world.encoder import (
     CHANNELS,
     ResNetEncoder,
     frame_pairs,
     normalised,
 )
+from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState
 from mapo_lightning.models.rssm_world.settings import ImageConfig, SourceConfig
 from mapo_lightning.types import Batch, ConfigError
 
 
 class Driven(NamedTuple):
-    """An action sequence and the loss terms its source adds."""
+    """An action sequence, and where it came from."""
 
     action: Tensor  # (B, T, A)
-    terms: dict[str, Tensor]  # scalars
     latent: LatentAction | None = None  # where the action was inferred from frames
 
 
-class ActionSource(Protocol):
-    """Turns a batch into the action sequence that drives one dynamics model."""
+class ActionSource(nn.Module):
+    """Turns a batch into the action sequence that drives one dynamics model.
+
+    Attributes:
+        action_dim: Width A of its actions.
+        terms: Names of the loss terms that it adds.
+    """
 
     action_dim: int
-    terms: tuple[str, ...]
-    """Names of the loss terms that it adds."""
-
-    def __call__(self, batch: Batch) -> Driven:
-        """Actions (B, T, A) that led to each frame of the batch, and loss terms."""
-        ...
-
-
-class NullAction(nn.Module):
-    """APV and ContextWM: the video model is told nothing."""
-
     terms: tuple[str, ...] = ()
+
+    def forward(self, batch: Batch) -> Driven:
+        """Actions (B, T, A) that led to each frame of the batch."""
+        raise NotImplementedError
+
+    def losses(
+        self, driven: Driven, dynamics: RSSM, post: RSSMState, prior_BTSK: Tensor
+    ) -> dict[str, Tensor]:
+        """Loss terms of the source, by the names of ``terms``.
+
+        Args:
+            driven: What ``forward`` gave.
+            dynamics: Model that was driven by it.
+            post: Its posterior states, axes (B, T).
+            prior_BTSK: Its prior logits, (B, T, S, K).
+        """
+        return {}
+
+
+class NullAction(ActionSource):
+    """APV and ContextWM: the video model is told nothing."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -56,17 +71,15 @@ class NullAction(nn.Module):
     def forward(self, batch: Batch) -> Driven:
         """Zeros, (B, T, A)."""
         first_BT = batch["is_first"]
-        return Driven(torch.zeros(*first_BT.shape, self.action_dim, device=first_BT.device), {})
+        return Driven(torch.zeros(*first_BT.shape, self.action_dim, device=first_BT.device))
 
 
-class SemanticAction(nn.Module):
+class SemanticAction(ActionSource):
     """MAPO: a trainable projection of the embedded phrase, plus the position code.
 
     Frames without a significant action are the zero vector before the code is added (O4).
     Source: Sec. 4.1 (1) and Algorithm 1, line 10; facts O1, O4, O9.
     """
-
-    terms: tuple[str, ...] = ()
 
     def __init__(self, semantic_dim: int, cfg: SourceConfig) -> None:
         super().__init__()
@@ -78,25 +91,26 @@ class SemanticAction(nn.Module):
         action = self.project(batch["semantic"]) * batch["has_semantic"][..., None]
         if self.position:
             action = action + position_code(batch["position"], self.action_dim)
-        return Driven(action, {})
+        return Driven(action)
 
 
-class InverseAction(nn.Module):
+class InverseAction(ActionSource):
     """PreLAR: a Gaussian latent action inferred from two consecutive frames.
 
-    The world model adds the term ``consistency``, which needs the dynamics. Source: facts 7.4.
+    Source: facts 7.4.
     """
 
-    terms: tuple[str, ...] = ("latent_action_kl", "consistency")
+    terms = ("latent_action_kl", "consistency")
 
     def __init__(self, image: ImageConfig, cfg: SourceConfig, hidden: int) -> None:
         super().__init__()
         self.action_dim, self.prior_std, self.sampled = cfg.width, cfg.prior_std, cfg.sampled
+        self.consistency = cfg.consistency
         self.encoder = ResNetEncoder(image, inputs=2 * CHANNELS)
         self.infer = mlp(self.encoder.embed_dim, hidden, 1, 2 * cfg.width)
 
     def forward(self, batch: Batch) -> Driven:
-        """Inferred actions, (B, T, A), the first one zero; term ``latent_action_kl``."""
+        """Inferred actions, (B, T, A), the first one zero."""
         obs = batch["obs"]
         frame_NCHW = normalised(obs)
         pairs = frame_pairs(frame_NCHW.view(*obs.shape[:2], *frame_NCHW.shape[1:]))
@@ -104,15 +118,23 @@ class InverseAction(nn.Module):
         mean, raw_std = raw.float().chunk(2, dim=-1)
         std = 2.0 * torch.sigmoid(raw_std / 2.0)
         action = mean + std * torch.randn_like(std) if self.sampled else mean
-        prior = torch.zeros_like(mean), torch.full_like(std, self.prior_std)
-        terms = {"latent_action_kl": gaussian_kl(mean, std, *prior).mean()}
-        return Driven(F.pad(action, (0, 0, 1, 0)), terms, LatentAction(mean, std, action))
+        return Driven(F.pad(action, (0, 0, 1, 0)), LatentAction(mean, std, action))
+
+    def losses(
+        self, driven: Driven, dynamics: RSSM, post: RSSMState, prior_BTSK: Tensor
+    ) -> dict[str, Tensor]:
+        """KL of the inferred actions, and how well they agree with the changes of the state."""
+        latent = driven.latent
+        assert latent is not None
+        prior = torch.zeros_like(latent.mean), torch.full_like(latent.std, self.prior_std)
+        return {
+            "latent_action_kl": gaussian_kl(latent.mean, latent.std, *prior).mean(),
+            "consistency": consistency(self.consistency, latent, dynamics, post, prior_BTSK),
+        }
 
 
-class PaddedAction(nn.Module):
+class PaddedAction(ActionSource):
     """A video model without actions, driven by the robot's: PreLAR's naive fine-tuning."""
-
-    terms: tuple[str, ...] = ()
 
     def __init__(self, env_action_dim: int, width: int) -> None:
         super().__init__()
@@ -126,13 +148,11 @@ class PaddedAction(nn.Module):
     def forward(self, batch: Batch) -> Driven:
         """Actions padded with zeros, (B, T, A)."""
         action = batch["action"]
-        return Driven(F.pad(action, (0, self.action_dim - action.shape[-1])), {})
+        return Driven(F.pad(action, (0, self.action_dim - action.shape[-1])))
 
 
-class EnvAction(nn.Module):
+class EnvAction(ActionSource):
     """PreLAR in fine-tuning: the robot's action, encoded to the width of the latent action."""
-
-    terms: tuple[str, ...] = ()
 
     def __init__(self, env_action_dim: int, cfg: SourceConfig, hidden: int) -> None:
         super().__init__()
@@ -141,7 +161,7 @@ class EnvAction(nn.Module):
 
     def forward(self, batch: Batch) -> Driven:
         """Encoded actions, (B, T, A)."""
-        return Driven(self.encode(batch["action"]), {})
+        return Driven(self.encode(batch["action"]))
 
 
 def build_action_source(
@@ -150,7 +170,7 @@ def build_action_source(
     hidden: int,
     semantic_dim: int,
     env_action_dim: int | None,
-) -> NullAction | SemanticAction | InverseAction | EnvAction | PaddedAction:
+) -> ActionSource:
     """Source of the chosen kind.
 
     ``env_action_dim`` is the width of the environment's action where that is to drive the lower

@@ -1,19 +1,20 @@
-"""What the world model believes, and what it gives back.
+"""What the stacked world model believes, and what it gives back.
 
 Shapes: B batch, T time, E embed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from mapo_lightning.models.rssm_world.consistency import LatentAction
+from mapo_lightning.models.rssm_world.action_source import Driven
 from mapo_lightning.models.rssm_world.rssm import RSSMState
 
 
-class Belief(NamedTuple):
+class RSSMBelief(NamedTuple):
     """State of every dynamics in use; leading axes (B,) or (B, T)."""
 
     lower: RSSMState | None
@@ -26,24 +27,57 @@ class Belief(NamedTuple):
         assert state is not None
         return state
 
-    def at(self, t: int) -> Belief:
+    @property
+    def feat(self) -> Tensor:
+        """Features of the control state, (..., F)."""
+        return self.control.feat
+
+    def at(self, t: int) -> RSSMBelief:
         """Belief at one time, (B, T, ...) -> (B, ...)."""
-        return Belief(*(None if s is None else RSSMState(*(x[:, t] for x in s)) for s in self))
+        return self._map(lambda x: x[:, t])
+
+    def flatten(self) -> RSSMBelief:
+        """Merge batch and time, (B, T, ...) -> (B*T, ...)."""
+        return self._map(lambda x: x.flatten(0, 1))
+
+    def repeat(self, times: int) -> RSSMBelief:
+        """Every row ``times`` times, (B, ...) -> (B*times, ...)."""
+        return self._map(lambda x: x.repeat_interleave(times, dim=0))
+
+    def detach(self) -> RSSMBelief:
+        """The same values without their graph."""
+        return self._map(Tensor.detach)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> RSSMBelief:
+        return RSSMBelief(*(None if state is None else state.map(change) for state in self))
 
 
-class Observed(NamedTuple):
+class DreamtBelief(NamedTuple):
+    """A state inside a dream, of which only the features are known."""
+
+    feat: Tensor
+
+    def at(self, t: int) -> DreamtBelief:
+        """As `RSSMBelief.at`."""
+        return DreamtBelief(self.feat[:, t])
+
+    def flatten(self) -> DreamtBelief:
+        """As `RSSMBelief.flatten`."""
+        return DreamtBelief(self.feat.flatten(0, 1))
+
+    def repeat(self, times: int) -> DreamtBelief:
+        """As `RSSMBelief.repeat`."""
+        return DreamtBelief(self.feat.repeat_interleave(times, dim=0))
+
+    def detach(self) -> DreamtBelief:
+        """As `RSSMBelief.detach`."""
+        return DreamtBelief(self.feat.detach())
+
+
+class Followed(NamedTuple):
     """What following a sequence of frames gives."""
 
-    belief: Belief  # posterior states, axes (B, T)
+    belief: RSSMBelief  # posterior states, axes (B, T)
     embed: Tensor  # (B, T, E)
     prior: dict[str, tuple[RSSMState, Tensor]]  # "lower" / "upper": posterior state, prior logits
-    terms: dict[str, Tensor]  # scalar terms of the action source
-    latent: LatentAction | None  # actions inferred from the frames, if they were
-
-
-class Fit(NamedTuple):
-    """One evaluation of the world model's loss."""
-
-    total: Tensor  # scalar to back-propagate
-    log: dict[str, Tensor]  # unscaled terms and diagnostics, detached scalars
-    belief: Belief  # posterior states, axes (B, T)
+    driven: Driven | None  # what drove the lower dynamics

@@ -60,6 +60,11 @@ class Quantizer(nn.Module):
         self.register_buffer("candidates", torch.zeros(cfg.codes, width), persistent=False)
         self._must_start = True  # a Python flag, so that asking it needs no host sync
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the codes stay as they are."""
+        return self.cfg.frozen
+
     def forward(self, rows_RZ: Tensor) -> Quantized:
         """Look up the nearest code of each row, (R, Z)."""
         rows_RZ = rows_RZ.float()
@@ -101,25 +106,25 @@ class Quantizer(nn.Module):
         self.started.fill_(True)
 
     @torch.no_grad()
-    def update(self, count_M: Tensor, sum_MZ: Tensor, candidates_MZ: Tensor) -> CodebookUse:
+    def update(self, count: Tensor, total: Tensor, candidates: Tensor) -> CodebookUse:
         """Move the codes towards what was assigned to them, and revive those nobody uses.
 
         Args:
-            count_M: Rows assigned to each code since the last update, summed over all ranks, (M,).
-            sum_MZ: Sum of those rows, (M, Z).
-            candidates_MZ: Places for dead codes, (M, Z); the same on every rank.
+            count: Rows assigned to each code since the last update, summed over all ranks, (M,).
+            total: Sum of those rows, (M, Z).
+            candidates: Places for dead codes, (M, Z); the same on every rank.
         """
         keep = self.cfg.decay
-        use_M = count_M / count_M.sum().clamp(min=1.0)
+        use_M = count / count.sum().clamp(min=1.0)
         perplexity = torch.special.entr(use_M).sum().exp()
-        self.ema_count.lerp_(count_M, 1.0 - keep)
-        self.ema_sum.lerp_(sum_MZ, 1.0 - keep)
+        self.ema_count.lerp_(count, 1.0 - keep)
+        self.ema_sum.lerp_(total, 1.0 - keep)
         dead_M = self.ema_count < self.cfg.dead_below
         self.ema_count.copy_(torch.where(dead_M, 1.0, self.ema_count))
-        self.ema_sum.copy_(torch.where(dead_M[:, None], candidates_MZ, self.ema_sum))
-        total = self.ema_count.sum()
+        self.ema_sum.copy_(torch.where(dead_M[:, None], candidates, self.ema_sum))
+        mass = self.ema_count.sum()
         # Laplace smoothing keeps rarely used codes from dividing by almost nothing.
-        smooth_M = (self.ema_count + 1e-5) / (total + self.cfg.codes * 1e-5) * total
+        smooth_M = (self.ema_count + 1e-5) / (mass + self.cfg.codes * 1e-5) * mass
         self.codes.copy_(self.ema_sum / smooth_M[:, None])
         self.batch_count.zero_()
         self.batch_sum.zero_()

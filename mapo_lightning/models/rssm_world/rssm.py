@@ -1,12 +1,15 @@
 """Recurrent state-space model: one class for the lower (video) and the upper (control) dynamics.
 
+This is the readable specification, in plain autograd. `fused` has the same recurrence with a
+backward written by hand; ``world_model.recurrence`` chooses between them.
+
 Shapes: B batch, T time, D deter, S groups, K classes, U hidden, A action, E embed, I imagined.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +17,13 @@ from torch.nn import functional as F
 
 from mapo_lightning.models.blocks import xavier
 from mapo_lightning.models.distributions import balanced_kl, one_hot_sample
-from mapo_lightning.models.rssm_world.fused.backward import Weights
-from mapo_lightning.models.rssm_world.fused.scan import NORM_EPS, Unrolled, gru, remembering
 from mapo_lightning.models.rssm_world.settings import RSSMConfig
 from mapo_lightning.types import ConfigError
+
+NORM_EPS = 1e-3
+
+FeaturePolicy: TypeAlias = Callable[[Tensor], Tensor]
+"""Features (B, F) of the present states -> action (B, A)."""
 
 
 class RSSMState(NamedTuple):
@@ -43,9 +49,13 @@ class RSSMState(NamedTuple):
         """Summary of the past, (..., D)."""
         return self.feat[..., self.logits.shape[-2:].numel() :]
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> RSSMState:
+        """The state with ``change`` made to each of its tensors."""
+        return RSSMState(*map(change, self))
+
     def flatten(self) -> RSSMState:
         """Merge the two leading axes: (B, T, ...) -> (B*T, ...)."""
-        return RSSMState(*(x.flatten(0, 1) for x in self))
+        return self.map(lambda x: x.flatten(0, 1))
 
 
 class NormedGRU(nn.Module):
@@ -61,16 +71,27 @@ class NormedGRU(nn.Module):
 
     def forward(self, x_BU: Tensor, deter_BD: Tensor) -> Tensor:
         """Next state (B, D) from the input (B, U) and the last one."""
-        entry = torch.cat([x_BU, deter_BD.to(x_BU.dtype)], dim=-1)
-        gates_BG = self.linear(entry).float()
-        return gru(gates_BG, deter_BD, (self.norm.weight, remembering(self.norm.bias)))[0]
+        gates_BG = self.linear(torch.cat([x_BU, deter_BD.to(x_BU.dtype)], dim=-1)).float()
+        offset_G = update_bias(self.norm.bias)
+        normed_BG = F.layer_norm(
+            gates_BG, gates_BG.shape[-1:], self.norm.weight, offset_G, self.norm.eps
+        )
+        reset, candidate, update = normed_BG.chunk(3, dim=-1)
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        return torch.lerp(deter_BD, candidate, torch.sigmoid(update))
+
+
+def update_bias(beta_G: Tensor) -> Tensor:
+    """The norm's offset with -1 for the update gate, so that a fresh cell remembers; (3D,)."""
+    third = beta_G.shape[0] // 3
+    return torch.cat([beta_G[: 2 * third], beta_G[2 * third :] - 1.0])
 
 
 class RSSM(nn.Module):
     """Latent dynamics that any action vector can drive: real, semantic, inferred or null.
 
-    ``observe`` hoists everything out of the recurrence that does not depend on it: the products
-    with actions and embeddings are taken for all steps at once, and the prior comes afterwards.
+    What does not depend on the recurrence is computed outside it: the products with actions and
+    embeddings for all steps at once, and the prior from all states.
 
     Args:
         cfg: Sizes.
@@ -133,111 +154,81 @@ class RSSM(nn.Module):
         if noise_BTS is None:
             noise_BTS = torch.rand(batch, steps, self.cfg.stoch, device=embed_BTE.device)
         keep_BT1 = (~is_first_BT).float()[..., None]
-        correct = self.posterior[0]
-        assert isinstance(correct, nn.Linear)
-        deter_weight, seen_weight = correct.weight.split_with_sizes(
-            [self.cfg.deter, embed_BTE.shape[-1]], dim=1
-        )
-        driven_BTU = self._drive(action_BTA * keep_BT1)
-        seen_BTU = F.linear(embed_BTE, seen_weight, correct.bias)
-        weights = self._weights(deter_weight, self.posterior)
-        sequence = self._unrolled(weights, state.feat, steps, 1, keep_BT1)
-        with torch.no_grad():
-            noise = noise_BTS.transpose(0, 1).contiguous().unbind()
-            for given in zip(driven_BTU.unbind(1), seen_BTU.unbind(1), noise, strict=True):
-                sequence.step(*given)
-        feat, logits = sequence.attached(driven_BTU, seen_BTU, state.feat)
-        assert logits is not None
-        post = RSSMState(feat, self._grouped(logits))
+        driven_BTU = self.drive(action_BTA * keep_BT1)
+        seen_BTU, deter_weight = self._see(embed_BTE)
+        states: list[RSSMState] = []
+        for t in range(steps):
+            stoch_BX = state.stoch.flatten(-2) * keep_BT1[:, t]
+            deter_BD = self._recur(driven_BTU[:, t], stoch_BX, state.deter * keep_BT1[:, t])
+            hidden_BU = F.elu(seen_BTU[:, t] + F.linear(deter_BD, deter_weight))
+            logits_BSK = self._grouped(self.posterior[2](hidden_BU).float())
+            sample_BSK = one_hot_sample(logits_BSK, noise_BTS[:, t])
+            state = RSSMState.of(deter_BD, sample_BSK, logits_BSK)
+            states.append(state)
+        post = RSSMState(*(torch.stack(parts, dim=1) for parts in zip(*states, strict=True)))
         return post, self._grouped(self.prior(post.deter))
-
-    def imagine_step(self, prev: RSSMState, action_BA: Tensor, noise_BS: Tensor) -> RSSMState:
-        """Predict one step with autograd: p(s_t | s_{t-1}, a_{t-1})."""
-        inp_weight, _ = self._input_weights()
-        x_BU = F.elu(self._drive(action_BA) + F.linear(prev.stoch.flatten(-2), inp_weight))
-        deter_BD = self.cell(x_BU, prev.deter)
-        logits_BSK = self._grouped(self.prior(deter_BD))
-        return RSSMState.of(deter_BD, one_hot_sample(logits_BSK, noise_BS), logits_BSK)
 
     def imagine(
         self,
         start_BF: Tensor,
-        action_of: Callable[[int, Tensor], Tensor],
+        policy: FeaturePolicy,
         steps: int,
-        replay: Callable[[], Tensor] | None = None,
+        encode: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Roll the prior out.
 
         Args:
             start_BF: Features of the states to leave from, (B, F).
-            action_of: Action (B, A) to take in the state that step i starts from, given its
-                features; asked without autograd.
+            policy: Asked once a step, in order. Gradients of the result reach its actions.
             steps: Number I of steps.
-            replay: The actions that ``action_of`` gave, (I, B, A), in a graph: gradients of the
-                features reach them, and no other input. None: no gradients at all.
+            encode: What an action becomes before it drives the model, (..., A) -> (..., A');
+                None: itself.
 
         Returns:
             Features (I + 1, B, F), the start first.
         """
-        first = self.prior[0]
-        assert isinstance(first, nn.Linear)
-        noise_IBS = torch.rand((steps, len(start_BF), self.cfg.stoch), device=start_BF.device)
-        with torch.no_grad():
-            weights = self._weights(first.weight, self.prior)
-            bias = first.bias.to(weights.gates.dtype)
-            dream = self._unrolled(weights, start_BF, steps, 0)
-            for i in range(steps):
-                driven_BU = self._drive(action_of(i, dream.states[i]))
-                dream.step(driven_BU, bias, noise_IBS[i])
-        if replay is None:
-            return dream.states
-        return dream.attached(self._drive(replay()), bias, start_BF)[0]
+        shape = len(start_BF), self.cfg.stoch, self.cfg.classes
+        noise_IBS = torch.rand((steps, *shape[:2]), device=start_BF.device)
+        state = RSSMState(start_BF, start_BF.new_zeros(shape))
+        feats = [start_BF]
+        for noise_BS in noise_IBS:
+            action_BA = policy(state.feat)
+            driven = action_BA if encode is None else encode(action_BA)
+            state = self.imagine_step(state, driven, noise_BS)
+            feats.append(state.feat)
+        return torch.stack(feats)
+
+    def imagine_step(self, prev: RSSMState, action_BA: Tensor, noise_BS: Tensor) -> RSSMState:
+        """Predict one step: p(s_t | s_{t-1}, a_{t-1})."""
+        deter_BD = self._recur(self.drive(action_BA), prev.stoch.flatten(-2), prev.deter)
+        logits_BSK = self._grouped(self.prior(deter_BD).float())
+        return RSSMState.of(deter_BD, one_hot_sample(logits_BSK, noise_BS), logits_BSK)
 
     def kl(self, post_BTSK: Tensor, prior_BTSK: Tensor, free_nats: float) -> Tensor:
         """Balanced KL of this model, scalar nats per step."""
         return balanced_kl(post_BTSK, prior_BTSK, self.cfg.kl_balance, free_nats)
 
-    def _drive(self, action: Tensor) -> Tensor:
+    def drive(self, action: Tensor) -> Tensor:
         """Part of the input layer that the action feeds, (..., A) -> (..., U)."""
-        _, action_weight = self._input_weights()
-        return F.linear(action, action_weight[:, : action.shape[-1]], self.inp.bias)
+        weight = self.inp.weight[:, self.cfg.stoch * self.cfg.classes :]
+        # Slicing to the action's width equals padding the action with zeros.
+        return F.linear(action, weight[:, : action.shape[-1]], self.inp.bias)
 
-    def _input_weights(self) -> tuple[Tensor, Tensor]:
-        """Input layer's weights for the stochastic state and for the action.
+    def _recur(self, driven_BU: Tensor, stoch_BX: Tensor, deter_BD: Tensor) -> Tensor:
+        """Next recurrent state (B, D), from the action's part of the input layer and the state."""
+        weight = self.inp.weight[:, : self.cfg.stoch * self.cfg.classes]
+        x_BU = F.elu(driven_BU + F.linear(stoch_BX, weight))
+        next_BD: Tensor = self.cell(x_BU, deter_BD)
+        return next_BD
 
-        Slicing the action's part to the action's width equals padding the action with zeros.
-        """
-        flat = self.cfg.stoch * self.cfg.classes
-        return self.inp.weight[:, :flat], self.inp.weight[:, flat:]
-
-    def _weights(self, deter_weight: Tensor, head: nn.Sequential) -> Weights:
-        """What a step multiplies with, in the dtype of the products, to be cast once a sequence.
-
-        ``head`` is prior or posterior, ``deter_weight`` its first layer's part for the state.
-        """
-        kind = deter_weight.device.type
-        given = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if given else deter_weight.dtype
-        linear, norm, last = self.cell.linear, self.cell.norm, head[2]
-        assert isinstance(last, nn.Linear)
-        entry, deter = linear.weight.split_with_sizes([self.cfg.hidden, self.cfg.deter], dim=1)
-        return Weights(
-            self._input_weights()[0].to(dtype),
-            torch.cat([deter, entry], dim=1).to(dtype),
-            linear.bias.to(dtype),
-            norm.weight,
-            remembering(norm.bias),
-            deter_weight.to(dtype),
-            last.weight.to(dtype),
-            last.bias.to(dtype),
+    def _see(self, embed_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior's first layer: its part for what was seen, (B, T, U), and its state weights."""
+        first = self.posterior[0]
+        assert isinstance(first, nn.Linear)
+        deter_weight, seen_weight = first.weight.split_with_sizes(
+            [self.cfg.deter, embed_BTE.shape[-1]], dim=1
         )
-
-    def _unrolled(
-        self, weights: Weights, start_BF: Tensor, steps: int, axis: int, keep: Tensor | None = None
-    ) -> Unrolled:
-        return Unrolled(
-            weights, (self.cfg.stoch, self.cfg.classes), start_BF.detach(), steps, axis, keep
-        )
+        return F.linear(embed_BTE, seen_weight, first.bias), deter_weight
 
     def _grouped(self, flat: Tensor) -> Tensor:
         """(..., S*K) -> (..., S, K)."""

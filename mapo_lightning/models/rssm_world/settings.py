@@ -183,6 +183,9 @@ class BonusConfig:
 class WorldModelConfig:
     """The plugs and sizes of the world model (docs/methods.md has the table)."""
 
+    recurrence: Literal["fused", "plain"] = "fused"
+    """How the state-space models run: with a backward through time written by hand, or as the plain
+    loop that specifies it. The results are equal within rounding."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """Encoder and decoder of frames."""
     context: ContextConfig = field(default_factory=ContextConfig)

@@ -5,29 +5,33 @@ Shapes: B batch, T time, H W image, E embed, F feat, A action, N = B*T, I imagin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
+from mapo_lightning.models.blocks import evaluation_mode
+from mapo_lightning.models.interfaces import Belief, Dream, DreamPolicy, Fit, Policy
 from mapo_lightning.models.objective import check_scales, weigh
 from mapo_lightning.models.rssm_world.action_source import Driven, build_action_source
-from mapo_lightning.models.rssm_world.belief import Belief, Fit, Observed
-from mapo_lightning.models.rssm_world.consistency import LatentAction, consistency
-from mapo_lightning.models.rssm_world.context import NO_CONTEXT, FrameContext
+from mapo_lightning.models.rssm_world.belief import DreamtBelief, Followed, RSSMBelief
+from mapo_lightning.models.rssm_world.context import NO_CONTEXT, Context, FrameContext
 from mapo_lightning.models.rssm_world.decoder import build_decoder
 from mapo_lightning.models.rssm_world.encoder import build_encoder, normalised
+from mapo_lightning.models.rssm_world.fused.rssm import FusedRSSM
 from mapo_lightning.models.rssm_world.heads import Heads
 from mapo_lightning.models.rssm_world.intrinsic import VideoBonus
 from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState
-from mapo_lightning.models.rssm_world.settings import (
-    WorldModelConfig,
-)
+from mapo_lightning.models.rssm_world.settings import WorldModelConfig
 from mapo_lightning.models.settings import ObjectiveConfig
 from mapo_lightning.types import Batch, ConfigError
 
+RECURRENCE: dict[str, type[RSSM]] = {"plain": RSSM, "fused": FusedRSSM}
 
-class WorldModel(nn.Module):
+
+class RSSMWorldModel(nn.Module):
     """Encoder, context, lower and upper dynamics, decoder, heads.
 
     Args:
@@ -56,23 +60,26 @@ class WorldModel(nn.Module):
                 "use stage=finetune, or choose another method"
             )
         self.cfg, self.objective = cfg, objective
+        dynamics = RECURRENCE[cfg.recurrence]
         self.encoder = build_encoder(cfg.image)
         self.context = None
         if cfg.context.kind != "none":
             self.context = FrameContext(cfg.context, cfg.image, augment=controls)
         embed = self.encoder.embed_dim
-        self.source, self.lower, self.upper = None, None, None
+        self.source = None
+        self.lower: RSSM | None = None
+        self.upper: RSSM | None = None
         feat, seen = 0, embed
         if cfg.lower is not None:
             env_dim = action_dim if cfg.upper is None else None
             self.source = build_action_source(
                 cfg.source, cfg.image, cfg.lower.hidden, semantic_dim, env_dim
             )
-            self.lower = RSSM(cfg.lower, self.source.action_dim, embed)
+            self.lower = dynamics(cfg.lower, self.source.action_dim, embed)
             feat = cfg.lower.feat
             seen = feat + embed * cfg.concat_embed
         if action_dim is not None and cfg.upper is not None:
-            self.upper = RSSM(cfg.upper, action_dim, seen)
+            self.upper = dynamics(cfg.upper, action_dim, seen)
             feat = cfg.upper.feat
         self.feat_dim = feat
         self.decoder = build_decoder(cfg.image, feat, cfg.context)
@@ -86,25 +93,38 @@ class WorldModel(nn.Module):
         for part in (self.source, self.context):
             names |= set(part.terms if part is not None else ())
         check_scales(names, objective.scales)
+        seeing = [part for part in (self.encoder, self.source) if part is not None]
+        self._observing_norms = [
+            m for part in seeing for m in part.modules() if isinstance(m, nn.BatchNorm2d)
+        ]
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def observe(self, batch: Batch, start: Belief | None = None) -> Observed:
-        """Follow a sequence of frames with every dynamics in use.
+    def observe(self, batch: Batch, start: Belief | None = None) -> RSSMBelief:
+        """Posterior states after each frame, axes (B, T).
 
-        ``batch`` needs ``action`` only for an upper dynamics; ``start`` is the belief before the
-        first frame, axes (B,).
+        ``batch`` needs ``action`` only for dynamics that it drives; ``start`` is the belief before
+        the first frame, axes (B,).
         """
+        return self.follow(batch, start).belief
+
+    def follow(self, batch: Batch, start: Belief | None = None) -> Followed:
+        """As `observe`, with everything that the loss reads.
+
+        Raises:
+            TypeError: ``start`` is not a belief of this model.
+        """
+        if start is not None and not isinstance(start, RSSMBelief):
+            raise TypeError(f"start must be an RSSMBelief, got {type(start).__name__}")
         obs, first_BT = batch["obs"], batch["is_first"]
         embed_BTE = self.encoder(normalised(obs)).view(*obs.shape[:2], -1)
         lower, upper = None, None
         prior: dict[str, tuple[RSSMState, Tensor]] = {}
-        terms: dict[str, Tensor] = {}
-        latent: LatentAction | None = None
+        driven: Driven | None = None
         seen_BTE = embed_BTE
         if self.lower is not None and self.source is not None:
-            action_BTA, terms, latent = self.source(batch)
+            driven = self.source(batch)
             before = start.lower if start else None
-            lower, logits = self.lower.observe(action_BTA, embed_BTE, first_BT, before)
+            lower, logits = self.lower.observe(driven.action, embed_BTE, first_BT, before)
             prior["lower"] = lower, logits
             seen_BTE = lower.feat
             if self.cfg.concat_embed:
@@ -113,24 +133,21 @@ class WorldModel(nn.Module):
             before = start.upper if start else None
             upper, logits = self.upper.observe(batch["action"], seen_BTE, first_BT, before)
             prior["upper"] = upper, logits
-        return Observed(Belief(lower, upper), embed_BTE, prior, terms, latent)
+        return Followed(RSSMBelief(lower, upper), embed_BTE, prior, driven)
 
     def loss(self, batch: Batch) -> Fit:
         """Eq. (2) in pre-training, eq. (3) in fine-tuning, plus the terms of the method's plugs."""
-        seen = self.observe(batch)
-        terms = dict(seen.terms)
+        seen = self.follow(batch)
+        terms: dict[str, Tensor] = {}
         log: dict[str, Tensor] = {}
+        if self.source is not None and self.lower is not None and seen.driven is not None:
+            terms |= self.source.losses(seen.driven, self.lower, *seen.prior["lower"])
         for name, (post, prior_BTSK) in seen.prior.items():
             dynamics = self.lower if name == "lower" else self.upper
             assert dynamics is not None
             terms[f"kl_{name}"] = dynamics.kl(post.logits, prior_BTSK, self.objective.free_nats)
-        if seen.latent is not None:
-            assert self.lower is not None
-            terms["consistency"] = consistency(
-                self.cfg.source.consistency, seen.latent, self.lower, *seen.prior["lower"]
-            )
-        feat_BTF = seen.belief.control.feat
-        context = self.context(batch["obs"]) if self.context is not None else NO_CONTEXT
+        feat_BTF = seen.belief.feat
+        context = self._look(batch["obs"])
         terms |= context.terms
         mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), context.maps).float()
         error_NCHW = mean_NCHW - normalised(batch["obs"])
@@ -145,7 +162,53 @@ class WorldModel(nn.Module):
         total, weighed = weigh(terms, self.objective.weights)
         return Fit(total, log | weighed, seen.belief)
 
-    def _bonus(self, seen: Observed) -> Tensor | None:
+    @torch.no_grad()
+    def imagine(self, start: Belief, policy: Policy, steps: int) -> Dream:
+        """Dream with the control dynamics; no frames and no phrases are needed there (O8)."""
+        actions: list[Tensor] = []
+        number = count()
+
+        def act(feat_NF: Tensor) -> Tensor:
+            actions.append(policy(next(number), DreamtBelief(feat_NF)))
+            return actions[-1]
+
+        feat_INF = self._dreaming.imagine(start.feat, act, steps, self._encoder_of_actions)
+        return self._dream(feat_INF)._replace(action=torch.stack(actions))
+
+    def imagine_with_gradients(self, start: Belief, policy: DreamPolicy, steps: int) -> Dream:
+        """As `imagine`, differentiable in the policy's actions."""
+        feat_INF = self._dreaming.imagine(start.feat, policy, steps, self._encoder_of_actions)
+        return self._dream(feat_INF)
+
+    def _dream(self, feat_INF: Tensor) -> Dream:
+        reward_IN = self.heads.read("reward", feat_INF)
+        if "discount" in self.heads:
+            discount_IN = self.heads.read("discount", feat_INF).sigmoid()
+        else:
+            discount_IN = torch.ones_like(reward_IN)
+        return Dream(feat_INF, reward_IN, discount_IN)
+
+    @property
+    def _dreaming(self) -> RSSM:
+        """The control dynamics."""
+        dynamics = self.upper or self.lower
+        assert dynamics is not None
+        return dynamics
+
+    @property
+    def _encoder_of_actions(self) -> Callable[[Tensor], Tensor] | None:
+        """What an action passes before it drives the control dynamics, if anything."""
+        source = self.source
+        if self.upper is not None or source is None:
+            return None
+        return lambda action: source({"action": action}).action
+
+    def _look(self, obs: Tensor) -> Context:
+        """The scene's context, of frames (B, T, H, W, 3)."""
+        found: Context = NO_CONTEXT if self.context is None else self.context(obs)
+        return found
+
+    def _bonus(self, seen: Followed) -> Tensor | None:
         """Intrinsic bonus of the first steps, (B, T - window + 1); None without one."""
         if self.bonus is None:
             return None
@@ -155,40 +218,11 @@ class WorldModel(nn.Module):
         bonus_BT: Tensor = self.bonus(compared.detach())
         return bonus_BT
 
-    def head(self, name: str, feat: Tensor) -> Tensor:
-        """Output of one head, (..., F) -> (...), float32."""
-        return self.heads.read(name, feat)
-
-    def imagine(
-        self,
-        start_NF: Tensor,
-        action_of: Callable[[int, Tensor], Tensor],
-        steps: int,
-        replay: Callable[[], Tensor] | None = None,
-    ) -> Tensor:
-        """Dream with the control dynamics; no frames and no phrases are needed there (O8).
-
-        Arguments and result of `RSSM.imagine`: features (I + 1, N, F), the start first.
-        """
-        dynamics = self.upper or self.lower
-        assert dynamics is not None
-
-        def drive(i: int, feat_NF: Tensor) -> Tensor:
-            return self._encode_action(action_of(i, feat_NF))
-
-        again = None if replay is None else lambda: self._encode_action(replay())
-        return dynamics.imagine(start_NF, drive, steps, again)
-
-    def _encode_action(self, action_BA: Tensor) -> Tensor:
-        """What an environment action becomes before it drives the control dynamics."""
-        if self.upper is not None or self.source is None:
-            return action_BA
-        driven: Driven = self.source({"action": action_BA})
-        return driven.action
-
     @torch.no_grad()
     def open_loop(self, batch: Batch, seen: int) -> Tensor:
         """Watch the first ``seen`` frames, then dream the rest from the actions alone.
+
+        In evaluation mode, whatever mode the model is in.
 
         Args:
             batch: Sequences of T > ``seen`` frames.
@@ -197,21 +231,43 @@ class WorldModel(nn.Module):
         Returns:
             Frames (B, T, H, W, 3) in [0, 1]; the scene's context comes from what was shown.
         """
+        with evaluation_mode(list(self.modules())):
+            return self._open_loop(batch, seen)
+
+    def _open_loop(self, batch: Batch, seen: int) -> Tensor:
         shown = {key: value[:, :seen] for key, value in batch.items()}
-        belief = self.observe(shown).belief
-        dynamics = self.upper or self.lower
-        assert dynamics is not None
+        belief = self.observe(shown)
         if self.upper is not None or self.source is None:
             drive_BTA = batch["action"]
         else:
             drive_BTA = self.source(batch).action
-        dreamt_IBF = dynamics.imagine(
-            belief.at(seen - 1).control.feat,
-            lambda i, _: drive_BTA[:, seen + i],
-            batch["obs"].shape[1] - seen,
+        actions = iter(drive_BTA[:, seen:].unbind(1))
+        ahead = batch["obs"].shape[1] - seen
+        dreamt_IBF = self._dreaming.imagine(
+            belief.at(seen - 1).feat, lambda _: next(actions), ahead
         )[1:]
-        feat_BTF = torch.cat([belief.control.feat, dreamt_IBF.transpose(0, 1)], dim=1)
-        context = self.context(shown["obs"]) if self.context is not None else NO_CONTEXT
-        mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), context.maps).float()
+        feat_BTF = torch.cat([belief.feat, dreamt_IBF.transpose(0, 1)], dim=1)
+        mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), self._look(shown["obs"]).maps).float()
         frame_NHWC: Tensor = (mean_NCHW + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1)
         return frame_NHWC.reshape(batch["obs"].shape)
+
+    def parts(self) -> Mapping[str, nn.Module]:
+        """Every part that this method has: encoder, context, source, lower, upper, decoder ..."""
+        return {name: part for name, part in self.named_children() if part is not None}
+
+    def groups(self) -> Mapping[str, list[nn.Parameter]]:
+        """``lower``: encoder, context and lower dynamics. ``model``: everything else.
+
+        Without lower dynamics there is one group for all, as in DreamerV2 (facts 7.1).
+        """
+        early = {"encoder", "context", "source", "lower"} if self.lower is not None else set()
+        if self.upper is None:
+            early -= {"source"}  # PreLAR's action encoder is fresh in fine-tuning (facts 2.5)
+        found: dict[str, list[nn.Parameter]] = {"lower": [], "model": []}
+        for name, parameter in self.named_parameters():
+            found["lower" if name.split(".")[0] in early else "model"].append(parameter)
+        return found
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode for what `observe` uses: its batch norms, the only parts that differ."""
+        return evaluation_mode(self._observing_norms)

@@ -6,73 +6,46 @@ operations in a dream and twelve in a scan (float32): the factors that do not de
 are computed for all steps at once, and each weight's gradient is one product over all steps
 (docs/performance.md).
 
-Shapes as in `recurrence`.
+Shapes as in `tape`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mapo_lightning.models.rssm_world.fused.scan import Unrolled
+from mapo_lightning.models.rssm_world.fused.tape import Saved, Tape, Weights
 
 _aten = torch.ops.aten
 
 
-class Weights(NamedTuple):
-    """What a step multiplies with; matrices and their biases in the dtype of the products."""
-
-    stoch: Tensor  # (U, X) input layer's part for the stochastic state
-    gates: Tensor  # (3D, D + U) for recurrent state and input layer, in this order
-    gates_bias: Tensor  # (3D,)
-    gamma: Tensor  # (3D,) of the norm over the gates, float32
-    beta: Tensor  # (3D,) float32
-    deter: Tensor  # (U, D) first layer of prior or posterior, its part for the recurrent state
-    logits: Tensor  # (X, U) its second layer
-    logits_bias: Tensor  # (X,)
-
-
-class Step(NamedTuple):
-    """What the backward of one step needs beside the rows that the sequence keeps."""
-
-    gates: Tensor  # (B, 3D) before the norm
-    mean: Tensor  # (B, 1) of the norm
-    rstd: Tensor  # (B, 1)
-    normed: Tensor  # (B, 3D)
-    opened: Tensor  # (B, 3D) sigmoid of `normed`: reset gate, nothing of use, update gate
-    candidate: Tensor  # (B, D) in (-1, 1)
-    hidden: Tensor  # (B, U) of prior or posterior
-    probs: Tensor  # (B, S, K)
-
-
-class Attached(torch.autograd.Function):
-    """Gives a sequence that was taken without autograd its place in the graph."""
+class ScanFunction(torch.autograd.Function):
+    """Gives a sequence that was computed without autograd its place in the graph."""
 
     @staticmethod
     def forward(
-        ctx: Any, taken: Unrolled, driven: Tensor, seen: Tensor, start: Tensor, *weights: Tensor
+        ctx: Any, tape: Tape, driven: Tensor, seen: Tensor, start: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Unrolled.attached`."""
+        """See `Scan.with_gradients`."""
         ctx.set_materialize_grads(False)
-        ctx.axis, ctx.shared_seen = taken.axis, seen.ndim == 1
-        rows = taken.keep, taken.before, taken.entry, taken.after
-        ctx.save_for_backward(*rows, *weights, *(x for one in taken.steps for x in one))
-        states = taken.states.view_as(taken.states)  # another object, or it would hold itself
-        if taken.keep is None:
+        ctx.axis, ctx.shared_seen = tape.axis, seen.ndim == 1
+        rows = tape.keep, tape.before, tape.entry, tape.after
+        ctx.save_for_backward(*rows, *weights, *(x for one in tape.steps for x in one))
+        states = tape.states.view_as(tape.states)  # another object, or it would hold itself
+        if tape.keep is None:
             return states, None
-        return states, torch.stack(taken.logits, taken.axis)
+        return states, torch.stack(tape.logits, tape.axis)
 
     @staticmethod
     def backward(ctx: Any, states: Tensor | None, logits: Tensor | None) -> tuple[Any, ...]:
         """From the gradients of states and logits."""
         rows, rest = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         w, tensors = Weights(*rest[: len(Weights._fields)]), rest[len(Weights._fields) :]
-        width = len(Step._fields)
-        steps = [Step(*tensors[i : i + width]) for i in range(0, len(tensors), width)]
+        width = len(Saved._fields)
+        steps = [Saved(*tensors[i : i + width]) for i in range(0, len(tensors), width)]
         _, _, wants_seen, wants_start, *wants_weights = ctx.needs_input_grad
         back = Backward(ctx.axis, w, steps, *rows)
         start = back.run(states, logits, wants_start)
@@ -99,7 +72,7 @@ class Backward:
         self,
         axis: int,
         w: Weights,
-        steps: Sequence[Step],
+        steps: Sequence[Saved],
         keep: Tensor | None,
         before: Tensor,
         entry: Tensor,

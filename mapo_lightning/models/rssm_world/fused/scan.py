@@ -1,10 +1,9 @@
 """The recurrence of the state-space model: a sequence runs without autograd, step by step.
 
 A step costs sixteen operations and writes where the next step and the caller read. One node of the
-graph, in `through_time`, then gives the whole sequence its backward.
+graph, in `backward`, then gives the whole sequence its backward.
 
-Shapes: T steps, B rows, D deter, U hidden, S groups, K classes, X = S*K, F = X + D. The lead axes
-"..." of a whole sequence are (T, B) or (B, T).
+Shapes as in `tape`.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mapo_lightning.models.distributions import draw_class
-from mapo_lightning.models.rssm_world.fused.backward import Attached, Step, Weights
+from mapo_lightning.models.rssm_world.fused.backward import ScanFunction
+from mapo_lightning.models.rssm_world.fused.tape import Saved, Tape, Weights
+from mapo_lightning.models.rssm_world.rssm import NORM_EPS
 
 _aten = torch.ops.aten
-NORM_EPS = 1e-3
 
 
 def gru(
@@ -25,7 +25,7 @@ def gru(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Normed GRU from its gates on: next state (B, D), and (mean, rstd, normed, opened, candidate).
 
-    The norm's offset holds the update gate's -1, see `remembering`. Source: facts 2.2.
+    The norm's offset holds the update gate's -1, see `update_bias`. Source: facts 2.2.
     """
     normed, mean, rstd = torch.native_layer_norm(gates_BG, gates_BG.shape[-1:], *norm, NORM_EPS)
     # One call for both gates; that of the proposal's part is not used.
@@ -36,14 +36,8 @@ def gru(
     return deter, (mean, rstd, normed, opened, candidate)
 
 
-def remembering(beta: Tensor) -> Tensor:
-    """The norm's offset with -1 for the update gate, so that a fresh cell remembers; (3D,)."""
-    third = beta.shape[0] // 3
-    return torch.cat([beta[: 2 * third], beta[2 * third :] - 1.0])
-
-
-class Unrolled:
-    """A sequence, taken step by step without autograd; then its states with their gradients.
+class Scan:
+    """A sequence, computed step by step without autograd; then its states with their gradients.
 
     A state is a row (B, F), stochastic part first, float32. Rows lie side by side with what the
     gates read, so that a step writes its result where the next one multiplies it.
@@ -73,7 +67,7 @@ class Unrolled:
     ) -> None:
         self.weights, self.groups, self.start = weights, groups, start_BF
         self.axis, self.keep = axis, keep
-        self.steps, self.logits = list[Step](), list[Tensor]()
+        self.steps, self.logits = list[Saved](), list[Tensor]()
         self.classes = torch.arange(groups[1], device=start_BF.device)
         (batch, feat), units, dtype = start_BF.shape, *weights.stoch.shape[:1], weights.gates.dtype
         self.cast = dtype != start_BF.dtype  # bfloat16 products read rows of their own
@@ -125,11 +119,11 @@ class Unrolled:
         probs_BSK = logits_BX.view(-1, *self.groups).softmax(dim=-1)
         stoch_BSK = after_BF[:, :flat].view(-1, *self.groups)
         torch.eq(draw_class(probs_BSK, noise_BS), self.classes, out=stoch_BSK)
-        self.steps.append(Step(gates_BG, *inner, hidden_BU, probs_BSK))
+        self.steps.append(Saved(gates_BG, *inner, hidden_BU, probs_BSK))
         if self.keep is not None:
             self.logits.append(logits_BX)
 
-    def attached(
+    def with_gradients(
         self, driven: Tensor, seen: Tensor, start_BF: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """States and logits of the steps, with the gradients that reach these inputs.
@@ -140,9 +134,11 @@ class Unrolled:
             start_BF: State before the first step.
 
         Returns:
-            ``states``, and the logits (..., X); None without ``keep``: nobody asks for a dream's.
+            ``states``, and the logits (..., X); None without ``keep``: a dream's are not used.
         """
-        out: tuple[Tensor, Tensor | None] = Attached.apply(  # type: ignore[no-untyped-call]
-            self, driven, seen, start_BF, *self.weights
+        rows = self.before, self.entry, self.after, self.states
+        tape = Tape(self.axis, self.keep, *rows, self.steps, self.logits)
+        out: tuple[Tensor, Tensor | None] = ScanFunction.apply(  # type: ignore[no-untyped-call]
+            tape, driven, seen, start_BF, *self.weights
         )
         return out
