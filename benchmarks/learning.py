@@ -147,16 +147,14 @@ def foresight(run: Path, chunks: int = 64, seen: int = 5, ahead: int = 10) -> li
         batch = chunk_batch(stage.replay, np.random.default_rng(0), chunks, seen + ahead)
         stage.collector.close()
     torch.manual_seed(0)
-    belief, action_BTA = model.observe(batch).belief, batch["action"]
-    dream_IBF = model.imagine(
-        belief.at(seen - 1).control.feat, lambda i, _: action_BTA[:, seen + i], ahead
-    )[1:]
+    belief, action_BTA = model.observe(batch), batch["action"]
+    dream = model.imagine(belief.at(seen - 1), lambda i, _: action_BTA[:, seen + i], ahead)
     # With a bonus the reward head learns the sum of both; the auxiliary one the task's reward.
     has_bonus = cfg.world_model.bonus.beta > 0 and cfg.world_model.aux_reward
     head = "aux_reward" if has_bonus else "reward"
     pairs = (
-        (model.head(head, belief.control.feat), batch["reward"]),
-        (model.head(head, dream_IBF).sum(0), batch["reward"][:, seen:].sum(1)),
+        (model.heads.read(head, belief.feat), batch["reward"]),
+        (model.heads.read(head, dream.feat[1:]).sum(0), batch["reward"][:, seen:].sum(1)),
     )
     found = [float(np.corrcoef(a.flatten(), b.flatten())[0, 1]) for a, b in pairs]
     known.write_text(json.dumps(found))

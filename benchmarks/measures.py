@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.reference_step import ReferenceStep
 from mapo_lightning.config.compose import compose
-from mapo_lightning.models.rssm_world.rssm import RSSM
+from mapo_lightning.models.rssm_world.fused.rssm import FusedRSSM
 from mapo_lightning.run.build import (
     build_finetune,
     build_pretrain,
@@ -252,8 +252,8 @@ def measure_parts(args: argparse.Namespace) -> dict[str, Any]:
     parts: list[tuple[Any, str, str]] = [
         (world_model.encoder, "forward", "encoder"),
         (world_model.decoder, "forward", "decoder"),
-        (RSSM, "observe", "scans"),
-        (RSSM, "kl", "KL"),
+        (FusedRSSM, "observe", "scans"),
+        (FusedRSSM, "kl", "KL"),
         (Tensor, "backward", "backward of everything"),
         (work.optimizer, "step", "Adam"),
         (torch.nn.utils, "clip_grad_norm_", "clipping"),
@@ -263,7 +263,7 @@ def measure_parts(args: argparse.Namespace) -> dict[str, Any]:
         parts.append((world_model.context, "forward", "context"))
     if agent is not None:
         parts += [
-            (world_model, "imagine", "imagination"),
+            (world_model, "imagine_with_gradients", "imagination"),
             (agent, "losses", "agent, forward"),
             (agent.critic, "forward", "critic"),
         ]

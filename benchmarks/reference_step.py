@@ -4,9 +4,9 @@ Every step of a sequence is computed on its own, with distribution objects; the 
 for every frame; imagination computes the world model's gradients and throws them away; the policy
 is asked a second time for its entropy; Adam loops over parameters. Nothing is hoisted or fused.
 
-It reads the weights of a `WorldModel` and a `DreamerAgent` and computes the same losses from the
-same random numbers, so that each of the two implementations checks the other
-(tests/unit/test_agreement.py) and anyone can measure their ratio (benchmarks/speed.py).
+It reads the weights of an `RSSMWorldModel` and a `DreamerAgent` and computes the same losses from
+the same random numbers, so that each of the two implementations checks the other
+(tests/unit/test_reference_step.py) and anyone can measure their ratio (benchmarks/speed.py).
 Covered: the residual networks, with and without lower dynamics, context and codebook, bonus.
 
 Shapes: B batch, T time, S groups, K classes, N = B*T, A action.
@@ -26,7 +26,7 @@ from mapo_lightning.models.agents.dreamer import DreamerAgent
 from mapo_lightning.models.rssm_world.decoder import CrossAttention, ResNetDecoder
 from mapo_lightning.models.rssm_world.quantizer import Quantizer
 from mapo_lightning.models.rssm_world.rssm import RSSM
-from mapo_lightning.models.rssm_world.world_model import WorldModel
+from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 
 State = dict[str, Tensor]
 Batch = dict[str, Tensor]
@@ -194,7 +194,7 @@ class ReferenceStep:
     """
 
     def __init__(
-        self, world_model: WorldModel, agent: DreamerAgent | None, exact: bool = False
+        self, world_model: RSSMWorldModel, agent: DreamerAgent | None, exact: bool = False
     ) -> None:
         self.world_model, self.agent, self.exact = world_model, agent, exact
         parts: dict[str, nn.Module] = {"model": world_model}
@@ -265,11 +265,11 @@ class ReferenceStep:
             if m.bonus is not None:
                 extra = self.bonus((feat(lower) if lower and m.upper else embed).detach())
                 target = reward[:, : extra.shape[1]] + m.cfg.bonus.beta * extra
-            guess = m.head("reward", feat(post)[:, : target.shape[1]])
+            guess = m.heads.read("reward", feat(post)[:, : target.shape[1]])
             terms["reward"] = 0.5 * ((guess - target) ** 2).mean()
             if m.cfg.aux_reward:
                 terms["aux_reward"] = (
-                    0.5 * ((m.head("aux_reward", feat(post)) - reward) ** 2).mean()
+                    0.5 * ((m.heads.read("aux_reward", feat(post)) - reward) ** 2).mean()
                 )
         scales = m.objective.weights
         return sum((scales[k] * terms[k] for k in terms), torch.zeros(())), post
@@ -292,7 +292,7 @@ class ReferenceStep:
             state = prior_step(dynamics, state, driven, None if noise is None else noise[i])
             states.append(state)
         features = torch.stack([feat(s) for s in states])
-        reward, value = m.head("reward", features), agent.target(features).squeeze(-1)
+        reward, value = m.heads.read("reward", features), agent.target(features).squeeze(-1)
         discount = torch.full_like(reward, cfg.discount)
         targets, last = [], value[-1]
         for i in reversed(range(cfg.horizon)):

@@ -47,11 +47,9 @@ def losses(method: str) -> dict[str, float]:
     for update in range(2):
         torch.manual_seed(update)
         fit = module.world_model.loss(batch)
-        behaviour = module.agent.losses(
-            module.world_model, fit.belief.control.feat.flatten(0, 1).detach()
-        )
+        behaviour = module.agent.losses(module.world_model, fit, batch)
         optimizer.zero_grad()
-        (fit.total + behaviour.actor + behaviour.critic).backward()
+        (fit.total + sum(behaviour.losses.values())).backward()
         optimizer.step()
         log = fit.log | {name: behaviour.log[name] for name in ("actor", "critic", "entropy")}
         found |= {f"{name}.{update}": float(value) for name, value in log.items()}

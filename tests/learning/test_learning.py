@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mapo_lightning.models.rssm_world.rssm import RSSM
+from mapo_lightning.models.rssm_world.fused.rssm import FusedRSSM
 from mapo_lightning.models.rssm_world.settings import RSSMConfig
-from mapo_lightning.models.rssm_world.world_model import WorldModel
+from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.models.settings import ObjectiveConfig
 from mapo_lightning.types import Batch
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.learning
 def surprise_after_training(tell_action: bool) -> float:
     """Mean KL, in nats, of a dot that walks a ring of twelve places by coin flips."""
     torch.manual_seed(0)
-    rssm = RSSM(RSSMConfig(deter=32, hidden=32, stoch=4, classes=8), 1, 12)
+    rssm = FusedRSSM(RSSMConfig(deter=32, hidden=32, stoch=4, classes=8), 1, 12)
     reader = torch.nn.Linear(rssm.cfg.feat, 12)
     optimizer = torch.optim.Adam([*rssm.parameters(), *reader.parameters()], lr=3e-3)
     kl = torch.zeros(())
@@ -74,7 +74,7 @@ def test_two_clips_can_be_overfitted_and_dreamt_and_use_two_codes() -> None:
     words = ["world_model.context.quantizer.shape=global", "world_model.context.quantizer.codes=8"]
     cfg = compose(words, RunConfig, ROOT / "conf").config
     scales = {"image": 1.0, "kl_lower": 0.1, "commitment": 0.25}
-    model = WorldModel(cfg.world_model, ObjectiveConfig(scales), 2, None)
+    model = RSSMWorldModel(cfg.world_model, ObjectiveConfig(scales), 2, None)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     batch = moving_square()
     assert model.context is not None

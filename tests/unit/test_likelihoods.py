@@ -46,7 +46,7 @@ def test_terms_of_the_loss_against_their_formulas_in_float64(method: str) -> Non
     model = build_finetune(cfg, 3, None)[0].world_model
     batch, bonus = experience(), copy.deepcopy(model.bonus)
     fit = model.loss(batch)
-    feat = fit.belief.control.feat.detach()
+    feat = fit.belief.feat.detach()
     terms: dict[str, Tensor] = {}
 
     mean = model.decoder(feat.flatten(0, 1), NO_CONTEXT.maps).double().view(2, 7, 3, 64, 64)
@@ -58,7 +58,7 @@ def test_terms_of_the_loss_against_their_formulas_in_float64(method: str) -> Non
     heads, reward = model.heads.double(), batch["reward"].double()
     target = reward
     if bonus is not None:
-        lower = fit.belief.lower.feat if method == "apv" else model.float().observe(batch).embed
+        lower = fit.belief.lower.feat if method == "apv" else model.float().follow(batch).embed
         heads = model.heads.double()
         target = reward[:, :3] + 0.1 * bonus(lower.detach()).double()  # T - 4 windows; beta on DMC
         terms["aux_reward"] = (
@@ -85,7 +85,7 @@ def test_kl_terms_are_balanced_and_averaged_before_the_free_nats(free: float) ->
     torch.manual_seed(3)
     log = model.loss(batch).log
     torch.manual_seed(3)
-    for name, (post, prior) in model.observe(batch).prior.items():
+    for name, (post, prior) in model.follow(batch).prior.items():
         p, q = (Categorical(logits=x.detach().double()) for x in (post.logits, prior))
         per_step = kl_divergence(p, q).sum(-1)  # over the categoricals
         value = max(float(per_step.mean()), free)

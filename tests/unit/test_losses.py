@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,8 +17,11 @@ from mapo_lightning.models.distributions import (
     categorical_kl,
     one_hot_sample,
 )
+from mapo_lightning.models.interfaces import Belief, Dream, DreamPolicy, Fit
 from mapo_lightning.models.objective import weigh
 from mapo_lightning.models.returns import lambda_returns, step_weights
+from mapo_lightning.models.rssm_world.belief import DreamtBelief
+from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.types import ConfigError
 
 
@@ -120,41 +122,33 @@ def test_step_weights_are_the_product_of_discounts() -> None:
     assert weights.flatten().tolist() == pytest.approx([1, 0.9, 0.81, 0.729])
 
 
-class LineWorld(torch.nn.Module):
+class LineWorld(RSSMWorldModel):
     """A world in one dimension: the state moves by the action, the reward is the state."""
 
-    heads: dict[str, object] = {}  # noqa: RUF012
+    def __init__(self, feat: int = 1) -> None:
+        torch.nn.Module.__init__(self)
+        self.feat_dim = feat
 
-    def imagine(
-        self,
-        start: Tensor,
-        act: Callable[[int, Tensor], Tensor],
-        steps: int,
-        replay: Callable[[], Tensor],
-    ) -> Tensor:
-        with torch.no_grad():
-            feat = start
-            for i in range(steps):
-                feat = feat + act(i, feat)
-        dream = torch.cat([start[None], start + replay().cumsum(0)])
-        torch.testing.assert_close(dream[-1], feat)  # the replayed actions are the taken ones
-        return dream
-
-    def head(self, name: str, feat: Tensor) -> Tensor:
-        return feat.squeeze(-1)
+    def imagine_with_gradients(self, start: Belief, policy: DreamPolicy, steps: int) -> Dream:
+        feats = [start.feat]
+        for _ in range(steps):
+            feats.append(feats[-1] + policy(feats[-1]))
+        feat = torch.stack(feats)
+        return Dream(feat, feat.squeeze(-1), torch.ones_like(feat.squeeze(-1)))
 
 
 def test_actor_and_critic_losses_against_the_written_out_formulas() -> None:
     """Facts 4: weights w_0..w_{H-2}, targets V_1..V_{H-1}, entropies of s_0..s_{H-2}."""
     torch.manual_seed(0)
     cfg = AgentConfig(horizon=4, discount=0.9, lam=0.8, entropy=0.01)
-    agent = DreamerAgent(cfg, feat=1, action_dim=1, layers=1, units=8)
+    agent = DreamerAgent(cfg, LineWorld(), action_dim=1, layers=1, units=8)
     with torch.no_grad():
         for p in agent.target.parameters():
             p.add_(0.1)  # the slow critic must be told from the fast one
     start = torch.randn(3, 1)
     torch.manual_seed(7)
-    loss = agent.losses(LineWorld(), start)  # type: ignore[arg-type]
+    fit = Fit(torch.zeros(()), {}, DreamtBelief(start[:, None]))
+    loss = agent.losses(LineWorld(), fit, {}).losses
     torch.manual_seed(7)
     feats, entropies = [start], []
     for _ in range(4):
@@ -169,23 +163,25 @@ def test_actor_and_critic_losses_against_the_written_out_formulas() -> None:
         target = reward[i] + 0.9 * (0.2 * slow[i + 1] + 0.8 * target)
         targets.insert(0, target)
     gain = [0.9**i * (targets[i + 1] + 0.01 * entropies[i]) for i in range(3)]
-    assert float(loss.actor.detach()) == pytest.approx(
+    assert float(loss["actor"].detach()) == pytest.approx(
         -float(torch.stack(gain).mean().detach()), rel=1e-5
     )
     error = [0.9**i * 0.5 * (agent.critic(feats[i])[:, 0] - targets[i]) ** 2 for i in range(4)]
-    assert float(loss.critic.detach()) == pytest.approx(
+    assert float(loss["critic"].detach()) == pytest.approx(
         float(torch.stack(error).mean().detach()), rel=1e-5
     )
-    loss.actor.backward()
+    loss["actor"].backward()
     assert all(p.grad is None for p in agent.critic.parameters())
     assert all(p.grad is not None for p in agent.actor.parameters())
 
 
 def test_the_slow_critic_is_a_hard_copy() -> None:
-    agent = DreamerAgent(AgentConfig(), feat=2, action_dim=1, layers=1, units=4)
+    agent = DreamerAgent(AgentConfig(target_every=10), LineWorld(2), 1, layers=1, units=4)
     with torch.no_grad():
         next(agent.critic.parameters()).add_(1.0)
-    agent.update_target()
+    agent.after_update(9)
+    assert not torch.equal(next(agent.target.parameters()), next(agent.critic.parameters()))
+    agent.after_update(10)
     for slow, fast in zip(agent.target.parameters(), agent.critic.parameters(), strict=True):
         assert torch.equal(slow, fast)
         assert not slow.requires_grad

@@ -47,12 +47,9 @@ def test_fine_tuning_loss_reaches_every_part_it_should(method: str, env: str) ->
     torch.manual_seed(0)
     cfg = configured(f"method={method}", f"env={env}", *SMALL)
     module, _ = build_finetune(cfg, 4, None)
-    fit = module.world_model.loss(synthetic(cfg, 4))
-    behaviour = module.agent.losses(
-        module.world_model, fit.belief.control.feat.flatten(0, 1).detach()
-    )
-    assert torch.isfinite(fit.total)
-    (fit.total + behaviour.actor + behaviour.critic).backward()
+    total, _ = module.losses(synthetic(cfg, 4))
+    assert torch.isfinite(total)
+    total.backward()
     silent = [
         name
         for name, parameter in module.named_parameters()
@@ -64,10 +61,7 @@ def test_fine_tuning_loss_reaches_every_part_it_should(method: str, env: str) ->
         for name, p in module.named_parameters()
         if p.grad is not None and float(p.grad.abs().max()) > 0
     }
-    parts = {name for name, part in module.world_model.named_children() if part is not None}
-    parts = {
-        name for name in parts if any(True for _ in getattr(module.world_model, name).parameters())
-    }
+    parts = {n for n, part in module.world_model.parts().items() if list(part.parameters())}
     assert parts | {"actor", "critic"} == moved
 
 
@@ -90,8 +84,9 @@ def test_the_actor_loss_leaves_world_model_and_critics_alone() -> None:
     torch.manual_seed(0)
     cfg = configured("method=mapo", "env=toy", *SMALL)
     module, _ = build_finetune(cfg, 2, None)
-    start = module.world_model.observe(synthetic(cfg, 2)).belief.control.feat.flatten(0, 1).detach()
-    module.agent.losses(module.world_model, start).actor.backward()
+    batch = synthetic(cfg, 2)
+    fit = module.world_model.loss(batch)
+    module.agent.losses(module.world_model, fit, batch).losses["actor"].backward()
     touched = {n.split(".")[1] for n, p in module.named_parameters() if p.grad is not None}
     assert touched == {"actor"}
 
@@ -111,8 +106,7 @@ def test_the_published_sizes_in_both_stages() -> None:
     module, _ = build_finetune(cfg, 6, None)
     counts = {
         name: sum(p.numel() for p in part.parameters())
-        for name, part in module.world_model.named_children()
-        if part is not None
+        for name, part in module.world_model.parts().items()
     }
     assert counts["encoder"] == counts["context"] == 1_562_112
     assert counts["lower"] == 14_759_936

@@ -11,6 +11,7 @@ from mapo_lightning.models.rssm_world.action_source import EnvAction, InverseAct
 from mapo_lightning.models.rssm_world.context import FrameContext
 from mapo_lightning.models.rssm_world.decoder import build_decoder
 from mapo_lightning.models.rssm_world.encoder import build_encoder, normalised
+from mapo_lightning.models.rssm_world.fused.rssm import FusedRSSM
 from mapo_lightning.models.rssm_world.intrinsic import VideoBonus
 from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState
 from mapo_lightning.models.rssm_world.settings import (
@@ -93,9 +94,14 @@ def test_key_mask_leaves_a_quarter_of_the_tokens() -> None:
     assert {k: int(m.kept) for k, m in decoder.attention.items()} == {"8": 16, "16": 64}
 
 
-def tiny_rssm(action: int = 3, embed: int = 8) -> RSSM:
+@pytest.fixture(params=[RSSM, FusedRSSM], ids=["plain", "fused"])
+def rssm(request: pytest.FixtureRequest) -> RSSM:
+    return tiny_rssm(request.param)
+
+
+def tiny_rssm(kind: type[RSSM] = FusedRSSM, action: int = 3, embed: int = 8) -> RSSM:
     torch.manual_seed(0)
-    return RSSM(RSSMConfig(deter=6, hidden=7, stoch=4, classes=5), action, embed)
+    return kind(RSSMConfig(deter=6, hidden=7, stoch=4, classes=5), action, embed)
 
 
 def reference_observe(
@@ -124,8 +130,7 @@ def reference_observe(
     return posts, priors
 
 
-def test_scan_equals_the_step_by_step_recurrence() -> None:
-    rssm = tiny_rssm()
+def test_scan_equals_the_step_by_step_recurrence(rssm: RSSM) -> None:
     action, embed, noise = torch.randn(2, 6, 3), torch.randn(2, 6, 8), torch.rand(2, 6, 4)
     first = torch.zeros(2, 6, dtype=torch.bool)
     first[:, 0] = True
@@ -136,8 +141,7 @@ def test_scan_equals_the_step_by_step_recurrence() -> None:
     torch.testing.assert_close(prior, torch.stack(priors, 1))
 
 
-def test_the_first_frame_forgets_state_and_action() -> None:
-    rssm = tiny_rssm()
+def test_the_first_frame_forgets_state_and_action(rssm: RSSM) -> None:
     embed, noise = torch.randn(2, 1, 8), torch.rand(2, 1, 4)
     past = RSSMState.of(torch.randn(2, 6), torch.rand(2, 4, 5), torch.randn(2, 4, 5))
     first = torch.tensor([[True], [False]])
@@ -147,8 +151,7 @@ def test_the_first_frame_forgets_state_and_action() -> None:
     assert not torch.allclose(post.logits[1], fresh.logits[1])
 
 
-def test_steps_in_two_pieces_equal_one_sequence() -> None:
-    rssm = tiny_rssm()
+def test_steps_in_two_pieces_equal_one_sequence(rssm: RSSM) -> None:
     action, embed, noise = torch.randn(2, 6, 3), torch.randn(2, 6, 8), torch.rand(2, 6, 4)
     first = torch.zeros(2, 6, dtype=torch.bool)
     whole, _ = rssm.observe(action, embed, first, noise_BTS=noise)

@@ -65,9 +65,11 @@ def test_inferred_actions_against_the_written_out_formulas() -> None:
         torch.zeros_like(std), torch.full_like(std, 2 / (1 + torch.exp(torch.tensor(-0.5))))
     )
     expected = kl_divergence(Normal(mean, std), prior).sum(-1).mean().detach()
-    assert float(driven.terms["latent_action_kl"].detach()) == pytest.approx(
-        float(expected), rel=1e-4
-    )
+    rssm = RSSM(RSSMConfig(deter=6, hidden=7, stoch=4, classes=5), 6, 8)
+    post, prior_logits = rssm.observe(driven.action, torch.randn(4, 5, 8), batch["is_first"])
+    losses = source.losses(driven, rssm, post, prior_logits)
+    assert set(losses) == set(source.terms)
+    assert float(losses["latent_action_kl"].detach()) == pytest.approx(float(expected), rel=1e-4)
     still = InverseAction(
         ImageConfig(channels=[4, 8, 16], layers=1), SourceConfig(sampled=False), 32
     )

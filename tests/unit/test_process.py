@@ -53,7 +53,7 @@ def test_a_part_that_cannot_be_compiled_runs_as_it_is(works: bool) -> None:
     layer, x = CNNDecoder(ImageConfig(kind="cnn", channels=[4, 8, 16]), 3), torch.randn(2, 3)
     expected = layer(x, {})
     names = list(layer.state_dict())
-    compile_parts([layer], backend)
+    compile_parts({"decoder": layer}, backend)
     torch.testing.assert_close(layer(x, {}), expected)
     assert tried
     assert list(layer.state_dict()) == names  # checkpoints do not know

@@ -1,4 +1,4 @@
-"""The backward written by hand against autograd on the same steps."""
+"""The fused recurrence against the plain one, which is its specification."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mapo_lightning.models.blocks import Recorded, mlp
-from mapo_lightning.models.distributions import one_hot_sample
+from mapo_lightning.models.agents.dreamer import ActorInDream
+from mapo_lightning.models.blocks import mlp
+from mapo_lightning.models.rssm_world.fused.policy import NetworkPolicy, RecordedMLP
+from mapo_lightning.models.rssm_world.fused.rssm import FusedRSSM
 from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState
 from mapo_lightning.models.rssm_world.settings import RSSMConfig
 
+CFG = RSSMConfig(deter=6, hidden=7, stoch=4, classes=5)
 
-def rssm() -> RSSM:
+
+def both() -> tuple[FusedRSSM, RSSM]:
+    """The same weights in both recurrences."""
     torch.manual_seed(0)
-    return RSSM(RSSMConfig(deter=6, hidden=7, stoch=4, classes=5), 3, 8)
+    fused, plain = FusedRSSM(CFG, 3, 8), RSSM(CFG, 3, 8)
+    plain.load_state_dict(fused.state_dict())
+    return fused, plain
 
 
 def loss_of(state: RSSMState, prior: Tensor) -> Tensor:
@@ -26,79 +33,75 @@ def loss_of(state: RSSMState, prior: Tensor) -> Tensor:
     return torch.stack([(x.tanh() * torch.randn(x.shape)).sum() for x in parts]).sum()
 
 
-def autograd_observe(
-    model: RSSM, action: Tensor, embed: Tensor, first: Tensor, start: RSSMState, noise: Tensor
-) -> tuple[RSSMState, Tensor]:
-    state, states, priors = start, [], []
-    for t in range(action.shape[1]):
-        keep = (~first[:, t]).float()[:, None]
-        z, h = state.stoch.flatten(1) * keep, state.deter * keep
-        x = nn.functional.elu(model.inp(torch.cat([z, action[:, t] * keep], 1)))
-        h = model.cell(x, h)
-        priors.append(model.prior(h).view(-1, 4, 5))
-        logits = model.posterior(torch.cat([h, embed[:, t]], 1)).view(-1, 4, 5)
-        state = RSSMState.of(h, one_hot_sample(logits, noise[:, t]), logits)
-        states.append(state)
-    return RSSMState(*(torch.stack(x, 1) for x in zip(*states, strict=True))), torch.stack(
-        priors, 1
-    )
+def actor() -> ActorInDream:
+    torch.manual_seed(2)
+    return ActorInDream(mlp(CFG.feat, 9, 2, 6), torch.rand(4, 5, 3))
 
 
-def autograd_imagine(model: RSSM, start: RSSMState, actions: Tensor) -> Tensor:
-    """Features of a dream step by step, with the random numbers that `imagine` draws."""
-    torch.manual_seed(3)
-    noise, state, found = torch.rand(4, 5, 4), start, [start.feat]
-    for action, uniform in zip(actions, noise, strict=True):
-        state = model.imagine_step(state, action, uniform)
-        found.append(state.feat)
-    return torch.stack(found)
-
-
-def test_gradients_of_following_are_those_of_autograd() -> None:
-    model = rssm()
+def test_following_and_its_gradients_are_those_of_the_plain_recurrence() -> None:
     first = torch.zeros(2, 6, dtype=torch.bool)
-    first[:, 0] = True
+    first[0, 0] = True  # the second sequence goes on from its start, the first one forgets it
     first[1, 3] = True
-    noise = torch.rand(2, 6, 4)
-    found = []
-    for observe in (model.observe, lambda a, e, f, s, n: autograd_observe(model, a, e, f, s, n)):
+    noise, found = torch.rand(2, 6, 4), []
+    for model in both():
         torch.manual_seed(2)
         given = [torch.randn(2, 6, 3), torch.randn(2, 6, 8), torch.randn(2, 6), torch.rand(2, 4, 5)]
         action, embed, deter, stoch = (x.requires_grad_() for x in given)
-        # The second sequence goes on from its start, the first one forgets it.
-        first[1, 0] = False
-        post, prior = observe(action, embed, first, RSSMState.of(deter, stoch, stoch), noise)
+        post, prior = model.observe(action, embed, first, RSSMState.of(deter, stoch, stoch), noise)
         loss = loss_of(post, prior)
-        found.append([loss, *torch.autograd.grad(loss, [*given, *model.parameters()])])
-    assert len(found[0]) == 5 + len(list(model.parameters()))
-    for fast, slow in zip(*found, strict=True):
-        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+        grads = torch.autograd.grad(loss, [*given, *model.parameters()])
+        found.append([*post, prior, loss, *grads])
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
     assert all(bool((x != 0).any()) for x in found[0])
 
 
-def test_gradients_of_a_dream_reach_the_actions_as_autograd_says() -> None:
-    model = rssm().requires_grad_(False)
-    start = model.initial(5, torch.zeros(1))
-    actions = torch.randn(4, 5, 3, requires_grad=True)
-    torch.manual_seed(3)
-    dream = model.imagine(start.feat, lambda i, _: actions[i], 4, replay=lambda: actions)
-    slow = autograd_imagine(model, start, actions)
-    torch.testing.assert_close(dream, slow, rtol=1e-5, atol=1e-6)
-    weight = torch.randn(dream.shape)
-    (fast,) = torch.autograd.grad((dream.tanh() * weight).sum(), actions)
-    (expected,) = torch.autograd.grad((slow.tanh() * weight).sum(), actions)
-    assert bool((fast[:-1] != 0).any(dim=-1).all())
-    torch.testing.assert_close(fast, expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_dream_and_its_gradients_are_those_of_the_plain_recurrence(encoded: bool) -> None:
+    encode = mlp(3, 4, 1, 3).requires_grad_(False) if encoded else None
+    found = []
+    for model in both():
+        policy = actor()
+        assert isinstance(policy, NetworkPolicy)
+        model.requires_grad_(False)
+        start = model.initial(5, torch.zeros(1)).feat
+        torch.manual_seed(3)
+        dream = model.imagine(start, policy, 4, encode)
+        weight = torch.randn(dream.shape)
+        loss = (dream.tanh() * weight).sum() + policy.policies.entropy().sum()
+        found.append([dream, loss, *torch.autograd.grad(loss, list(policy.network.parameters()))])
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_dream_without_gradients_is_the_same_dream() -> None:
+    actions, found = torch.randn(4, 5, 3), []
+    for model in both():
+        given = iter(actions)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            start = model.initial(5, torch.zeros(1)).feat
+            found.append(model.imagine(start, lambda _, given=given: next(given), 4))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_through_a_policy_that_is_no_network_take_the_plain_recurrence() -> None:
+    fused, _ = both()
+    gain = torch.ones(3, requires_grad=True)
+    start = fused.initial(2, torch.zeros(1)).feat
+    dream = fused.imagine(start, lambda feat: gain * feat[:, :3].detach() + gain, 3)
+    (grad,) = torch.autograd.grad(dream.square().sum(), gain)
+    assert bool((grad != 0).any())
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_gradients_of_a_recorded_network_are_those_of_autograd(layers: int) -> None:
     torch.manual_seed(0)
     network, x = mlp(5, 6, layers, 2), torch.randn(3, 4, 5)
-    record = Recorded(network)
+    record = RecordedMLP(network)
     for one in x:
         assert not record(one).requires_grad
-    out, expected = record.replay(), network(x)
+    out, expected = record.outputs(), network(x)
     torch.testing.assert_close(out, expected)
     weight, params = torch.randn_like(out), list(network.parameters())
     fast = torch.autograd.grad((out * weight).sum(), params)
@@ -108,35 +111,35 @@ def test_gradients_of_a_recorded_network_are_those_of_autograd(layers: int) -> N
 
 
 def test_products_run_in_bfloat16_under_autocast_and_states_stay_float32() -> None:
-    model = rssm()
+    fused, plain = both()
     action, embed, noise = torch.randn(2, 6, 3), torch.randn(2, 6, 8), torch.rand(2, 6, 4)
     first = torch.zeros(2, 6, dtype=torch.bool)
-    exact, _ = model.observe(action, embed, first, noise_BTS=noise)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed, prior = model.observe(action, embed, first, noise_BTS=noise)
-        loss = loss_of(mixed, prior.float())
-    assert {x.dtype for x in mixed} == {torch.float32}
-    torch.testing.assert_close(mixed.deter[:, 0], exact.deter[:, 0], rtol=0.1, atol=0.05)
-    assert not torch.equal(mixed.deter, exact.deter)
-    fast = torch.autograd.grad(loss, list(model.parameters()))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        start = model.initial(2, action)
-        slow_post, slow_prior = autograd_observe(model, action, embed, first, start, noise)
-        slow_loss = loss_of(slow_post, slow_prior.float())
-    alike(fast, torch.autograd.grad(slow_loss, list(model.parameters())))
+    exact, _ = fused.observe(action, embed, first, noise_BTS=noise)
+    found = []
+    for model in (fused, plain):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed, prior = model.observe(action, embed, first, noise_BTS=noise)
+            loss = loss_of(mixed, prior.float())
+        assert {x.dtype for x in mixed} == {torch.float32}
+        torch.testing.assert_close(mixed.deter[:, 0], exact.deter[:, 0], rtol=0.1, atol=0.05)
+        assert not torch.equal(mixed.deter, exact.deter)
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    alike(*found)
 
 
-def test_gradients_of_a_dream_in_bfloat16_are_those_of_autograd() -> None:
-    model = rssm().requires_grad_(False)
-    start = model.initial(5, torch.zeros(1))
-    actions = torch.randn(4, 5, 3, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_gradients_of_a_dream_in_bfloat16_are_those_of_the_plain_recurrence() -> None:
+    found = []
+    for model in both():
+        policy = actor()
+        model.requires_grad_(False)
+        start = model.initial(5, torch.zeros(1)).feat
         torch.manual_seed(3)
-        dream = model.imagine(start.feat, lambda i, _: actions[i], 4, replay=lambda: actions)
-        slow = autograd_imagine(model, start, actions)
-    weight = torch.randn(dream.shape)
-    fast = torch.autograd.grad((dream.tanh() * weight).sum(), actions)
-    alike(fast, torch.autograd.grad((slow.tanh() * weight).sum(), actions))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            dream = model.imagine(start, policy, 4)
+        weight = torch.randn(dream.shape)
+        loss = (dream.tanh() * weight).sum()
+        found.append(torch.autograd.grad(loss, list(policy.network.parameters())))
+    alike(*found)
 
 
 def alike(fast: Sequence[Tensor], slow: Sequence[Tensor]) -> None:

@@ -89,15 +89,19 @@ class RSSMWorldModel(nn.Module):
         # PreLAR's bonus compares embeddings, that of the stacked systems lower states.
         compared = cfg.lower.feat if cfg.lower is not None and self.upper is not None else embed
         self.bonus = VideoBonus(cfg.bonus, compared) if controls and cfg.bonus.beta else None
-        names = {"image", *self.heads, *(f"kl_{n}" for n in ("lower", "upper") if getattr(self, n))}
-        for part in (self.source, self.context):
-            names |= set(part.terms if part is not None else ())
-        check_scales(names, objective.scales)
+        self._check_scales()
         seeing = [part for part in (self.encoder, self.source) if part is not None]
         self._observing_norms = [
             m for part in seeing for m in part.modules() if isinstance(m, nn.BatchNorm2d)
         ]
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _check_scales(self) -> None:
+        """Hold the names of the loss terms against those of their weights."""
+        names = {"image", *self.heads, *(f"kl_{n}" for n in ("lower", "upper") if getattr(self, n))}
+        for part in (self.source, self.context):
+            names |= set(part.terms if part is not None else ())
+        check_scales(names, self.objective.scales)
 
     def observe(self, batch: Batch, start: Belief | None = None) -> RSSMBelief:
         """Posterior states after each frame, axes (B, T).

@@ -49,8 +49,8 @@ def losses(
         total = fit.total
         behaviour = ()
         if agent:
-            found = agent.losses(world_model, fit.belief.control.feat.flatten(0, 1).detach())
-            behaviour = found.actor, found.critic
+            found = agent.losses(world_model, fit, batch).losses
+            behaviour = found["actor"], found["critic"]
     trained = {"world_model": (total, list(world_model.parameters()))}
     if agent:
         trained["actor"] = behaviour[0], list(agent.actor.parameters())
