@@ -176,7 +176,7 @@ def _run(jobs: Sequence[_Job], processes: int) -> Iterator[tuple[_Job, Any]]:
     if processes <= 1:
         yield from ((job, _render(job)) for job in jobs)
         return
-    # spawn: a forked child of a process that has rendered hangs at its first frame (deps 1).
+    # spawn: if the parent has rendered, a forked child hangs at its first frame (EGL and OSMesa).
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         with light_start():

@@ -50,9 +50,9 @@ def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:
 def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> VectorEnv:
     """Build several environments that act side by side.
 
-    Suites that draw with OpenGL get one spawned process each: after the parent has rendered once,
-    a forked child hangs at its first frame (deps 1). With ``kind=gym`` programs therefore need
-    the usual ``if __name__ == "__main__"``.
+    Suites that draw with OpenGL get one spawned process each. Forked ones would hang at their
+    first frame, with EGL and with OSMesa, if the parent has rendered before. With ``kind=gym``
+    programs therefore need the usual ``if __name__ == "__main__"``.
 
     Args:
         cfg: Task and how it is seen.

@@ -101,7 +101,7 @@ def test_dreams_have_the_shape_of_the_truth(method: str) -> None:
 
 
 def test_the_published_sizes_in_both_stages() -> None:
-    """Issue 2: module parameter counts of facts 2.1 and 3 with size=paper."""
+    """Every part has as many parameters as the published one (facts 2.1 and 3)."""
     cfg = configured("method=mapo", "size=paper", "env=dmc_walker_run")
     module, _ = build_finetune(cfg, 6, None)
     counts = {
