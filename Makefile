@@ -1,7 +1,9 @@
 # Set-up is done once, in .venv, and again when pyproject.toml or constraints.txt change.
 # `make help` lists the targets; ARGS goes to train.py: make demo ARGS="env=toy seed=3".
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first that runs: a version manager may leave the name of a Python that is switched off.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
+	$$name -c '' 2>/dev/null && command -v $$name && break; done)
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up-done
@@ -13,18 +15,23 @@ GL_PACKAGES := libegl1 libgl1 libgl1-mesa-dri
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gl demo test ui doctor format clean
+.PHONY: help setup gl demo lint test-fast test ui doctor format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: setup ## set up, then train the demo (ARGS="env=toy seed=3" goes to train.py)
 	$(PY) train.py $(ARGS)
 
-test: setup ## set up, then lint, types and tests
+lint: setup ## style and types: what pre-commit runs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+test-fast: lint ## before a commit: lint, types and the quick tests (under two minutes)
+	$(PY) -m pytest -n $(WORKERS) -m 'not slow and not learning' --ignore=tests/integration
+
+test: lint ## before a pull request: lint, types and all tests, as CI runs them
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
 
 ui: setup ## open the MLflow pages of the runs on 127.0.0.1 (PORT=5000)
@@ -34,10 +41,10 @@ ui: setup ## open the MLflow pages of the runs on 127.0.0.1 (PORT=5000)
 		--backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db" \
 		--default-artifact-root "$(CURDIR)/runs/artifacts"
 
-doctor: $(STAMP) ## check this machine; the answer belongs into a bug report
+doctor: $(STAMP) ## check this machine; add the answer to a bug report
 	@$(PY) -m mapo_lightning.doctor
 
-format: $(STAMP) ## mend what ruff can mend
+format: $(STAMP) ## fix what ruff can fix
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
@@ -48,9 +55,12 @@ clean: ## remove caches and build folders; runs, data and .venv stay
 setup: gl $(STAMP) ## virtual environment and system packages, where missing
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "There is no python3: install Python 3.11 or newer." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "There is no python3: install Python 3.11 or 3.12." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is older than 3.11: give another, make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info >= (3, 13))' || { \
+		echo "$(PYTHON) is newer than 3.12, and labmaze, which dm_control needs, has no wheel for it:" \
+			"give another, make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "$(PYTHON) cannot make virtual environments. Type this, then try again:" >&2; \
 		echo "  sudo apt-get install -y $$(basename "$(PYTHON)")-venv" >&2; exit 1; }

@@ -193,6 +193,7 @@ def test_gymnasium_itself_accepts_the_interface() -> None:
     check_env(make_env(EnvConfig(), 0), skip_render_check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [(9, 10), (3, 5), (3, 9)], ids=str)
 def test_environments_in_one_process_do_not_show_each_other(pair: tuple[int, int]) -> None:
     envs = [shared(index) for index in pair]
@@ -211,6 +212,7 @@ def test_environments_in_one_process_do_not_show_each_other(pair: tuple[int, int
             np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_processes_render_what_one_process_renders() -> None:
     cfg = EnvConfig(kind="dmc", name="cartpole_balance", num_envs=2)
     envs = make_vector_env(cfg, seed=0)

@@ -16,6 +16,8 @@ from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import PixelEnv
 from mapo_lightning.run.config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 DMC = ("cheetah_run", "walker_run", "hopper_hop", "quadruped_run")
 METAWORLD = ("door-open", "drawer-close", "lever-pull", "dial-turn")
 

@@ -42,6 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [(), ("vlm.env_frame_size=96",), ("method=apv",), ("method=dreamerv2",)], ids=str
 )
@@ -69,6 +70,7 @@ def test_an_episode_goes_as_in_evaluation(words: tuple[str, ...], tmp_path: Path
     assert torch.equal(before, torch.get_rng_state())  # the program's own numbers are untouched
 
 
+@pytest.mark.slow
 def test_phrases_change_what_it_does(saved: Path) -> None:
     frames = np.stack([np.full((64, 64, 3), 20, np.uint8)] * 12)
     for time, frame in enumerate(frames):  # a disc that moves to the right

@@ -169,6 +169,7 @@ def read(source: ClipDataset, batches: int, context: str) -> dict[str, torch.Ten
     return total
 
 
+@pytest.mark.slow
 def test_two_workers_ask_each_window_once_and_a_second_pass_nothing(
     videos: list[VideoInfo], tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_two_workers_ask_each_window_once_and_a_second_pass_nothing(
     assert second["vlm_hits"] == first["vlm_windows"]
 
 
+@pytest.mark.slow
 def test_spawned_workers(videos: list[VideoInfo], tmp_path: Path) -> None:
     assert read(dataset(videos, tmp_path), 2, "spawn")["vlm_asked"] > 0
 

@@ -287,6 +287,7 @@ def test_a_saved_secret_is_private(conf: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "secret.yaml").stat().st_mode & 0o077
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(text=st.text(min_size=1, max_size=30))
 def test_any_word_is_read_or_refused_in_our_own_words(

@@ -22,6 +22,8 @@ from mapo_lightning.training.base_module import TrainedModule
 from mapo_lightning.training.cuda_graph import WARM, Captured, Work, cuda_recorder
 from mapo_lightning.types import Batch, ConfigError
 
+pytestmark = pytest.mark.slow
+
 UPDATES = WARM + 3
 
 

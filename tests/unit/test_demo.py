@@ -15,6 +15,8 @@ from mapo_lightning.envs.filming import SmoothActions, film
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.types import ConfigError, EnvironmentSetupError
 
+pytestmark = pytest.mark.slow
+
 TOY = [EnvConfig(kind="toy", name="disc_anywhere")]
 
 

@@ -25,6 +25,8 @@ from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import semantic_dim
 from mapo_lightning.types import Batch, ConfigError
 
+pytestmark = pytest.mark.slow
+
 CONF = Path(__file__).parents[2] / "conf"
 FOLDER = CONF / "experiment"
 NAMES = sorted(p.relative_to(FOLDER).with_suffix("").as_posix() for p in FOLDER.rglob("*/*.yaml"))

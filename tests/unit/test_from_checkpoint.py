@@ -110,6 +110,7 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(run: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -57,6 +57,7 @@ def test_a_nonsense_backend_is_named_with_the_packages_to_install(
     assert not list(tmp_path.rglob("gl.json")), "a failure must not be remembered"
 
 
+@pytest.mark.slow
 def test_what_worked_is_remembered_until_the_next_start(tmp_path: Path) -> None:
     code = "from mapo_lightning.envs.gl import prepare_gl; print(prepare_gl())"
     first = ask(code, tmp_path)
@@ -90,6 +91,7 @@ def test_suites_without_opengl_never_import_mujoco(tmp_path: Path) -> None:
     assert ask(code, tmp_path, MUJOCO_GL="nonsense").stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_program_that_forgets_to_close_ends_in_silence(tmp_path: Path) -> None:
     code = (
         "from mapo_lightning.envs import EnvConfig, make_env\n"
@@ -100,6 +102,7 @@ def test_a_program_that_forgets_to_close_ends_in_silence(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_environments_in_processes_import_neither_the_program_nor_torch(tmp_path: Path) -> None:
     script = tmp_path / "program.py"
     script.write_text(

@@ -195,6 +195,7 @@ logger.finalize("success")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [{"LOCAL_RANK": "1"}, {"NODE_RANK": "1"}], ids=str)
 def test_other_ranks_write_nothing(in_tmp: Path, root: Path, rank: dict[str, str]) -> None:
     env = {**os.environ, **rank, "PYTHONPATH": str(root)}

@@ -129,6 +129,7 @@ def test_every_shipped_file_composes_and_says_what_it_is(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
 
+@pytest.mark.slow
 def test_the_ablations_of_the_method_page_compose() -> None:
     page = (CONF.parent / "docs" / "methods.md").read_text()
     spans = [span for span in re.findall(r"`([^`\n]+)`", page) if re.match(r"\S+=\S", span)]

@@ -23,6 +23,8 @@ from mapo_lightning.label_tools import parquet as labels
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.types import ConfigError, DescriberError
 
+pytestmark = pytest.mark.slow
+
 VIDEOS, FRAMES = 5, 60
 WINDOWS = VIDEOS * len(range(3, FRAMES, 4))
 

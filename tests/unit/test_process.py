@@ -35,6 +35,7 @@ def faults(mode: str) -> int:
     return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_freed_blocks_are_used_again_without_page_faults() -> None:
     assert faults("keep") < faults("give back") / 4
 

@@ -40,6 +40,7 @@ def says(direction: str, displacement: str = "5 cm") -> Phrase:
     return Phrase("hand", "moves", "cup", direction, displacement)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("film", [moving_square, moving_camera])
 def test_followed_points_find_the_direction_and_the_distance(film: object) -> None:
     rng, found = np.random.default_rng(0), 0
@@ -161,6 +162,7 @@ def examples(folder: Path, describer: FlowDescriber | Stubborn) -> list[LabelExa
     return made
 
 
+@pytest.mark.slow
 def test_a_good_describer_is_told_from_a_stubborn_one(tmp_path: Path) -> None:
     found = []
     for describer in (FlowDescriber(), Stubborn()):

@@ -89,6 +89,7 @@ def stored(cfg: TrackingConfig, run: RunLogger) -> tuple[Any, Path]:
     return client.get_run(run.active_run), Path(client.download_artifacts(run.active_run, ""))
 
 
+@pytest.mark.slow
 def test_a_fit_leaves_everything_needed_to_repeat_it(
     cfg: TrackingConfig, run: RunLogger, tmp_path: Path
 ) -> None:

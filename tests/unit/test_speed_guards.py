@@ -21,6 +21,7 @@ def test_a_step_starts_few_kernels_and_never_waits_for_the_device(case: str) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(CEILING))
 def test_the_plain_step_needs_four_times_as_many(
     case: str, monkeypatch: pytest.MonkeyPatch
