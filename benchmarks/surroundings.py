@@ -23,8 +23,9 @@ from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
 from mapo_lightning.config.compose import compose
 from mapo_lightning.envs.factory import make_vector_env
-from mapo_lightning.run.build import build_collection, build_finetune, build_videos, render_demo
+from mapo_lightning.run.build import build_collection, build_finetune, build_videos
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.stages import render_demo
 from mapo_lightning.run.trainer import build_trainer
 from mapo_lightning.training.datamodule import ReplayDataModule
 from mapo_lightning.training.process import keep_freed_memory

@@ -64,12 +64,7 @@ def scan_videos(cfg: VideoDataConfig, cache: Path) -> VideoIndex:
             video; names the reasons.
     """
     root = Path(cfg.root)
-    if not cfg.root or not root.is_dir():
-        raise (VideoError if cfg.root else ConfigError)(
-            f"data.root must be a folder with videos, got '{cfg.root}'"
-        )
-    listing = LISTS[cfg.kind](root)
-    entries = restrict(listing, cfg.classes, cfg.limit, cfg.seed)
+    listing, entries = list_videos(cfg)
     known = Remembered(cache / "videos.json", cfg.max_undecodable)
     results = _examine_all(entries, root, cfg, known)
     rejected = [found for found in results if isinstance(found, VideoFileError)]
@@ -88,6 +83,29 @@ def scan_videos(cfg: VideoDataConfig, cache: Path) -> VideoIndex:
     index = VideoIndex([video for _, video in usable], quarantined, *_split(usable, cfg))
     _report(listing, len(entries), index, cfg, cache / "report.json")
     return index
+
+
+def list_videos(cfg: VideoDataConfig) -> tuple[Listing, list[Entry]]:
+    """List a data set and choose from it, without opening a video or writing anything.
+
+    Returns:
+        All that it offers, and the videos that ``cfg`` keeps of it.
+
+    Raises:
+        ConfigError: No folder is given, or a class that the data set has not.
+        VideoError: The folder is missing, is not laid out as `kind` says, or offers no video.
+    """
+    root = Path(cfg.root)
+    if not cfg.root or not root.is_dir():
+        raise (VideoError if cfg.root else ConfigError)(
+            f"data.root must be a folder with videos, got '{cfg.root}'"
+        )
+    listing = LISTS[cfg.kind](root)
+    entries = restrict(listing, cfg.classes, cfg.limit, cfg.seed)
+    if not entries:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise VideoError(f"no video found in '{root}' or its subfolders; looked for {kinds}")
+    return listing, entries
 
 
 def _examine_all(
@@ -191,9 +209,6 @@ def _report(
 
 
 def _nothing_left(root: Path, rejected: Sequence[VideoFileError]) -> str:
-    if not rejected:
-        kinds = ", ".join(sorted(SUFFIXES))
-        return f"no video found in '{root}' or its subfolders; looked for {kinds}"
     reasons = ", ".join(f"{n} {why}" for why, n in Counter(e.reason for e in rejected).items())
     return (
         f"none of the {len(rejected)} videos in '{root}' can be used: {reasons}. "

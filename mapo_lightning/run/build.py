@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from mapo_lightning.data.label_corpus import CorpusLabelling
 from mapo_lightning.data.replay import Replay, ReplaySpec
 from mapo_lightning.envs.collector import (
     Collector,
-    Episode,
-    Policy,
-    run_episodes,
 )
-from mapo_lightning.envs.demo import render_demo_videos
+from mapo_lightning.envs.demo import default_scenes
 from mapo_lightning.envs.factory import make_vector_env
 from mapo_lightning.envs.live_labels import SemanticTracker
 from mapo_lightning.envs.settings import EnvConfig
@@ -33,30 +28,26 @@ from mapo_lightning.training.checkpoint import (
     load_pretrained,
     read_checkpoint,
 )
+from mapo_lightning.training.compile import compile_parts
 from mapo_lightning.training.datamodule import VideoDataModule
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.pretrain import PretrainModule
-from mapo_lightning.training.process import compile_parts
-from mapo_lightning.types import CheckpointError, ConfigError, Frames
+from mapo_lightning.types import CheckpointError, ConfigError
 
 
-def render_demo(cfg: RunConfig, progress: Callable[[int, int], None] | None = None) -> None:
-    """Render the demo's videos into ``data.root`` where they are missing."""
+def demo_scenes(cfg: RunConfig) -> list[EnvConfig]:
+    """Scenes that the demo's videos show.
+
+    Raises:
+        ConfigError: One of ``demo.scenes`` is not kind/name.
+    """
     scenes = []
     for scene in cfg.demo.scenes:
         kind, _, name = scene.partition("/")
         if not name:
             raise ConfigError(f"demo.scenes must hold kind/name, got '{scene}'")
         scenes.append(EnvConfig(kind=kind, name=name, render_quality=cfg.env.render_quality))  # type: ignore[arg-type]
-    render_demo_videos(
-        Path(cfg.data.root),
-        scenes,
-        clips_per_scene=cfg.demo.clips_per_scene,
-        frames=cfg.demo.frames,
-        size=cfg.demo.size,
-        seed=cfg.data.seed,
-        progress=progress,
-    )
+    return scenes or default_scenes()
 
 
 def build_videos(cfg: RunConfig) -> VideoDataModule:
@@ -79,13 +70,7 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
 
 
 def build_labelling(cfg: RunConfig, rank: int, world: int) -> CorpusLabelling:
-    """Everything that labels this process's part of all videos.
-
-    Raises:
-        ConfigError: Nobody is to be asked.
-    """
-    if cfg.vlm.kind == "none":
-        raise ConfigError("stage=label needs a describer: vlm=flow, openai_server or another")
+    """Everything that labels this process's part of all videos."""
     module = build_videos(cfg)
     # A corpus is labelled to the end: nulls for want of a server are of no use here.
     if cfg.vlm.on_outage == "skip":
@@ -132,22 +117,32 @@ def build_finetune(
 
 
 def load_finetuned(cfg: RunConfig, path: Path) -> tuple[FinetuneModule, Mapping[str, Any]]:
-    """A trained agent with its world model, and its checkpoint's card.
+    """A trained agent with its world model, and its checkpoint's metadata.
 
     Raises:
         CheckpointError: The file is no checkpoint, holds no agent, or does not fit ``cfg``.
     """
-    content = read_checkpoint(path)
-    card: Mapping[str, Any] = content["mapo"]
-    if "action_dim" not in card:
+    content = read_agent(path)
+    metadata: Mapping[str, Any] = content["mapo"]
+    module, _ = build_finetune(cfg, metadata["action_dim"], None)
+    check_fit(module, content, path)
+    module.load_state_dict(content["state_dict"])
+    return module, metadata
+
+
+def read_agent(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """Read a checkpoint that holds an agent; arguments as `read_checkpoint`.
+
+    Raises:
+        CheckpointError: The file is no checkpoint, or holds no agent.
+    """
+    content = read_checkpoint(path, mapped=mapped)
+    if "action_dim" not in content["mapo"]:
         raise CheckpointError(
             f"'{path}' is a pre-training checkpoint and holds no agent; give one that "
             "stage=finetune made"
         )
-    module, _ = build_finetune(cfg, card["action_dim"], None)
-    check_fit(module, content, path)
-    module.load_state_dict(content["state_dict"])
-    return module, card
+    return content
 
 
 class Stage2(NamedTuple):
@@ -187,21 +182,3 @@ def build_tracker(cfg: RunConfig, envs: int, writer: str, late: bool = False) ->
     vlm = shared_store(cfg)
     labeler = build_labeler(vlm, Path(cfg.work_dir).absolute(), writer)
     return SemanticTracker(labeler, vlm, envs, f"{cfg.env.kind}/{cfg.env.name}", late)
-
-
-def play_episodes(
-    cfg: RunConfig, policy_of: Callable[[int], Policy], film: int
-) -> tuple[list[Episode], list[Frames]]:
-    """Play the evaluation's episodes: the same reset seeds whoever plays.
-
-    Leaves the program's random numbers as they were.
-    """
-    count, seeds = min(cfg.evaluate.num_envs, cfg.evaluate.episodes), cfg.evaluate.seeds
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    envs = make_vector_env(labelled_env(cfg), cfg.evaluate.seed, count)
-    try:
-        with torch.random.fork_rng(devices=devices):
-            tracker = build_tracker(cfg, count, "evaluate")
-            return run_episodes(envs, tracker, policy_of, seeds, film)
-    finally:
-        envs.close()

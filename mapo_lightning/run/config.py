@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from callbacks.settings import CallbacksConfig
@@ -90,3 +91,18 @@ class RunConfig:
             raise ConfigError(
                 f"env.size must be 64, the side the networks have, got {self.env.size}"
             )
+
+
+def conf_folder() -> Path:
+    """Folder of the group files: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        ConfigError: It is in neither place.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(
+        f"there is no configuration folder in '{package}' or beside it: install the package again"
+    )

@@ -18,15 +18,26 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
-import torch
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
-from mapo_lightning.tracking.versions import installed, requirements, versions
+from mapo_lightning.tracking.versions import (
+    installed,
+    requirements,
+    supported_pythons,
+    versions,
+)
 from mapo_lightning.types import MapoError
 
 Verdict = Literal["ok", "WARN", "FAIL"]
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+# A checkout has a Makefile; an installed package lies beside all the others.
+_REPAIR = (
+    "make setup"
+    if (_CHECKOUT / "Makefile").is_file()
+    else "pip install --upgrade --force-reinstall mapo-lightning"
+)
 
 _GIB = 2**30
 _DISK_WARN, _DISK_FAIL = 5 * _GIB, _GIB // 2
@@ -42,7 +53,7 @@ class Check:
     found: str
     """What is the case."""
     do: str = ""
-    """What mends it; empty where nothing is wrong."""
+    """What to do about it; empty where nothing is wrong."""
 
     def line(self) -> str:
         """Return the check on one line."""
@@ -50,12 +61,28 @@ class Check:
         return " ".join(f"{self.verdict:<5}{self.name:<14}{self.found}{advice}".split("\n"))
 
 
+def check_python(version: str | None = None) -> Check:
+    """The interpreter against what the package is made for."""
+    version = version or platform.python_version()
+    supported = supported_pythons()
+    if not supported.contains(version, prereleases=True):
+        found = f"Python {version}, this package needs {supported}"
+        advice = (
+            "make a new environment with Python 3.11 or 3.12: labmaze, which dm_control needs, has "
+            "no wheel for later ones"
+        )
+        return Check("python", "FAIL", found, advice)
+    return Check("python", "ok", f"{version} at {sys.executable}")
+
+
 def check_platform() -> Check:
-    """Python, system, processors, threads and accelerators."""
+    """System, processors, threads and accelerators."""
+    import torch
+
     cores = os.cpu_count() or 1
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = (
-        f"Python {platform.python_version()}, {platform.platform()}, {cores} cores, "
+        f"{platform.platform()}, {cores} cores, "
         f"torch threads {torch.get_num_threads()}, GPU: {', '.join(gpus) or 'none'}"
     )
     return Check("platform", "ok", found)
@@ -63,6 +90,8 @@ def check_platform() -> Check:
 
 def check_memory() -> Check:
     """Free memory, in GiB."""
+    import psutil
+
     memory = psutil.virtual_memory()
     found = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
     if memory.available < _RAM_WARN:
@@ -87,7 +116,7 @@ def check_versions(declared: Sequence[Requirement] | None = None) -> Check:
     declared = requirements() if declared is None else declared
     if not declared:
         return Check(
-            "versions", "WARN", "the package is not installed, so it declares nothing", "make setup"
+            "versions", "WARN", "the package is not installed, so it declares nothing", _REPAIR
         )
     wrong = [
         f"{r.name} {installed(r.name) or 'missing'} (wants {r.specifier or 'any'})"
@@ -96,14 +125,14 @@ def check_versions(declared: Sequence[Requirement] | None = None) -> Check:
         or not r.specifier.contains(installed(r.name) or "", prereleases=True)
     ]
     if wrong:
-        return Check("versions", "FAIL", "; ".join(wrong), "make setup, or pip install -e .")
+        return Check("versions", "FAIL", "; ".join(wrong), _REPAIR)
     listed = ", ".join(f"{name} {version}" for name, version in versions().items())
     return Check("versions", "ok", listed)
 
 
 def check_pins(constraints: Path | None = None) -> Check:
     """Installed versions against the set that was run together."""
-    path = constraints or Path(__file__).resolve().parents[2] / "constraints.txt"
+    path = constraints or _CHECKOUT / "constraints.txt"
     if not path.is_file():
         return Check("pins", "ok", "no constraints.txt here: installed without a checkout")
     other = []
@@ -172,7 +201,7 @@ def check_video() -> Check:
     miss = float(np.abs(last.astype(float) - 210).mean())
     if count != 8 or miss > 20:
         found = f"8 frames written, {count} read, last one off by {miss:.0f} of 255"
-        return Check("video", "FAIL", found, "reinstall decord and av: make setup")
+        return Check("video", "FAIL", found, f"reinstall decord and av: {_REPAIR}")
     return Check("video", "ok", "an H.264 file is written and read back, frame by frame")
 
 
@@ -199,11 +228,12 @@ def check_describer() -> Check:
         frames_THWC[t, 44:84, 20 + 8 * t : 60 + 8 * t] = texture
     text = FlowDescriber().describe([frames_THWC])[0].text
     if "right" not in text:
-        return Check("describer", "FAIL", f"a square moves right, it says {text!r}", "make test")
+        return Check("describer", "FAIL", f"a square moves right, it says {text!r}", _REPAIR)
     return Check("describer", "ok", f"flow: {text}")
 
 
 CHECKS: tuple[tuple[str, Callable[[], Check]], ...] = (
+    ("python", check_python),
     ("platform", check_platform),
     ("memory", check_memory),
     ("disk", check_disk),
@@ -224,7 +254,7 @@ def run_check(name: str, check: Callable[[], Check]) -> Check:
     except MapoError as error:
         return Check(name, "FAIL", str(error))
     except Exception as error:  # a broken installation may raise anything
-        return Check(name, "FAIL", f"{type(error).__name__}: {error}", "make setup")
+        return Check(name, "FAIL", f"{type(error).__name__}: {error}", _REPAIR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Where a run comes from: a checkpoint that is played or resumed brings its settings along."""
+"""Reads the settings of a run from the checkpoint that it plays or resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from mapo_lightning.config.command_line import CommandLine
 from mapo_lightning.config.compose import Base, Composed, compose, load_yaml
 from mapo_lightning.config.redact import HIDDEN
 from mapo_lightning.run.config import RunConfig
-from mapo_lightning.training.checkpoint import newest_checkpoint, read_checkpoint
 from mapo_lightning.types import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,8 @@ class Resumed(NamedTuple):
     """pretrain, finetune, or empty."""
     updates: int = 0
     """Optimiser updates made so far."""
-    card: Mapping[str, Any] = MappingProxyType({})
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    """What the checkpoint tells about itself."""
 
     def finished(self, phase: str, updates: int) -> bool:
         """Whether ``phase`` has had all of its updates before."""
@@ -43,8 +43,8 @@ class Resumed(NamedTuple):
     def tracked(self, phase: str) -> str | None:
         """The MLflow run that ``phase``, or the ``parent`` of all, goes on with."""
         if phase == "parent":
-            return self.card.get("mlflow_parent") or None
-        return (self.card.get("mlflow_run") or None) if phase == self.phase else None
+            return self.metadata.get("mlflow_parent") or None
+        return (self.metadata.get("mlflow_run") or None) if phase == self.phase else None
 
 
 def configure(argv: Sequence[str], conf_dir: Path) -> Composed[RunConfig]:
@@ -60,7 +60,10 @@ def configure(argv: Sequence[str], conf_dir: Path) -> Composed[RunConfig]:
     given, played = words.get("resume", "null"), words.get("checkpoint", "null")
     if given != "null":
         path = Path(given)
-        path = newest_checkpoint(path) if path.is_dir() else path
+        if path.is_dir():
+            from mapo_lightning.training.checkpoint import newest_checkpoint
+
+            path = newest_checkpoint(path)
         argv = [f"resume={path}" if word.startswith("resume=") else word for word in argv]
         return compose(argv, RunConfig, conf_dir, _run_of(path))
     if words.get("stage") == "evaluate" and played != "null":
@@ -74,7 +77,7 @@ def agent_settings(path: Path) -> Base:
     Raises:
         CheckpointError: The file is no checkpoint, or does not tell its settings.
     """
-    base = _settings(path, read_checkpoint(path, mapped=True)["mapo"])
+    base = _settings(path, _read(path)["mapo"])
     for name in _OF_THE_START:
         base.pop(name, None)
     for name in _OF_THE_MACHINE:
@@ -95,7 +98,7 @@ def resumed(cfg: RunConfig) -> Resumed:
     if cfg.resume is None:
         return Resumed()
     path = Path(cfg.resume)
-    content = read_checkpoint(path, mapped=True)
+    content = _read(path)
     phase = content["mapo"]["stage"]
     if cfg.stage not in ("all", phase):
         advice = "init_from= starts fine-tuning from it" if phase == "pretrain" else "leave it out"
@@ -108,17 +111,25 @@ def resumed(cfg: RunConfig) -> Resumed:
 
 def _run_of(path: Path) -> Base:
     """Settings of the run that wrote a checkpoint, and its folder where that is still there."""
-    card = read_checkpoint(path, mapped=True)["mapo"]
+    metadata = _read(path)["mapo"]
     folder = path.absolute().parent.parent
     saved = folder / "config.yaml"
-    # The file holds secrets that the card hides.
-    base = load_yaml(saved) if saved.is_file() else _settings(path, card)
+    # The file holds secrets that the checkpoint hides.
+    base = load_yaml(saved) if saved.is_file() else _settings(path, metadata)
     base["run_dir"] = str(folder) if saved.is_file() else ""
     return f"the settings of '{path}'", base | {"checkpoint": None, "resume": None}
 
 
-def _settings(path: Path, card: Mapping[str, Any]) -> dict[str, Any]:
-    content = yaml.safe_load(card.get("config") or "")
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint whose tensors stay on disk."""
+    # Torch takes seconds to import: a command line that names no checkpoint does without.
+    from mapo_lightning.training.checkpoint import read_checkpoint
+
+    return read_checkpoint(path, mapped=True)
+
+
+def _settings(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    content = yaml.safe_load(metadata.get("config") or "")
     if not isinstance(content, dict):
         raise CheckpointError(
             f"'{path}' does not tell the settings it was made with; give them with config=FILE, "

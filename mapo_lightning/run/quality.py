@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mapo_lightning.config.compose import compose
-from mapo_lightning.label_tools.quality_report import markdown, measure_clips
-from mapo_lightning.run import build
-from mapo_lightning.run.config import RunConfig
-from mapo_lightning.semantics.agreement import Agreement
+from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.types import MapoError
 
 
@@ -28,17 +25,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        composed = compose(words, RunConfig, _conf())
+        composed = compose(words, RunConfig, conf_folder())
         if composed.text is not None:
             sys.stdout.write((__doc__ or "") + "\n" + composed.text + "\n")
             return 0
-        cfg = composed.config
-        if cfg.data.kind == "demo":
-            build.render_demo(cfg)
-        found = measure_clips(build.build_videos(cfg).clips("all"), cfg.callbacks.quality)
+        _measure(composed.config)
     except MapoError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    return 0
+
+
+def _measure(cfg: RunConfig) -> None:
+    # These import torch, which takes seconds: the words were checked without.
+    from mapo_lightning.label_tools.quality_report import markdown, measure_clips
+    from mapo_lightning.run.build import build_videos
+    from mapo_lightning.run.stages import render_demo
+
+    render_demo(cfg)
+    found = measure_clips(build_videos(cfg).clips("all"), cfg.callbacks.quality)
     folder = Path(cfg.run_dir or "runs/quality")
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown([found])
@@ -47,19 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / f"{cfg.vlm.kind}.json").write_text(text + "\n", encoding="utf-8")
     sys.stdout.write(table)
-    return 0
 
 
 def _plain(value: Any) -> Any:
     """Make JSON of it: named tuples become objects, NaN becomes null."""
+    from mapo_lightning.semantics.agreement import Agreement
+
     if isinstance(value, Agreement):
         value = value._asdict() | {"share": value.share}
     if isinstance(value, dict):
         return {str(key): _plain(x) for key, x in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _conf() -> Path:
-    """Folder of the group files: of the checkout at work, or of the one this package lies in."""
-    here = Path("conf")
-    return here if here.is_dir() else Path(__file__).resolve().parents[2] / "conf"

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -16,6 +17,7 @@ from mapo_lightning.run.config import RunConfig
 from mapo_lightning.training.checkpoint import (
     write_checkpoint,
 )
+from mapo_lightning.training.settings import TrainerConfig
 from mapo_lightning.types import ConfigError
 
 
@@ -31,6 +33,33 @@ def best_device(accelerator: str) -> torch.device:
     return torch.device("cuda" if wanted else "cpu")
 
 
+def check_hardware(cfg: TrainerConfig) -> None:
+    """Refuse what this machine, or Lightning, does not have.
+
+    Raises:
+        ConfigError: The accelerator, so many devices, or the strategy cannot be had.
+    """
+    best_device(cfg.accelerator)
+    try:
+        L.Trainer(
+            **_hardware(cfg),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        asked = ", ".join(f"trainer.{name}={value}" for name, value in _hardware(cfg).items())
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"this machine cannot run {asked}: {reason}") from error
+
+
+def _hardware(cfg: TrainerConfig) -> dict[str, Any]:
+    """What Lightning's Trainer is told about the machine."""
+    names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+    return {name: getattr(cfg, name) for name in names}
+
+
 class _WholeFiles(TorchCheckpointIO):
     """Writes checkpoints at once or not at all, also where the temporary folder is another disk."""
 
@@ -42,13 +71,31 @@ class _WholeFiles(TorchCheckpointIO):
 
 
 class _Saving(ModelCheckpoint):
-    """Lightning saves nothing at the end of training if a checkpoint was due before: this does."""
+    """Saves every few updates and, unlike Lightning's, also after the last one.
+
+    Args:
+        folder: Of the checkpoints.
+        every: Updates from one checkpoint to the next.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="{step}",
+            every_n_train_steps=every,
+            save_last=True,
+            save_top_k=1,
+            monitor=None,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,  # a resumed run replaces its own files
+        )
+        self.every, self.last = every, folder / "last.ckpt"
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the trained model, unless the last update was one with a checkpoint."""
-        super().on_train_end(trainer, pl_module)
-        if trainer.global_step != self._last_global_step_saved:
-            trainer.save_checkpoint(self.last_model_path)
+        if trainer.global_step % self.every:
+            trainer.save_checkpoint(self.last)
+            self.last_model_path = str(self.last)
 
 
 def build_trainer(
@@ -60,22 +107,8 @@ def build_trainer(
     validate_every: int | None = None,
 ) -> L.Trainer:
     """Lightning's Trainer for one stage of ``updates`` optimiser updates."""
-    saving = _Saving(
-        dirpath=folder,
-        filename="{step}",
-        every_n_train_steps=cfg.callbacks.checkpoint_every,
-        save_last=True,
-        save_top_k=1,
-        monitor=None,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,  # a resumed run replaces its own files
-    )
     return L.Trainer(
-        accelerator=cfg.trainer.accelerator,
-        devices=cfg.trainer.devices,
-        num_nodes=cfg.trainer.num_nodes,
-        strategy=cfg.trainer.strategy,
-        precision=cfg.trainer.precision,
+        **_hardware(cfg.trainer),
         deterministic=cfg.trainer.deterministic,
         max_steps=updates,
         log_every_n_steps=cfg.trainer.log_every,
@@ -83,7 +116,7 @@ def build_trainer(
         check_val_every_n_epoch=None if validate_every else 1,
         limit_val_batches=None if validate_every else 0,
         num_sanity_val_steps=0,
-        callbacks=[*callbacks, saving],
+        callbacks=[*callbacks, _Saving(folder, cfg.callbacks.checkpoint_every)],
         plugins=[_WholeFiles()],
         logger=logger or False,
         enable_progress_bar=False,

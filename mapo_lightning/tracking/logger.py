@@ -1,7 +1,7 @@
 """Runs, metrics and parameters in MLflow. Only rank 0 ever talks to it.
 
-One parent run holds a child run per phase. Metrics go through an :class:`Outbox`, so that a slow
-store costs no training time; files go through :mod:`mapo_lightning.tracking.artifacts`.
+One parent run holds a child run per phase. Metrics go through a :class:`MetricQueue`, so that a
+slow store costs no training time; files go through :mod:`mapo_lightning.tracking.artifacts`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from mapo_lightning.config.redact import redact_text
 from mapo_lightning.tracking import mlflow_client
 from mapo_lightning.tracking.mlflow_client import Point, Status, clean_name
-from mapo_lightning.tracking.queue import Outbox
+from mapo_lightning.tracking.queue import MetricQueue
 from mapo_lightning.tracking.settings import TrackingConfig
 from mapo_lightning.types import ConfigError
 
@@ -178,7 +178,7 @@ class RunLogger(MLFlowLogger):
             cfg.experiment, run_name=run_name, tracking_uri=store_uri(cfg), run_id=run_id
         )
         self.cfg, self.active_run = cfg, run_id
-        self._outbox: Outbox[Point] | None = None
+        self._queue: MetricQueue[Point] | None = None
         self._seen = mlflow_client.last_steps(self.experiment, run_id) if resumed else {}
         self._beat = time.monotonic()
         self.failed_calls = 0
@@ -192,9 +192,9 @@ class RunLogger(MLFlowLogger):
             for name, value in metrics.items()
             if at > self._seen.get(clean_name(name), -1)
         ]
-        if self._outbox is None:
-            self._outbox = Outbox(self._send, tick=self._heartbeat)
-        self._outbox.put(points)
+        if self._queue is None:
+            self._queue = MetricQueue(self._send, tick=self._heartbeat)
+        self._queue.put(points)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
@@ -206,14 +206,14 @@ class RunLogger(MLFlowLogger):
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Deliver queued values; returns whether all arrived within ``timeout`` seconds."""
-        return self._outbox is None or self._outbox.flush(timeout)
+        return self._queue is None or self._queue.flush(timeout)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
         """Deliver queued values and end the run."""
-        if self._outbox is not None:
-            self._outbox.close()
-            self._outbox = None
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None
         ended: Status = "FAILED" if status == "failed" else "FINISHED"
         self.attempt(
             "the end of the run", lambda: self.experiment.set_terminated(self.active_run, ended)

@@ -1,4 +1,4 @@
-"""A queue in front of a slow receiver: training never waits for the tracking server."""
+"""Metrics on their way to the tracking server: training never waits for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Outbox(Generic[T]):
+class MetricQueue(Generic[T]):
     """Sends items in the background, in their order, in batches.
 
     What cannot be sent is kept and tried again, so an outage of the receiver loses nothing until
@@ -45,7 +45,7 @@ class Outbox(Generic[T]):
         self._stop = threading.Event()
         self._failures = 0
         self.dropped = 0
-        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="metric-queue", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 

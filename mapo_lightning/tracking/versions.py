@@ -1,14 +1,16 @@
-"""Where a run comes from: versions of what it uses and the state of its git checkout."""
+"""Versions of this package and of those it uses, and the state of the git checkout."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+import tomllib
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from mapo_lightning.config.redact import redact_text
 
@@ -27,6 +29,27 @@ class GitState(NamedTuple):
 
     diff: str
     """Differences of tracked files and names of untracked ones, without secrets."""
+
+
+def package_version() -> str:
+    """Return the version of this package."""
+    return installed(DISTRIBUTION) or str(_project()["version"])
+
+
+def supported_pythons() -> SpecifierSet:
+    """Return the versions of Python that this package is made for."""
+    try:
+        declared = metadata.metadata(DISTRIBUTION)["Requires-Python"]
+    except metadata.PackageNotFoundError:
+        declared = _project()["requires-python"]
+    return SpecifierSet(declared)
+
+
+def _project() -> dict[str, Any]:
+    """What the checkout declares, where nothing is installed: Python runs in its folder."""
+    path = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    project: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    return project
 
 
 def requirements() -> list[Requirement]:

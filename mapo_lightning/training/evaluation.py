@@ -113,27 +113,27 @@ class Evaluation:
 
     Attributes:
         score: Of the agent.
-        floors: Name -> score of a policy that learns nothing.
+        baselines: Name -> score of a policy that learns nothing.
         seeds: Reset seed of every episode.
         about: What was played: method, task, checkpoint, environment frames and the like.
     """
 
     score: Score
-    floors: Mapping[str, Score]
+    baselines: Mapping[str, Score]
     seeds: tuple[int, ...]
     about: Mapping[str, Any]
 
     def metrics(self) -> dict[str, float]:
-        """What the tracker is told: the agent's statistics and the floors' means."""
-        floors = {f"eval/return_{name}": score.mean for name, score in self.floors.items()}
-        return self.score.metrics() | floors
+        """What the tracker is told: the agent's statistics and the baselines' means."""
+        means = {f"eval/return_{name}": score.mean for name, score in self.baselines.items()}
+        return self.score.metrics() | means
 
     def lines(self) -> Iterator[str]:
         """The summary for people: one line per policy."""
         yield "{task} after {env_frames:,} frames, ".format(**self.about) + (
             f"{len(self.seeds)} episodes from reset seeds {self.seeds[0]}..{self.seeds[-1]}:"
         )
-        for name, score in {**self.floors, self.about["method"]: self.score}.items():
+        for name, score in {**self.baselines, self.about["method"]: self.score}.items():
             line = f"  {name:<12} return {score.mean:8.1f}"
             if score.error is not None and score.interval is not None:
                 line += f" ± {score.error:.1f} (standard error), interquartile mean {score.iqm:.1f}"
@@ -142,7 +142,7 @@ class Evaluation:
 
     def tree(self) -> dict[str, Any]:
         """Everything as plain dicts: what was played, and each policy's statistics and episodes."""
-        policies = {name: self._entry(score) for name, score in self.floors.items()}
+        policies = {name: self._entry(score) for name, score in self.baselines.items()}
         policies["agent"] = self._entry(self.score)
         return {**self.about, "confidence": CONFIDENCE, "policies": policies}
 
@@ -174,7 +174,7 @@ class Evaluation:
         return {**score.figures(), "episodes": played}
 
 
-def floors(play: Play, action_dim: int) -> dict[str, Score]:
+def baseline_scores(play: Play, action_dim: int) -> dict[str, Score]:
     """What policies that learn nothing score on the evaluation's episodes; empty off rank 0."""
     if not is_main_process():
         return {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from program import ROOT, SMALL, TRAIN, end, start, train
+from program import SMALL, TRAIN, end, start, train
 
 from mapo_lightning.training.checkpoint import read_checkpoint
 
@@ -131,8 +131,8 @@ import hashlib
 import sys
 from pathlib import Path
 import lightning as L
-sys.path.insert(0, ROOT)
-import train
+from mapo_lightning.run import stages
+from mapo_lightning.run.main import main
 
 class Digest(L.Callback):
     def on_train_end(self, trainer, module):
@@ -140,18 +140,18 @@ class Digest(L.Callback):
         digests = {k: hashlib.sha256(data).hexdigest() for k, data in weights.items()}
         Path(f"rank{trainer.global_rank}.txt").write_text(repr(digests))
 
-make = train.build_trainer
-train.build_trainer = lambda cfg, n, at, calls, *rest: make(cfg, n, at, [*calls, Digest()], *rest)
+make = stages.build_trainer
+stages.build_trainer = lambda cfg, n, at, calls, *rest: make(cfg, n, at, [*calls, Digest()], *rest)
 
 if __name__ == "__main__":
-    sys.exit(train.main(sys.argv[1:]))
+    sys.exit(main())
 """
 
 
 @pytest.mark.slow
 def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
-    script.write_text(DIGEST.replace("ROOT", repr(str(ROOT))))
+    script.write_text(DIGEST)
     run = partial(train, tmp_path, script=str(script))
     two = ["trainer.devices=2", "trainer.strategy=ddp", "tracking.enabled=true"]
     two += ["evaluate.keep_best=true", "evaluate.every=2"]

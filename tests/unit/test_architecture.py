@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +109,25 @@ def test_settings_are_free_of_torch(path: Path) -> None:
     heavy = {"torch", "lightning", "transformers", "mlflow", "cv2", "decord", "gymnasium"}
     for module in imported(path):
         assert module.partition(".")[0] not in heavy, f"{path} imports {module}"
+
+
+WORDS = """
+import sys
+from mapo_lightning.run.main import main
+code = main(sys.argv[1:])
+heavy = {"torch", "lightning", "torchmetrics", "transformers", "mlflow", "cv2", "decord", "av"}
+heavy |= {"gymnasium", "mujoco", "dm_control", "metaworld", "scipy", "pyarrow", "openai"}
+sys.exit(f"imported: {sorted(heavy & sys.modules.keys())}" if heavy & sys.modules.keys() else code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [("--help", 0), ("--show env=toy", 0), ("method=mapoo", 2), ("--amp", 2)]
+)
+def test_the_command_line_is_read_without_heavy_packages(words: str, code: int) -> None:
+    command = [sys.executable, "-c", WORDS, *words.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
 
 
 @pytest.mark.parametrize("path", [*PROGRAM, *TESTS], ids=lambda p: p.name)

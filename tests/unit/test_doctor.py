@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from mapo_lightning.run import doctor
 from mapo_lightning.run.doctor import Check
@@ -33,6 +34,19 @@ def test_the_pinned_combination_is_fine() -> None:
     good = {"mujoco": "3.16.0", "metaworld": "3.0.0", "dm_control": "1.0.49", "numpy": "2.4.6"}
     good |= {"lightning": "2.6.6", "torch": "2.13.0", "decord": "0.6.0"}
     assert doctor.check_combinations(good.get).verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"),
+    [("3.10.14", "FAIL"), ("3.11.2", "ok"), ("3.12.9", "ok"), ("3.13.0", "FAIL")],
+)
+def test_only_some_pythons_have_all_packages(
+    version: str, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "supported_pythons", lambda: SpecifierSet(">=3.11,<3.13"))
+    check = doctor.check_python(version)
+    assert check.verdict == verdict
+    assert ("labmaze" in check.do) == (verdict == "FAIL")
 
 
 def test_declared_versions() -> None:

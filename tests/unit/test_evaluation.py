@@ -10,7 +10,7 @@ import pytest
 
 from mapo_lightning.data.video import probe_video
 from mapo_lightning.envs.collector import Episode, RandomPolicy
-from mapo_lightning.training.evaluation import Evaluation, Score, enlarged, floors
+from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores, enlarged
 
 RETURNS = [3.0, 100.0, 1.0, 2.0, 4.0, 5.0, 6.0, -50.0]
 
@@ -82,7 +82,7 @@ def test_films_are_enlarged_and_named_by_seed(tmp_path: Path) -> None:
     assert (info.width, info.height, info.frames) == (64, 64, 7)
 
 
-def test_floors_play_without_memory_of_earlier_batches() -> None:
+def test_baselines_play_without_memory_of_earlier_batches() -> None:
     drawn: list[float] = []
 
     def play(policy_of, film):  # type: ignore[no-untyped-def]
@@ -91,7 +91,7 @@ def test_floors_play_without_memory_of_earlier_batches() -> None:
         drawn.append(float(policy_of(1002)(step)[0, 0]))
         return [Episode(1.0, 5, None)], []
 
-    assert set(floors(play, 2)) == {"random", "still"}
+    assert set(baseline_scores(play, 2)) == {"random", "still"}
     first, second = drawn[:2]
     assert first != second  # another batch, other draws
     expected = RandomPolicy(2, 1000)({"is_first": np.ones(1, bool)})[0, 0]

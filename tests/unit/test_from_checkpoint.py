@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_agent import CONF, save
 
-import train
 from mapo_lightning.run.from_checkpoint import Resumed, configure, resumed
+from mapo_lightning.run.main import main
 from mapo_lightning.training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 from mapo_lightning.types import CheckpointError, ConfigError
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_played_or_resumed_gets_one_sentence(
     here += ["callbacks.progress=false", "evaluate.episodes=1", "trainer.threads=1"]
     here += ["trainer.capture=false"]
     said = [word.replace("RUN", str(run / "finetune")) for word in words]
-    assert train.main([*said, *here]) == 2
+    assert main([*said, *here]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert [line for line in errors if line.startswith("error: ")] == errors[-1:]
     assert sentence in errors[-1]

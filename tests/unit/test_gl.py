@@ -40,7 +40,8 @@ def test_a_nonsense_backend_is_named_with_the_packages_to_install(
     tmp_path: Path,
 ) -> None:
     code = (
-        "from mapo_lightning.envs import EnvConfig, make_env\n"
+        "from mapo_lightning.envs.factory import make_env\n"
+        "from mapo_lightning.envs.settings import EnvConfig\n"
         "from mapo_lightning.types import EnvironmentSetupError\n"
         "try:\n"
         "    make_env(EnvConfig(kind='dmc', name='walker_run'), 0)\n"
@@ -84,7 +85,8 @@ def test_a_mujoco_that_chose_already_is_reported(tmp_path: Path) -> None:
 def test_suites_without_opengl_never_import_mujoco(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from mapo_lightning.envs import EnvConfig, make_vector_env\n"
+        "from mapo_lightning.envs.factory import make_vector_env\n"
+        "from mapo_lightning.envs.settings import EnvConfig\n"
         "make_vector_env(EnvConfig(), 0, 2).reset()\n"
         "print([m for m in ('mujoco', 'dm_control', 'metaworld', 'OpenGL') if m in sys.modules])\n"
     )
@@ -94,7 +96,8 @@ def test_suites_without_opengl_never_import_mujoco(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_program_that_forgets_to_close_ends_in_silence(tmp_path: Path) -> None:
     code = (
-        "from mapo_lightning.envs import EnvConfig, make_env\n"
+        "from mapo_lightning.envs.factory import make_env\n"
+        "from mapo_lightning.envs.settings import EnvConfig\n"
         "envs = [make_env(EnvConfig(kind='dmc', name='cartpole_balance'), i) for i in (0, 1)]\n"
         "for env in envs: env.reset()\n"
     )
@@ -108,7 +111,8 @@ def test_environments_in_processes_import_neither_the_program_nor_torch(tmp_path
     script.write_text(
         "print('imported')\n"  # no guard: whoever imports this again would build environments too
         "import sys\n"
-        "from mapo_lightning.envs import EnvConfig, make_vector_env\n"
+        "from mapo_lightning.envs.factory import make_vector_env\n"
+        "from mapo_lightning.envs.settings import EnvConfig\n"
         "assert 'torch' not in sys.modules\n"
         "envs = make_vector_env(EnvConfig(kind='dmc', name='cartpole_balance'), 0, 2)\n"
         "envs.reset()\n"

@@ -1,4 +1,4 @@
-"""What is settled about the process before training starts."""
+"""Memory of the process, and parts of a model that are compiled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from mapo_lightning.models.rssm_world.decoder import CNNDecoder
 from mapo_lightning.models.rssm_world.settings import ImageConfig
-from mapo_lightning.training.process import compile_parts
+from mapo_lightning.training.compile import compile_parts
 
 FAULTS = """
 import resource, sys, torch

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mapo_lightning.tracking.queue import Outbox
+from mapo_lightning.tracking.queue import MetricQueue
 
 
 class Receiver:
@@ -25,7 +25,7 @@ class Receiver:
 
 def test_an_outage_loses_nothing_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     receiver = Receiver()
-    box = Outbox(receiver.send, every=0.01, batch=3)
+    box = MetricQueue(receiver.send, every=0.01, batch=3)
     receiver.down = True
     box.put(list(range(10)))
     assert not box.flush(timeout=0.05)
@@ -39,7 +39,7 @@ def test_an_outage_loses_nothing_and_is_told_once(caplog: pytest.LogCaptureFixtu
 
 def test_a_slow_receiver_does_not_hold_up_the_sender() -> None:
     release = threading.Event()
-    box = Outbox[int](lambda items: release.wait(10) and None, every=0.001)  # type: ignore[func-returns-value]
+    box = MetricQueue[int](lambda items: release.wait(10) and None, every=0.001)  # type: ignore[func-returns-value]
     started = time.perf_counter()
     for i in range(100):
         box.put([i])
@@ -52,7 +52,7 @@ def test_a_slow_receiver_does_not_hold_up_the_sender() -> None:
 def test_too_much_waiting_drops_the_oldest_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     receiver = Receiver()
     receiver.down = True
-    box = Outbox(receiver.send, every=10, limit=5)
+    box = MetricQueue(receiver.send, every=10, limit=5)
     box.put(list(range(8)))
     receiver.down = False
     box.close()
@@ -63,7 +63,7 @@ def test_too_much_waiting_drops_the_oldest_and_says_so(caplog: pytest.LogCapture
 def test_what_is_lost_at_the_end_is_told(caplog: pytest.LogCaptureFixture) -> None:
     receiver = Receiver()
     receiver.down = True
-    box = Outbox(receiver.send, every=10)
+    box = MetricQueue(receiver.send, every=10)
     box.put([1, 2])
     box.close(timeout=0.01)
     assert "2 metric values never reached" in caplog.text
@@ -71,7 +71,7 @@ def test_what_is_lost_at_the_end_is_told(caplog: pytest.LogCaptureFixture) -> No
 
 def test_signs_of_life_come_without_values() -> None:
     beats: list[float] = []
-    box = Outbox[int](lambda items: None, every=0.01, tick=lambda: beats.append(1.0))
+    box = MetricQueue[int](lambda items: None, every=0.01, tick=lambda: beats.append(1.0))
     time.sleep(0.3)
     box.close()
     assert len(beats) > 3
@@ -79,7 +79,7 @@ def test_signs_of_life_come_without_values() -> None:
 
 def test_many_senders_lose_nothing() -> None:
     receiver = Receiver()
-    box = Outbox(receiver.send, every=0.001, batch=7)
+    box = MetricQueue(receiver.send, every=0.001, batch=7)
     senders = [
         threading.Thread(target=lambda k=k: [box.put([k]) for _ in range(200)]) for k in range(4)
     ]

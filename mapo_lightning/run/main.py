@@ -1,0 +1,67 @@
+"""``mapo-train``: reads the words, checks that the run can be made, and makes it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import mapo_lightning
+from mapo_lightning.types import ConfigError, MapoError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except MapoError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(words: Sequence[str]) -> None:
+    """Compose a run, check it, and play its stage.
+
+    Raises:
+        MapoError: The run cannot be made, or fails in a way that its user can repair.
+    """
+    check_callbacks()
+    from mapo_lightning.run.config import conf_folder
+    from mapo_lightning.run.from_checkpoint import configure
+
+    composed = configure(words, conf_folder())
+    if composed.text is not None:
+        sys.stdout.write(composed.text + "\n")
+        return
+    # These import torch and Lightning, which takes seconds: the words above are checked without.
+    from mapo_lightning.run.preflight import check_run
+    from mapo_lightning.run.session import opened
+    from mapo_lightning.run.stages import STAGES
+
+    check_run(composed.config)
+    with opened(composed) as session:
+        STAGES[session.cfg.stage](session)
+
+
+def check_callbacks() -> None:
+    """Refuse a package named ``callbacks`` that is not ours; the name is a common one.
+
+    Raises:
+        ConfigError: It does not lie beside this package.
+    """
+    wanted = Path(mapo_lightning.__file__).resolve().parents[1] / "callbacks"
+    spec = importlib.util.find_spec("callbacks")
+    places = list(spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+    if wanted not in [Path(place).resolve() for place in places]:
+        raise ConfigError(
+            f"the package 'callbacks' must be the one in '{wanted}', but Python finds "
+            f"{', '.join(map(repr, places)) or 'none'}: uninstall the other package of that name, "
+            "or take its folder off PYTHONPATH"
+        )

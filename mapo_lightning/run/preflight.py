@@ -1,0 +1,148 @@
+"""Checks, before a run begins, that it can: nothing is written, drawn or trained.
+
+Whatever can be known to fail fails here, in one sentence, and leaves no folder and no MLflow run
+behind. Models are built on torch's meta device, which gives their shapes without their numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mapo_lightning.data.scan import list_videos
+from mapo_lightning.envs.factory import make_env
+from mapo_lightning.envs.settings import EnvConfig
+from mapo_lightning.run import build
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.from_checkpoint import Resumed, resumed
+from mapo_lightning.run.trainer import best_device, check_hardware
+from mapo_lightning.semantics.factory import build_labeler
+from mapo_lightning.training.checkpoint import check_fit, load_pretrained, read_checkpoint
+from mapo_lightning.training.cuda_graph import cuda_recorder
+from mapo_lightning.types import CheckpointError, ConfigError
+
+
+def check_run(cfg: RunConfig) -> None:
+    """Check everything that a run needs.
+
+    Raises:
+        MapoError: What is missing or does not fit together, and what to do.
+    """
+    earlier = resumed(cfg)
+    phases = _phases(cfg, earlier)
+    _check_folders(cfg)
+    if cfg.trainer.capture:
+        cuda_recorder(cfg.trainer.accelerator, cfg.trainer.processes)
+    if phases:
+        check_hardware(cfg.trainer)
+    elif cfg.stage == "evaluate":
+        best_device(cfg.trainer.accelerator)
+    if "pretrain" in phases or cfg.stage == "label":
+        _check_videos(cfg)
+    _check_describer(cfg)
+    if cfg.stage == "label":
+        return
+    action_dim = None
+    if "finetune" in phases or cfg.stage == "evaluate":
+        action_dim = _action_dim(build.labelled_env(cfg))
+    # The weights of a model on the meta device are not drawn; its constants might be.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        _check_models(cfg, phases, action_dim, earlier)
+
+
+def _phases(cfg: RunConfig, earlier: Resumed) -> tuple[str, ...]:
+    """Trainings that lie before this run."""
+    if cfg.stage == "all":
+        first = cfg.world_model.lower is not None and earlier.phase != "finetune"
+        return ("pretrain", "finetune") if first else ("finetune",)
+    return (cfg.stage,) if cfg.stage in ("pretrain", "finetune") else ()
+
+
+def _check_folders(cfg: RunConfig) -> None:
+    for key, folder in (("run_dir", cfg.run_dir or "runs"), ("work_dir", cfg.work_dir)):
+        there = Path(folder).absolute()
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"{key}='{folder}' cannot be made, because '{there}' is not a folder that you may "
+                f"write to; give another with {key}=DIR"
+            )
+
+
+def _check_videos(cfg: RunConfig) -> None:
+    """See that there are videos, or that they can be rendered."""
+    build.build_videos(cfg)
+    if cfg.data.kind != "demo":
+        list_videos(cfg.data)
+        return
+    for scene in build.demo_scenes(cfg):
+        _action_dim(scene)
+
+
+def _check_describer(cfg: RunConfig) -> None:
+    """See that the describer, its reviews and what embeds its phrases can be had."""
+    if cfg.stage == "label" and cfg.vlm.kind == "none":
+        raise ConfigError("stage=label needs a describer: vlm=flow, openai_server or another")
+    build_labeler(build.shared_store(cfg), Path(cfg.work_dir).absolute(), "preflight")
+
+
+def _action_dim(cfg: EnvConfig) -> int:
+    """Width of the action of an environment, which is built for that and closed again."""
+    env = make_env(cfg, seed=0)
+    try:
+        return int(env.action_space.shape[0])
+    finally:
+        env.close()
+
+
+def _check_models(
+    cfg: RunConfig, phases: tuple[str, ...], action_dim: int | None, earlier: Resumed
+) -> None:
+    """Build every model of the run, and lay the checkpoints that it starts from over them."""
+    cfg = replace(cfg, trainer=replace(cfg.trainer, compile=False))
+    modules: dict[str, nn.Module] = {}
+    if cfg.stage == "evaluate":
+        _check_agent(cfg, Path(cfg.checkpoint or ""), action_dim)
+    if "pretrain" in phases:
+        modules["pretrain"] = build.build_pretrain(cfg)
+    if "finetune" in phases:
+        assert action_dim is not None
+        modules["finetune"], _ = build.build_finetune(cfg, action_dim, None)
+    if earlier.phase in modules:
+        check_fit(modules[earlier.phase], read_checkpoint(earlier.path, mapped=True), earlier.path)
+    if "finetune" in phases and earlier.phase != "finetune":
+        start = _handed_over(cfg, modules.get("pretrain"))
+        world_model = modules["finetune"].get_submodule("world_model")
+        if start is not None:
+            load_pretrained(world_model, start, cfg.finetune.load)
+
+
+def _check_agent(cfg: RunConfig, path: Path, action_dim: int | None) -> None:
+    """See that a checkpoint's agent fits its settings and the environment."""
+    content = build.read_agent(path, mapped=True)
+    trained = content["mapo"]["action_dim"]
+    module, _ = build.build_finetune(cfg, trained, None)
+    check_fit(module, content, path)
+    if trained != action_dim:
+        raise CheckpointError(
+            f"the agent in '{path}' acts with {trained} numbers, but {cfg.env.kind}/"
+            f"{cfg.env.name} takes {action_dim}; choose the environment that it was trained in"
+        )
+
+
+def _handed_over(cfg: RunConfig, pretrained: nn.Module | None) -> dict[str, Any] | None:
+    """The shapes that fine-tuning will take over; None where it starts afresh."""
+    if pretrained is not None:
+        return {"mapo": {"method": cfg.method}, "state_dict": pretrained.state_dict()}
+    if cfg.init_from is None:
+        return None
+    content = read_checkpoint(Path(cfg.init_from), mapped=True)
+    tensors: Mapping[str, torch.Tensor] = content["state_dict"]
+    return {**content, "state_dict": {name: x.to("meta") for name, x in tensors.items()}}

@@ -1,0 +1,250 @@
+"""The stages of a run, as functions of its session: pre-train, fine-tune, label, evaluate."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+import torch
+
+from callbacks.codebook import CodebookUpdate
+from callbacks.collect import CollectExperience
+from callbacks.evaluate import EvaluatePolicy
+from callbacks.labels import RecordLabels
+from callbacks.progress import PhaseProgress, counting
+from callbacks.recorder import MLflowRecorder
+from callbacks.rollout import ImaginationRollout
+from mapo_lightning.config.redact import redact_text
+from mapo_lightning.envs.collector import Episode, Policy, run_episodes
+from mapo_lightning.envs.demo import render_demo_videos
+from mapo_lightning.envs.factory import make_vector_env
+from mapo_lightning.run import build
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.session import Session
+from mapo_lightning.run.trainer import best_device, build_trainer
+from mapo_lightning.tracking import logger as tracking
+from mapo_lightning.training.acting import greedy
+from mapo_lightning.training.base_module import TrainedModule
+from mapo_lightning.training.checkpoint import BEST
+from mapo_lightning.training.datamodule import ReplayDataModule
+from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores
+from mapo_lightning.types import Frames
+
+NAMES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
+log = logging.getLogger("mapo")
+
+
+def train_all(session: Session) -> None:
+    """Pre-train where the method does, fine-tune from it, and sum up."""
+    checkpoint = None
+    if session.resumed.phase == "finetune":
+        log.info("pre-training was finished before; fine-tuning goes on")
+    elif session.cfg.world_model.lower is not None:
+        checkpoint = pretrain(session)
+    else:
+        log.info("%s learns from scratch: there is nothing to pre-train.", session.cfg.method)
+    finetune(session, checkpoint)
+
+
+def pretrain(session: Session) -> Path:
+    """Stage 1; returns the last checkpoint."""
+    cfg = session.cfg
+    if session.resumed.finished("pretrain", cfg.pretrain.updates):
+        return session.resumed.path
+    render_demo(cfg)
+    data = build.build_videos(cfg)
+    data.setup("fit")
+    assert data.index is not None
+    log.info(
+        "videos: %d to learn from, %d held out, %d set aside (%s)",
+        len(data.index.train),
+        len(data.index.holdout),
+        len(data.index.quarantined),
+        data.root / "quarantine.jsonl",
+    )
+    module = build.build_pretrain(cfg)
+    labels = RecordLabels(cfg.callbacks)
+    extra = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
+    fit(session, "pretrain", module, data, cfg.pretrain.updates, extra, {"image": "train/image"})
+    asked, windows = int(labels.total["asked"]), int(labels.total["windows"])
+    log.info(
+        "the describer was asked about %d of %d windows; the others were known", asked, windows
+    )
+    return session.folder / "pretrain" / "last.ckpt"
+
+
+def render_demo(cfg: RunConfig) -> None:
+    """Render the demo's videos where they are the data; every rank waits until they are there."""
+    if cfg.data.kind != "demo":
+        return
+    with counting("rendering videos", "video", show=tracking.is_main_process()) as show:
+        render_demo_videos(
+            Path(cfg.data.root),
+            build.demo_scenes(cfg),
+            clips_per_scene=cfg.demo.clips_per_scene,
+            frames=cfg.demo.frames,
+            size=cfg.demo.size,
+            seed=cfg.data.seed,
+            progress=show,
+        )
+
+
+def label(session: Session) -> None:
+    """Fill the label store with every window of the videos; or only count them."""
+    cfg = session.cfg
+    render_demo(cfg)
+    work = build.build_labelling(cfg, session.rank, int(os.environ.get("WORLD_SIZE", "1")))
+    if cfg.label.dry:
+        log.info("%s", work.estimate(cfg.label.probe))
+        return
+    with counting("labelling", "window", show=tracking.is_main_process()) as show:
+        done = work.run(lambda now: show(now.done + now.lost, now.windows, now.brief))
+    log.info("%s", done)
+
+
+def finetune(session: Session, init_from: Path | None = None) -> None:
+    """Stage 2, with an evaluation before and after, and a summary."""
+    cfg, seed = session.cfg, session.cfg.seed + session.rank
+    updates = cfg.finetune.updates(cfg.trainer.processes)
+    best = session.folder / "finetune" / BEST if cfg.evaluate.keep_best else None
+    if session.resumed.finished("finetune", updates):
+        if best is not None and not (session.folder / "evaluation.json").exists():
+            test_best(session, best)
+        return
+    init_from = init_from or (Path(cfg.init_from) if cfg.init_from else None)
+    if session.resumed.phase == "finetune":
+        init_from = None  # its own checkpoint holds all parts
+    stage = build.build_collection(cfg, session.folder / "replay", session.rank)
+    module, report = build.build_finetune(cfg, stage.action_dim, init_from)
+    if report is not None:
+        log.info("from %s: %s", init_from, report)
+    play = partial(play_episodes, cfg)
+    evaluation = EvaluatePolicy(
+        play, baseline_scores(play, stage.action_dim), cfg.evaluate.seeds, cfg.about,
+        cfg.evaluate.every, cfg.env.fps, best,
+    )  # fmt: skip
+    collect = CollectExperience(stage.collector, cfg.env.frames_per_step, seed)
+    extra = [collect, ImaginationRollout(cfg.callbacks.rollout_every), evaluation]
+    watch = {"return": "collect/return", "reward": "train/imagined_reward"}
+    data = ReplayDataModule(stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, seed)
+    fit(session, "finetune", module, data, updates, extra, watch, action_dim=stage.action_dim)
+    if best is not None:
+        test_best(session, best)
+    elif evaluation.newest is not None:
+        summary(session, evaluation.newest)
+
+
+def test_best(session: Session, path: Path) -> None:
+    """Play the agent of the best evaluation, on reset seeds that none of them had."""
+    log.info("the agent of the best evaluation plays episodes that none of them had")
+    test(session, replace(session.cfg, evaluate=session.cfg.evaluate.unseen), path)
+
+
+def evaluate(session: Session) -> None:
+    """Play a trained agent's test episodes."""
+    test(session, session.cfg, Path(session.cfg.checkpoint or ""))
+
+
+def test(session: Session, cfg: RunConfig, path: Path) -> None:
+    """Play the test episodes of a checkpoint's agent in an MLflow run of their own."""
+    if not tracking.is_main_process():
+        return
+    module, metadata = build.load_finetuned(cfg, path)
+    module.to(best_device(cfg.trainer.accelerator))
+    play = partial(play_episodes, cfg)
+    episodes, films = play(greedy(module), cfg.evaluate.videos)
+    about = cfg.about | {"checkpoint": str(path), "env_frames": metadata["env_frames"]}
+    baselines = baseline_scores(play, metadata["action_dim"])
+    found = Evaluation(Score(tuple(episodes)), baselines, cfg.evaluate.seeds, about)
+    found.save_films(session.folder / "videos", films, cfg.env.fps)
+    summary(session, found)
+    logger = tracking.make_logger(cfg.tracking, "evaluate", session.parent)
+    found.record(logger, films, cfg.env.fps)
+
+
+def play_episodes(
+    cfg: RunConfig, policy_of: Callable[[int], Policy], film: int
+) -> tuple[list[Episode], list[Frames]]:
+    """Play the evaluation's episodes: the same reset seeds whoever plays.
+
+    Leaves the program's random numbers as they were.
+    """
+    count, seeds = min(cfg.evaluate.num_envs, cfg.evaluate.episodes), cfg.evaluate.seeds
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    envs = make_vector_env(build.labelled_env(cfg), cfg.evaluate.seed, count)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            tracker = build.build_tracker(cfg, count, "evaluate")
+            return run_episodes(envs, tracker, policy_of, seeds, film)
+    finally:
+        envs.close()
+
+
+def fit(
+    session: Session,
+    phase: Literal["pretrain", "finetune"],
+    module: TrainedModule,
+    data: L.LightningDataModule,
+    updates: int,
+    extra: list[L.Callback],
+    watch: dict[str, str],
+    **widths: int,
+) -> None:
+    """Train one phase in its own MLflow run, from the start or from a checkpoint."""
+    cfg = session.cfg
+    if session.recorder is not None:
+        module.capture(session.recorder)
+    earlier = session.resumed.path if session.resumed.phase == phase else None
+    identity = session.resumed.tracked(phase)
+    logger = tracking.make_logger(cfg.tracking, phase, session.parent, run_id=identity)
+    module.card = {  # what a checkpoint tells about itself
+        "stage": phase,
+        "method": cfg.method,
+        "config": session.composed.redacted_yaml,
+        "mlflow_parent": session.parent or "",
+        "mlflow_run": (logger.run_id if logger else None) or "",
+        **widths,
+    }
+    around: list[L.Callback] = [
+        MLflowRecorder(
+            session.composed.redacted_yaml,
+            session.composed.flat,
+            every=cfg.trainer.log_every,
+            system_metrics=cfg.tracking.system_metrics,
+        )
+    ]
+    if cfg.callbacks.codebook:
+        around.append(CodebookUpdate())
+    if cfg.callbacks.progress:
+        around.append(PhaseProgress(NAMES[phase], watch))
+    validate_every = cfg.pretrain.validate_every if phase == "pretrain" else None
+    folder = session.folder / phase
+    trainer = build_trainer(cfg, updates, folder, around + extra, logger, validate_every)
+    trainer.fit(module, datamodule=data, ckpt_path=earlier, weights_only=True)
+
+
+def summary(session: Session, found: Evaluation) -> None:
+    """Print what came out of it, and write it down."""
+    found.save(session.folder / "evaluation.json")
+    lines = ["", *found.lines(), f"Everything of this run: {session.folder}"]
+    if session.cfg.tracking.enabled:
+        store = redact_text(tracking.store_uri(session.cfg.tracking))
+        page = f"mlflow ui --backend-store-uri {store}" if store.startswith("sqlite:") else store
+        lines.append(f"Videos of the dreams, curves and phrases: {page}")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+STAGES: dict[str, Callable[[Session], object]] = {
+    "label": label,
+    "all": train_all,
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "evaluate": evaluate,
+}

@@ -1,0 +1,143 @@
+"""What cannot run is told before anything is written, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from program import SMALL
+from test_agent import save
+
+from mapo_lightning.config.compose import compose
+from mapo_lightning.data.video import write_mp4
+from mapo_lightning.run.build import build_pretrain
+from mapo_lightning.run.config import RunConfig, conf_folder
+from mapo_lightning.run.main import main
+from mapo_lightning.run.preflight import check_run
+from mapo_lightning.training.checkpoint import write_checkpoint
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Start the program in an empty folder, which must stay empty; returns what it says."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MAPO_RUN_DIR", raising=False)
+
+    def start(*words: str) -> str:
+        assert main([*words, "tracking.enabled=true"]) == 2
+        assert list(folder.iterdir()) == []
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        return line
+
+    return start
+
+
+def pretrained(path: Path, *words: str) -> Path:
+    """Write a pre-training checkpoint as training would."""
+    composed = compose([*SMALL, *words], RunConfig, conf_folder())
+    module = build_pretrain(composed.config)
+    metadata = {"stage": "pretrain", "method": composed.config.method, "config": composed.yaml}
+    content = {"mapo": metadata, "state_dict": module.state_dict(), "global_step": 1}
+    write_checkpoint(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trainer.accelerator=gpu"], "trainer.accelerator=gpu, but there is no GPU"),
+        (["trainer.accelerator=abacus"], "trainer.accelerator=abacus"),
+        (["trainer.strategy=dpp"], "trainer.strategy=dpp"),
+        (["trainer.capture=true"], "records the work of one GPU"),
+        (["data=folder", "data.root=nowhere"], "data.root must be a folder with videos"),
+        (["data=folder", "data.root=..", "stage=label"], "no video found in '..'"),
+        (["data=ssv2", "data.root=.."], "is no Something-Something V2"),
+        (["demo.scenes=[toy]"], "demo.scenes must hold kind/name, got 'toy'"),
+        (["demo.scenes=[toy/dsic]"], "toy has no task 'dsic'"),
+        (["vlm.marks=nowhere.json"], "vlm.marks='nowhere.json'"),
+        (["stage=label", "vlm=none"], "stage=label needs a describer"),
+        (["finetune.objective.scales.kl_uper=1"], "kl_uper"),
+        (["pretrain.objective.scales.imag=1"], "imag"),
+        (["finetune.freeze=[decodr]"], "finetune.freeze names decodr"),
+        (["finetune.load=[encoder,upper]"], "the checkpoint has no 'upper."),
+        (["method=dreamerv2", "stage=pretrain"], "nothing to pre-train"),
+        (["env.name=dsic"], "toy has no task 'dsic'"),
+        (["env.kind=gym", "env.name=Nothing-v9"], "Nothing-v9"),
+        (["stage=finetune", "init_from=gone.ckpt"], "no checkpoint at 'gone.ckpt'"),
+        (["stage=evaluate", "checkpoint=gone.ckpt"], "no checkpoint at 'gone.ckpt'"),
+        (["resume=gone.ckpt"], "no checkpoint at 'gone.ckpt'"),
+    ],
+)
+def test_nothing_is_written_by_a_run_that_cannot_be_made(
+    words: list[str], sentence: str, refused: Refused
+) -> None:
+    assert sentence in refused(*SMALL, *words)
+
+
+@pytest.mark.parametrize("key", ["run_dir", "work_dir"])
+def test_a_folder_that_cannot_be_made(key: str, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert f"{key}='../file/deep' cannot be made" in refused(*SMALL, f"{key}=../file/deep")
+
+
+def test_a_model_of_the_describer_that_is_not_there(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "model").mkdir()
+    words = ["vlm=qwen2_5_vl_7b", f"vlm.model={tmp_path}/model"]
+    assert f"{tmp_path}/model" in refused(*SMALL, *words)
+
+
+def test_a_checkpoint_of_other_sizes_is_not_fine_tuned(tmp_path: Path, refused: Refused) -> None:
+    path = pretrained(tmp_path / "pre.ckpt", "world_model.lower.deter=24")
+    said = refused(*SMALL, "stage=finetune", f"init_from={path}")
+    assert "in the checkpoint and" in said
+    assert "use the same method= and size=" in said
+
+
+def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path: Path, refused: Refused) -> None:
+    path = pretrained(tmp_path / "pre.ckpt")
+    said = refused(f"resume={path}", "world_model.lower.deter=24")
+    assert "brings its own settings along" in said
+
+
+def test_an_agent_is_not_played_where_actions_are_others(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "last.ckpt"
+    save(path)
+    words = ["env.kind=gym", "env.name=Acrobot-v1", "trainer.accelerator=cpu"]
+    said = refused("stage=evaluate", f"checkpoint={path}", *words)
+    assert "acts with 2 numbers, but gym/Acrobot-v1 takes 3" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data=folder", "data.root=../videos"],
+        ["data=folder", "data.root=../videos", "stage=label"],
+        ["stage=finetune", "init_from=../pre.ckpt"],
+        ["method=dreamerv2", "trainer.compile=true"],
+    ],
+    ids=str,
+)
+def test_a_run_that_can_be_made_is_let_through_without_a_trace(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mp4(tmp_path / "videos/a.mp4", np.zeros((30, 64, 64, 3), np.uint8), 25.0)
+    pretrained(tmp_path / "pre.ckpt")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    cfg = compose([*SMALL, *words], RunConfig, conf_folder()).config
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr]
+    check_run(cfg)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])  # type: ignore[arg-type]
+    assert list(work.iterdir()) == []
+    assert [path.name for path in (tmp_path / "videos").iterdir()] == ["a.mp4"]
