@@ -29,7 +29,7 @@ import callbacks
 from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
 from callbacks.evaluate import EvaluatePolicy
-from callbacks.labels import RecordLabels
+from callbacks.label_report import LabelReport
 from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
@@ -147,7 +147,7 @@ def pretrain(run: Run) -> Path:
         data.root / "quarantine.jsonl",
     )
     module = build.build_pretrain(cfg)
-    labels = RecordLabels(cfg.callbacks)
+    labels = LabelReport(cfg.callbacks)
     extra = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
     fit(run, "pretrain", module, data, cfg.pretrain.updates, extra, {"image": "train/image"})
     asked, windows = int(labels.total["asked"]), int(labels.total["windows"])

@@ -20,13 +20,13 @@ from mapo_lightning.envs.collector import (
 )
 from mapo_lightning.envs.demo import render_demo_videos
 from mapo_lightning.envs.factory import make_vector_env
-from mapo_lightning.envs.live_labels import SemanticTracker
+from mapo_lightning.envs.live_labels import LiveLabeler
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.models.agents.dreamer import DreamerAgent
 from mapo_lightning.models.rssm_world.world_model import WorldModel
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
-from mapo_lightning.semantics.reviews import read_marks
+from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.training.checkpoint import (
     LoadReport,
     check_fit,
@@ -69,7 +69,7 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
         raise ConfigError(
             f"data={cfg.data.kind} needs data.root=DIR, the folder that holds your videos"
         )
-    read_marks(cfg.vlm.marks)  # here, where its complaint is one sentence and not a worker's
+    read_reviews(cfg.vlm.marks)  # here, where its complaint is one sentence and not a worker's
     corpus = hashlib.blake2b(str(Path(cfg.data.root).absolute()).encode(), digest_size=4)
     name = f"{Path(cfg.data.root).name}-{corpus.hexdigest()}"
     work = Path(cfg.work_dir).absolute()
@@ -165,8 +165,8 @@ def build_collection(cfg: RunConfig, folder: Path, rank: int) -> Stage2:
     action_dim = int(envs.single_action_space.shape[0])  # type: ignore[index]
     spec = ReplaySpec((cfg.env.size, cfg.env.size, 3), action_dim, semantic_dim(cfg.vlm))
     replay = Replay(folder / f"rank{rank}", cfg.replay, spec)
-    tracker = build_tracker(cfg, envs.num_envs, f"collect-{rank}", late=answers_late(cfg))
-    return Stage2(Collector(envs, tracker, replay, seed), replay, action_dim)
+    live_labeler = build_live_labeler(cfg, envs.num_envs, f"collect-{rank}", late=answers_late(cfg))
+    return Stage2(Collector(envs, live_labeler, replay, seed), replay, action_dim)
 
 
 def labelled_env(cfg: RunConfig) -> EnvConfig:
@@ -182,11 +182,11 @@ def answers_late(cfg: RunConfig) -> bool:
     return cfg.vlm.kind not in ("flow", "none") and not cfg.trainer.deterministic
 
 
-def build_tracker(cfg: RunConfig, envs: int, writer: str, late: bool = False) -> SemanticTracker:
+def build_live_labeler(cfg: RunConfig, envs: int, writer: str, late: bool = False) -> LiveLabeler:
     """Labels of what ``envs`` environments show; ``late``: without waiting for them."""
     vlm = shared_store(cfg)
     labeler = build_labeler(vlm, Path(cfg.work_dir).absolute(), writer)
-    return SemanticTracker(labeler, vlm, envs, f"{cfg.env.kind}/{cfg.env.name}", late)
+    return LiveLabeler(labeler, vlm, envs, f"{cfg.env.kind}/{cfg.env.name}", late)
 
 
 def play_episodes(
@@ -201,7 +201,7 @@ def play_episodes(
     envs = make_vector_env(labelled_env(cfg), cfg.evaluate.seed, count)
     try:
         with torch.random.fork_rng(devices=devices):
-            tracker = build_tracker(cfg, count, "evaluate")
-            return run_episodes(envs, tracker, policy_of, seeds, film)
+            live_labeler = build_live_labeler(cfg, count, "evaluate")
+            return run_episodes(envs, live_labeler, policy_of, seeds, film)
     finally:
         envs.close()

@@ -103,4 +103,4 @@ def test_server_dies_for_three_seconds(policy: str, videos: Path, tmp_path: Path
     labels = LabelStore(tmp_path / "runs/cache/labels", "r").items()
     assert len(labels) > 0
     assert (tmp_path / "runs").is_dir()
-    assert not any((tmp_path / "runs/cache/labels/claims").glob("[0-9a-f]*"))
+    assert not any((tmp_path / "runs/cache/labels/locks").glob("[0-9a-f]*"))

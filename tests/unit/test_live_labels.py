@@ -15,7 +15,7 @@ from test_collector import LENGTH, clocks
 from mapo_lightning.data.replay import Replay, ReplaySpec
 from mapo_lightning.data.settings import ReplayConfig
 from mapo_lightning.envs.collector import Collector, RandomPolicy
-from mapo_lightning.envs.live_labels import SemanticTracker, Step
+from mapo_lightning.envs.live_labels import LiveLabeler, Step
 from mapo_lightning.run.build import answers_late
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.describer import Reply
@@ -55,9 +55,9 @@ class SlowClockReader:
 
 def collector(folder: Path, describer: SlowClockReader, **vlm: float) -> tuple[Collector, Replay]:
     labeler = Labeler(describer, LabelStore(folder / "labels", "test"), HashedSlots())
-    tracker = SemanticTracker(labeler, VlmConfig(**vlm), 2, "clock", late=True)  # type: ignore[arg-type]
+    live_labeler = LiveLabeler(labeler, VlmConfig(**vlm), 2, "clock", late=True)  # type: ignore[arg-type]
     replay = Replay(folder / "replay", ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
-    return Collector(clocks(2), tracker, replay, seed=0), replay
+    return Collector(clocks(2), live_labeler, replay, seed=0), replay
 
 
 def entries(replay: Replay) -> list[np.ndarray]:
@@ -81,7 +81,7 @@ def test_a_slow_describer_slows_no_environment_and_every_label_lands(tmp_path: P
     assert 6 * LENGTH / seconds > 200  # environment steps per second
     playing.close()
     assert describer.threads == {"labels"}
-    assert playing.tracker.skipped == 0
+    assert playing.live_labeler.skipped == 0
     episodes = entries(replay)
     assert len(episodes) == 6
     for episode in episodes:
@@ -98,9 +98,9 @@ def test_a_full_queue_skips_as_null_and_counts(tmp_path: Path) -> None:
     started = time.perf_counter()
     playing.collect(RandomPolicy(2, 0), 4 * LENGTH)
     assert time.perf_counter() - started < 4 * (LENGTH // 4) * 0.05
-    assert playing.tracker.waiting <= 3
+    assert playing.live_labeler.waiting <= 3
     playing.close()
-    skipped = playing.tracker.skipped
+    skipped = playing.live_labeler.skipped
     assert skipped > 0
     labelled = 0
     for episode in entries(replay):
@@ -117,30 +117,32 @@ def test_acting_uses_the_newest_finished_answer_and_replay_waits_for_its_own(
     tmp_path: Path,
 ) -> None:
     playing, _ = collector(tmp_path, SlowClockReader(0.0))
-    tracker, seen = playing.tracker, []
+    live_labeler, seen = playing.live_labeler, []
     for now in range(12):
         frame = {"image": np.full((2, 8, 8, 3), now, np.uint8)}
-        step = tracker.update(frame, np.full(2, now == 0))
-        seen.append((bool(step["has_semantic"][0]), bool(tracker.to_store()["has_semantic"][0])))
+        step = live_labeler.update(frame, np.full(2, now == 0))
+        seen.append(
+            (bool(step["has_semantic"][0]), bool(live_labeler.to_store()["has_semantic"][0]))
+        )
         held = step["semantic"][0]
         if now in (4, 8):
             expected = HashedSlots().encode(phrase(now - 1))
             np.testing.assert_array_equal(held, expected)
         if now == 7:  # still that of the first window, while its own is being asked about
             np.testing.assert_array_equal(held, HashedSlots().encode(phrase(3)))
-        _settle(tracker)
+        _settle(live_labeler)
     assert seen[:3] == [(False, False)] * 3
     assert seen[3] == (False, False)
     assert seen[4] == (True, True)
     assert seen[7] == (True, False)
     assert seen[8] == (True, True)
-    tracker.close()
+    live_labeler.close()
 
 
-def _settle(tracker: SemanticTracker) -> None:
-    assert tracker._late is not None
+def _settle(live_labeler: LiveLabeler) -> None:
+    assert live_labeler._late is not None
     for _ in range(500):
-        if len(tracker._late._answered) == tracker.waiting:
+        if len(live_labeler._late._answered) == live_labeler.waiting:
             return
         time.sleep(0.01)
     raise AssertionError("no answer in five seconds")
@@ -168,7 +170,7 @@ def test_the_end_does_not_wait_for_ever(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         playing.close()
     assert time.perf_counter() - started < 5.0
-    assert playing.tracker.skipped == 2 * (LENGTH // 4)
+    assert playing.live_labeler.skipped == 2 * (LENGTH // 4)
     assert "14 windows of clock have no label and count as null" in caplog.text
     assert not any(episode["has_semantic"].any() for episode in entries(replay))
 

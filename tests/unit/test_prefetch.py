@@ -17,9 +17,10 @@ from tiny_models import save_qwen
 from torch.utils.data import DataLoader
 
 from mapo_lightning.data.clips import ClipDataset
-from mapo_lightning.data.prefetch import collate_clips, run_ahead, settle
+from mapo_lightning.data.prefetch import prefetch
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import VideoInfo, probe_video, write_mp4
+from mapo_lightning.data.window_labels import collate_clips, label_pending
 from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import DescriberError
@@ -50,7 +51,7 @@ def test_jobs_come_back_in_order_with_their_errors(ahead: int) -> None:
         return number * number
 
     found = []
-    for name, result in run_ahead(((n, partial(job, n)) for n in range(8)), ahead):
+    for name, result in prefetch(((n, partial(job, n)) for n in range(8)), ahead):
         try:
             found.append((name, result()))
         except ValueError as error:
@@ -69,7 +70,7 @@ def test_so_many_are_in_flight_and_no_more() -> None:
         with lock:
             now[0] -= 1
 
-    endless = run_ahead(((n, job) for n in itertools.count()), 4)
+    endless = prefetch(((n, job) for n in itertools.count()), 4)
     for _, result in itertools.islice(endless, 12):
         result()
     endless.close()
@@ -87,7 +88,7 @@ def test_model_in_the_training_process_labels_whole_batches(
     assert len(batch["pending"]) > 4
     assert not batch["has_semantic"].any()
     labeler = build_labeler(source.vlm, tmp_path, "main")
-    settled = settle(batch, labeler)
+    settled = label_pending(batch, labeler)
     assert "pending" not in settled
     assert int(settled["vlm_asked"].sum()) == labeler.stats.asked > 0
     assert torch.equal(settled["vlm_asked"] + settled["vlm_hits"], settled["vlm_windows"])
@@ -122,7 +123,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
 from mapo_lightning.data.video import probe_video
-from test_ahead import dataset
+from test_prefetch import dataset
 words = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"}
 source = dataset([probe_video(Path(sys.argv[1]))], Path(sys.argv[2]), **words)
 import threading

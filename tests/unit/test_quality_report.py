@@ -12,7 +12,7 @@ import pytest
 from scenes import cases, moving_camera, moving_square, still
 
 from mapo_lightning.data.clips import LabelExample
-from mapo_lightning.data.ground_truth import FILE, Truth
+from mapo_lightning.data.ground_truth import FILE, GroundTruth
 from mapo_lightning.data.video import write_mp4
 from mapo_lightning.label_tools.quality_report import markdown, measure
 from mapo_lightning.run.quality import main
@@ -104,14 +104,14 @@ def test_agreement_by_hand() -> None:
         (says("left"), None),
     ]
     judged = [Judged("slots" if p else "null", p, shift, None) for p, shift in windows]
-    found = agreement(judged, [one.by_flow for one in judged])
+    found = agreement(judged, [one.by_points for one in judged])
     assert (found.clear, found.told, found.agree, found.null) == (5, 3, 2, 1)
     assert found.share == pytest.approx(2 / 3)
     # Phrases right, right, up against motions right, up, up: of six mixed pairs two are right.
     assert found.chance == pytest.approx(2 / 6)
     assert found.magnitude == pytest.approx(0.866, abs=1e-3)  # distances 2, 3, 9 for 5, 8, 8
     assert found.interval == pytest.approx((0.208, 0.939), abs=1e-3)
-    nobody = agreement(judged, [one.by_truth for one in judged])
+    nobody = agreement(judged, [one.by_simulator for one in judged])
     assert nobody.clear == 0
     assert math.isnan(nobody.share)
     assert nobody.interval == (0.0, 1.0)
@@ -201,7 +201,7 @@ def test_truth_is_read_per_folder_and_checked(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     line = {"video": "a.mp4", "size": 200, "paths": {"hand": [[0, 0], [10, 4], [20, 8]]}}
     (tmp_path / FILE).write_text(json.dumps(line))
-    truth = Truth([tmp_path, tmp_path / "none"])
+    truth = GroundTruth([tmp_path, tmp_path / "none"])
     moved = truth.moved(tmp_path / "a.mp4", 0, 2)
     assert moved is not None
     assert moved.parts == ("hand",)
@@ -211,7 +211,7 @@ def test_truth_is_read_per_folder_and_checked(tmp_path: Path) -> None:
     for broken in ("{", "[1]", json.dumps(line | {"size": 0}), json.dumps(line | {"paths": 3})):
         (tmp_path / FILE).write_text(broken)
         with pytest.raises(VideoError, match="does not hold the true motion"):
-            Truth([tmp_path])
+            GroundTruth([tmp_path])
 
 
 def test_the_program_prints_and_writes_one_table(
