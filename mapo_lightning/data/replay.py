@@ -147,8 +147,8 @@ class Replay:
 
         Returns:
             Arrays (B, T, ...), keys and types as in the tables of ``mapo_lightning.types``.
-            No chunk crosses the end of an episode; ``is_first`` is as it was stored, so a chunk from the
-            middle of an episode has none.
+            No chunk crosses the end of an episode; ``is_first`` is as it was stored, so a chunk
+            from the middle of an episode has none.
 
         Raises:
             ReplayError: No whole episode is long enough, or a file was damaged meanwhile.

@@ -69,8 +69,7 @@ def render_demo_videos(
 
     A video gets its name when it is complete, so a killed call loses only the videos in progress.
     Videos of an earlier call with other settings are removed; files that this function did not
-    write are left alone. Several processes may call it at once: the first renders, the others
-    wait.
+    write are left alone. Of several processes that call it at once, one renders and others wait.
 
     Args:
         root: Folder, made if missing.
@@ -97,16 +96,22 @@ def render_demo_videos(
         for scene in scenes or default_scenes()
         for clip in range(clips_per_scene)
     ]
-    lock = FileLock(Path(root) / ".lock")  # the ranks of a job begin together
-    try:
-        lock.acquire()
-    except OSError as error:
-        raise VideoError(f"cannot make the folder '{root}': {error.strerror}") from error
+    lock = _locked(Path(root))
     try:
         _render_missing(_Manifest(Path(root)), jobs, processes, progress)
     finally:
         lock.release()
     return [job.path for job in jobs]
+
+
+def _locked(root: Path) -> FileLock:
+    """Let one process at a time render into a folder: the ranks of a job begin together."""
+    lock = FileLock(root / ".lock")
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise VideoError(f"cannot make the folder '{root}': {error.strerror}") from error
+    return lock
 
 
 def _render_missing(

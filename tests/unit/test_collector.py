@@ -174,7 +174,7 @@ def test_evaluation_plays_every_seed_once(count: int, tmp_path: Path) -> None:
         seen.append(step["is_first"])
         return np.zeros((count, 2), np.float32)
 
-    episodes, films = run_episodes(clocks(count), watch, lambda seed: policy, [5, 6, 7], film=2)
+    episodes, films = run_episodes(clocks(count), watch, lambda seed: policy, [5, 6, 7], record=2)
     total = LENGTH * (LENGTH + 1) / 2
     assert [tuple(e) for e in episodes] == [(total, LENGTH, 1.0)] * 3
     assert [film[:, 0, 0, 0].tolist() for film in films] == [list(range(LENGTH + 1))] * 2

@@ -104,7 +104,7 @@ def test_labels_name_the_frames_that_the_file_has(human: Path, tmp_path: Path) -
     data = VideoDataConfig(kind="human36m", clip_length=5)
     source = ClipDataset(scan(human).train, data, VlmConfig(), tmp_path)
     names = [
-        source.window_requests(0, [3])[0].source.removeprefix(f"{video.path.name} ")
-        for video in source.videos
+        source.window_requests(number, [3])[0].source.removeprefix(f"{video.path.name} ")
+        for number, video in enumerate(source.videos)
     ]
     assert sorted(names) == ["frames 0..15 step 5", "frames 1..16 step 5"]

@@ -39,16 +39,19 @@ class SlowClockReader:
 
     name, in_worker = "slow clocks", True
 
-    def __init__(self, seconds: float, breaks: bool = False) -> None:
+    def __init__(self, seconds: float, breaks: Exception | None = None) -> None:
         self.seconds, self.breaks, self.calls = seconds, breaks, 0
         self.threads: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply]:
         time.sleep(self.seconds)
+        self.gate.wait()
         self.calls += 1
         self.threads.add(threading.current_thread().name)
-        if self.breaks:
-            raise DescriberError("the server at 127.0.0.1 is gone")
+        if self.breaks is not None:
+            raise self.breaks
         ends = [int(clip[-1, 0, 0, 0]) for clip in clips]
         return [Reply("".join(f"[{slot}]" for slot in phrase(end))) for end in ends]
 
@@ -157,10 +160,38 @@ class _Unhurried(RandomPolicy):
 
 
 def test_what_breaks_in_the_thread_reaches_the_user(tmp_path: Path) -> None:
-    playing, _ = collector(tmp_path, SlowClockReader(0.0, breaks=True))
+    gone = DescriberError("the server at 127.0.0.1 is gone")
+    playing, _ = collector(tmp_path, SlowClockReader(0.0, breaks=gone))
     with pytest.raises(DescriberError, match=r"127\.0\.0\.1 is gone"):
         playing.collect(_Unhurried(2, 0), 10**6)
     playing.close()
+
+
+def collected_before_the_answer(folder: Path, describer: SlowClockReader) -> Collector:
+    """A collector with a window in each of two environments that is answered only now."""
+    describer.gate.clear()
+    playing, _ = collector(folder, describer)
+    playing.collect(RandomPolicy(2, 0), 2 * 4)
+    describer.gate.set()
+    return playing
+
+
+def test_a_describer_that_fails_at_the_end_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    describer = SlowClockReader(0.0, breaks=DescriberError("out of order"))
+    playing = collected_before_the_answer(tmp_path, describer)
+    playing.close()
+    assert "the labels still to come are lost: out of order" in caplog.text
+    assert playing.live_labeler.skipped == 2
+
+
+def test_an_error_of_the_program_is_raised_at_the_end_too(tmp_path: Path) -> None:
+    describer = SlowClockReader(0.0, breaks=IndexError("a mistake"))
+    playing = collected_before_the_answer(tmp_path, describer)
+    with pytest.raises(IndexError, match="a mistake"):
+        playing.close()
+    assert playing.envs.closed, "the environments' processes are ended all the same"
 
 
 def test_the_end_does_not_wait_for_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Quality of labels: yardsticks on films whose motion is known, and the arithmetic by hand."""
+"""Quality of labels: videos whose motion is known, and the arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mapo_lightning.data.video import write_mp4
 from mapo_lightning.label_tools.quality_report import markdown, measure
 from mapo_lightning.run.quality import main
 from mapo_lightning.semantics.agreement import (
+    Agreement,
     Judged,
     agreement,
     clear_shift,
@@ -41,7 +42,7 @@ def says(direction: str, displacement: str = "5 cm") -> Phrase:
 
 
 @pytest.mark.parametrize("film", [moving_square, moving_camera])
-def test_followed_points_find_the_direction_and_the_distance(film: object) -> None:
+def test_tracked_points_find_the_direction_and_the_distance(film: object) -> None:
     rng, found = np.random.default_rng(0), 0
     for way, percent in cases(24):
         if percent < 2.0:
@@ -55,7 +56,7 @@ def test_followed_points_find_the_direction_and_the_distance(film: object) -> No
     assert found >= 12
 
 
-def test_followed_points_stand_still_with_the_scene() -> None:
+def test_tracked_points_stand_still_with_the_scene() -> None:
     shift = dominant_motion(still(np.random.default_rng(0), 2.0))
     assert shift is not None
     assert np.linalg.norm(shift) < 0.5
@@ -115,6 +116,23 @@ def test_agreement_by_hand() -> None:
     assert nobody.clear == 0
     assert math.isnan(nobody.share)
     assert nobody.interval == (0.0, 1.0)
+
+
+def test_statistics_of_equal_and_of_few_windows() -> None:
+    shifts = [np.array([length, 0.0]) for length in (4.0, 4.0, 6.0, 9.0, 9.0)]
+
+    def measured(*distances: int) -> Agreement:
+        phrases = [says("right", f"{distance} cm") for distance in distances]
+        judged = [Judged("slots", phrase, None, None) for phrase in phrases]
+        return agreement(judged, shifts[: len(judged)])
+
+    # Ranks 1.5 1.5 3 4.5 4.5 of the motions against 2 1 3.5 3.5 5: 8.25 of the root of 9 times 9.5.
+    assert measured(2, 1, 5, 5, 8).magnitude == pytest.approx(8.25 / math.sqrt(9.0 * 9.5))
+    assert measured(2, 4, 6, 8, 8).magnitude == pytest.approx(9.0 / math.sqrt(9.0 * 9.5))
+    assert math.isnan(measured(3, 3, 3, 3, 3).magnitude)
+    assert math.isnan(measured(2, 4).magnitude)
+    low, high = measured(1, 1, 1, 1, 1).interval  # Wilson's lower end is n / (n + z^2)
+    assert (low, high) == pytest.approx((5 / (5 + 1.959964**2), 1.0), abs=1e-6)
 
 
 def test_jitter_changes_pixels_but_not_the_motion() -> None:
