@@ -126,6 +126,6 @@ def name_window(info: VideoInfo, window: range, size: int) -> tuple[str, str]:
 def _numbers(info: VideoInfo, indices: Sequence[int]) -> list[int]:
     assert info.numbers is not None
     if min(indices) < 0 or max(indices) >= info.frames:
-        detail = f"asked for frames {min(indices)}..{max(indices)}, it has {info.frames}"
+        detail = f"frames {min(indices)}..{max(indices)} were requested, it has {info.frames}"
         raise VideoFileError(info.path, "too_short", detail)
     return [info.numbers[index] for index in indices]

@@ -174,7 +174,7 @@ def read_frames(
         raise VideoFileError(
             path,
             "too_short",
-            f"asked for frames {min(indices)}..{max(indices)}, it has {len(reader)}; was it "
+            f"frames {min(indices)}..{max(indices)} were requested, it has {len(reader)}; was it "
             "changed while in use? Start again to scan the folder anew",
         )
     frames = _decode(reader, path, indices)

@@ -51,7 +51,7 @@ def test_real_model_behind_a_server(videos: Path, qwen: Path, tmp_path: Path) ->
     assert "asked about 0 of" in said
     server_words[-1] = "vlm.frame_size=72"  # other pictures, other questions
     said = train(tmp_path, *words(videos, *server_words, "vlm.cached_only=true"), code=2)
-    assert "nobody has labelled" in said
+    assert "there is no label of" in said
     assert ".mp4 frames" in said
 
 
