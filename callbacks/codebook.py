@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mapo_lightning.models.interfaces import Codebook
+from mapo_lightning.training.log_due import log_due
 from mapo_lightning.types import ConfigError
 
 
@@ -44,7 +45,7 @@ class CodebookUpdate(L.Callback):
         if trainer.global_step == self._done_step:
             return
         self._done_step = trainer.global_step
-        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        due = log_due(trainer)
         for name, book in self._books.items():
             count_M, sum_MZ, places_MZ = book.batch_count, book.batch_sum, book.candidates
             if trainer.world_size > 1:

@@ -13,6 +13,7 @@ from mapo_lightning.envs.collector import Collector, RandomPolicy
 from mapo_lightning.training.acting import ActingPolicy
 from mapo_lightning.training.datamodule import ReplayDataModule
 from mapo_lightning.training.finetune import FinetuneModule
+from mapo_lightning.training.log_due import log_due
 from mapo_lightning.types import CheckpointError
 
 
@@ -112,11 +113,11 @@ class CollectExperience(L.Callback):
             self._owed -= taken
             self._count(trainer, pl_module, taken)
         self.seconds += time.perf_counter() - started
-        finished, tracker = self.collector.finished, self.collector.tracker
-        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        finished, labels = self.collector.finished, self.collector.live_labeler
+        due = log_due(trainer)
         if due:
-            pl_module.log("labels/skipped", float(tracker.skipped))
-            pl_module.log("labels/waiting", float(tracker.waiting))
+            pl_module.log("labels/skipped", float(labels.skipped))
+            pl_module.log("labels/waiting", float(labels.waiting))
         if finished and due:
             pl_module.log("collect/return", sum(e.score for e in finished) / len(finished))
             pl_module.log(

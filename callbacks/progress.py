@@ -1,4 +1,4 @@
-"""One progress bar per phase, which says what it is doing and how long it will take."""
+"""Progress bars: one per phase, with what it does and how long it will take."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 import lightning as L
 from tqdm import tqdm
 
+from mapo_lightning.training.log_due import log_due
+
 
 def pause() -> float:
-    """Seconds between two drawings: a file wants a line now and then, a terminal ten a second."""
+    """Seconds between two updates of a bar: 0.1 on a terminal, 15 in a file."""
     return 0.1 if sys.stderr.isatty() else 15.0
 
 
 @contextmanager
 def counting(what: str, unit: str, *, show: bool = True) -> Iterator[Callable[..., None]]:
-    """A bar for work that reports how much of it is done: ``report(done, total, text="")``."""
+    """Show a bar for work that reports its progress with ``report(done, total, text="")``."""
     settings = {"mininterval": pause(), "dynamic_ncols": True, "disable": not show}
     with tqdm(desc=what, unit=unit, **settings) as bar:
 
@@ -35,7 +37,7 @@ class PhaseProgress(L.Callback):
 
     Args:
         phase: Shown in front of the bar.
-        watch: Short name -> logged metric, shown behind it.
+        watch: Short name -> logged metric, shown after the bar.
     """
 
     def __init__(self, phase: str, watch: dict[str, str]) -> None:
@@ -60,7 +62,7 @@ class PhaseProgress(L.Callback):
         """Move the bar."""
         if self.bar is None:
             return
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if log_due(trainer):
             seen = trainer.callback_metrics
             shown = {k: f"{float(seen[m]):.4g}" for k, m in self.watch.items() if m in seen}
             if getattr(pl_module, "env_frames", None) is not None:

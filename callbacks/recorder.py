@@ -1,4 +1,4 @@
-"""MLflowRecorder: everything about a run that is not a loss curve."""
+"""Records everything about a run that is not a loss curve."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -14,35 +14,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from mapo_lightning.data.clips import LabelExample
 from mapo_lightning.tracking import artifacts, mlflow_client
 from mapo_lightning.tracking.logger import RunLogger
-from mapo_lightning.tracking.versions import git_state, versions
+from mapo_lightning.tracking.versions import own_git_state, versions
 from mapo_lightning.training.checkpoint import BEST
 from mapo_lightning.types import Frames
-
-
-class LabelExample(Protocol):
-    """A window of frames with what the describer said about it."""
-
-    @property
-    def frames(self) -> Frames:
-        """(4, H, W, 3) uint8."""
-
-    @property
-    def video(self) -> object:
-        """Path or name of the video."""
-
-    @property
-    def start(self) -> int:
-        """Index of the window's first frame."""
-
-    @property
-    def text(self) -> str:
-        """The describer's words."""
-
-    @property
-    def status(self) -> str:
-        """How they were read: slots, prose, null or unreadable."""
 
 
 def recorder_of(trainer: L.Trainer) -> MLflowRecorder | None:
@@ -54,7 +31,7 @@ def recorder_of(trainer: L.Trainer) -> MLflowRecorder | None:
 class MLflowRecorder(L.Callback):
     """Records configuration, versions, git state, timing, checkpoints, videos and tables.
 
-    Every method is safe on every rank and without a logger: it then does nothing.
+    Every method can be called on every rank and without a logger; it then does nothing.
 
     Args:
         config_yaml: The resolved run without secrets, logged as ``config.yaml``.
@@ -79,12 +56,11 @@ class MLflowRecorder(L.Callback):
         self._batch_ended = self._batch_began = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record what the run is made of."""
+        """Record configuration, versions and the git state of the package's own checkout."""
         run = _run_of(trainer)
         if run is None:
             return
-        root = Path.cwd()
-        git, found = git_state(root), versions()
+        git, found = own_git_state(), versions()
         tags = {f"version.{name}": version for name, version in found.items()} | self.tags
         if git is not None:
             tags |= {"git.commit": git.commit, "git.dirty": str(git.dirty).lower()}
@@ -107,7 +83,7 @@ class MLflowRecorder(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Book the time since the last batch as waiting for data."""
+        """Count the time since the last batch as waiting for data."""
         self._batch_began = time.perf_counter()
         self._wait += self._batch_began - self._batch_ended
 
@@ -137,7 +113,7 @@ class MLflowRecorder(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Record why the run ended early, and the checkpoints there are."""
+        """Record why the run ended early, and the checkpoints written so far."""
         run = _run_of(trainer)
         if run is not None:
             reason = f"{type(exception).__name__}: {exception}"
@@ -148,7 +124,7 @@ class MLflowRecorder(L.Callback):
         self._close(trainer)
 
     def log_metrics(self, trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
-        """Record values at a point of the x-axis of the caller's choice."""
+        """Record values at a step of the caller's choice."""
         run = _run_of(trainer)
         if run is not None:
             run.log_metrics(metrics, step)
@@ -163,7 +139,7 @@ class MLflowRecorder(L.Callback):
             name: What the video shows, such as ``dream``.
             frames_THWC: RGB frames, (T, H, W, 3) uint8, T >= 1.
             fps: Frames per second of the file.
-            step: The curve's x-axis at this moment.
+            step: Position on the x-axis of the curves.
         """
         artifacts.log_video(_run_of(trainer), frames_THWC, name, step, fps)
 
@@ -180,7 +156,7 @@ class MLflowRecorder(L.Callback):
         artifacts.log_html(_run_of(trainer), body, target, name)
 
     def log_page(self, trainer: L.Trainer, name: str, page: str, step: int) -> None:
-        """Record a whole HTML page as ``pages/<name>/step_00001200.html``, as it stands."""
+        """Record a whole HTML page as ``pages/<name>/step_00001200.html``, unchanged."""
         target = f"pages/{name}/{artifacts.step_name(step)}.html"
         artifacts.log_page(_run_of(trainer), page, target)
 
@@ -199,7 +175,7 @@ class MLflowRecorder(L.Callback):
         artifacts.log_image(run, contact_sheet(examples), f"{target}.png")
         rows = [
             {
-                "video": Path(str(e.video)).name,
+                "video": e.video,
                 "start": e.start,
                 "status": e.status,
                 "text": artifacts.plain_text(e.text),
@@ -233,7 +209,7 @@ def contact_sheet(
     """Draw one row per example: its frames, then its words.
 
     Args:
-        examples: Windows of frames, (4, H, W, 3) uint8 each.
+        examples: Labelled windows of frames.
         tile: Height of a frame in the picture, in pixels.
         text_width: Width of the words' column, in pixels.
 
@@ -247,7 +223,7 @@ def contact_sheet(
     for row, (strip, example) in enumerate(zip(strips, examples, strict=True)):
         top = row * (tile + 8)
         sheet.paste(strip, (0, top))
-        name = artifacts.plain_text(Path(str(example.video)).name)
+        name = artifacts.plain_text(example.video)
         head = f"{name}  frames from {example.start}  ({example.status})"
         lines = [head, *textwrap.wrap(artifacts.plain_text(example.text), text_width // 8)[:4]]
         draw.multiline_text((widest + 10, top + 6), "\n".join(lines), fill="black", font=font)

@@ -1,4 +1,4 @@
-"""Words that every room of the package shares: arrays, batches, time alignment, errors.
+"""Terms that the whole package shares: arrays, batches, time alignment, errors.
 
 Time alignment, used everywhere (files, replay, batches, model)::
 
@@ -15,7 +15,7 @@ Time alignment, used everywhere (files, replay, batches, model)::
 So an episode of N agent steps has N + 1 entries. The phrase at index t drives the step from t - 1
 to t, as the action does (O3).
 
-Keys of a batch, all with leading axes (B, T):
+Keys of a batch that models read, all with leading axes (B, T):
 
 ===============  ==================  =====================================================
 key              trailing, dtype     meaning
@@ -27,8 +27,27 @@ key              trailing, dtype     meaning
 ``is_first``     () bool             the latent state starts afresh here
 ``action``       (A,) float32        in [-1, 1]; fine-tuning only
 ``reward``       () float32          in units of the environment; fine-tuning only
-``is_terminal``  () bool             fine-tuning only
+``is_terminal``  () bool             the task ended here; fine-tuning only
+``is_last``      () bool             the episode ended or was cut here; fine-tuning only
 ===============  ==================  =====================================================
+
+Keys of a pre-training batch that models do not read, int64 with one leading axis (B,):
+
+==================  ========================================================================
+key                 meaning
+==================  ========================================================================
+``video``           index of the clip's video in its data set
+``vlm_windows``     windows of the clip
+``vlm_asked``       ... that the describer was queried about for this clip
+``vlm_hits``        ... whose label was stored before, or came from another process
+``vlm_null``        ... in which nothing significant happens, or whose label is unreadable,
+                    rejected or missing
+``vlm_rejected``    ... whose label a person has rejected
+``videos_dropped``  videos that this loader's worker can no longer read
+==================  ========================================================================
+
+``pending`` is a list of the windows that still need a label. It is on its way from the loader's
+workers to the training process, which removes it before the batch reaches the device.
 """
 
 from __future__ import annotations
@@ -45,14 +64,14 @@ Frames = NDArray[np.uint8]
 """RGB frames, (T, H, W, 3), uint8."""
 
 Batch: TypeAlias = "dict[str, Tensor]"
-"""Named tensors with leading axes (B, T); see the table above."""
+"""Named tensors; see the tables above."""
 
 POSITIONS = 25
 """Number of distinct position codes: the length of a pre-training clip (facts O9)."""
 
 
 class MapoError(Exception):
-    """A failure the user can mend: says what was asked, what was found and what to do."""
+    """A failure the user can fix: says what was requested, what was found and what to do."""
 
 
 class ConfigError(MapoError):
@@ -64,7 +83,7 @@ class VideoError(MapoError):
 
 
 class DescriberError(MapoError):
-    """A describer or its label store cannot answer."""
+    """A describer or its label store failed."""
 
 
 class EnvironmentSetupError(MapoError):

@@ -7,7 +7,6 @@ root, so a group file may also set keys outside its own section. Lists are repla
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from mapo_lightning.config.schema import (
     type_name,
     unwrap,
 )
+from mapo_lightning.files import atomic_write
 from mapo_lightning.types import ConfigError
 
 T = TypeVar("T")
@@ -62,11 +62,8 @@ class Composed(Generic[T]):
 
     def save(self, path: Path) -> None:
         """Write :attr:`yaml` at once or not at all; private to the user where it holds a secret."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.touch(mode=0o644 if self.yaml == self.redacted_yaml else 0o600)
-        draft.write_text(self.yaml, encoding="utf-8")
-        draft.replace(path)
+        with atomic_write(path, private=self.yaml != self.redacted_yaml) as draft:
+            draft.write_text(self.yaml, encoding="utf-8")
 
 
 Base = tuple[str, Mapping[str, Any]]

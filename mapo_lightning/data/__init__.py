@@ -1,1 +1,1 @@
-"""Data: video files, the clips cut from them, and the replay of what an agent lived through."""
+"""Data: video files, the clips cut from them, and the replay of an agent's experience."""

@@ -1,4 +1,4 @@
-"""Training clips: frames of a video with a semantic vector for each, drawn without end."""
+"""Training clips: frames of a video and a semantic vector for each, in an endless stream."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mapo_lightning.data.prefetch import (
-    WindowFrames,
-    count_labels,
-    hold_labels,
-    pend,
-    run_ahead,
-)
-from mapo_lightning.data.reader import name_window, read
+from mapo_lightning.data.prefetch import prefetch
+from mapo_lightning.data.reader import read
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video_info import VideoFileError, VideoInfo
+from mapo_lightning.data.window_labels import (
+    WindowFrames,
+    WindowGrid,
+    count_labels,
+    hold_labels,
+    pending_windows,
+)
 from mapo_lightning.semantics.describer import StreamingDescriber
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.labeler import Label, Labeler, WindowRequest
@@ -33,22 +34,24 @@ from mapo_lightning.types import Frames, VideoError
 log = logging.getLogger(__name__)
 
 Clip = dict[str, Any]
-"""One clip: the batch keys of `types` without B, ``video``, and the counts ``vlm_*``."""
+"""One clip: the keys of a batch without the axis B; see the tables of ``mapo_lightning.types``."""
 
 
 class LabelExample(NamedTuple):
-    """One window as the describer saw it, with its answer; for galleries."""
+    """One window of a video as the describer saw it, with the answer; for people to look at."""
 
     frames: Frames
     """(window, h, w, 3) uint8."""
     video: str
+    """Name of the video's file."""
     start: int
     """First frame of the window in the video."""
     text: str
+    """The describer's answer."""
     status: Status
     phrase: Phrase | None
     path: Path
-    """Where the video lies."""
+    """The video's file."""
     last: int
     """Last frame of the window in the video."""
     label: str = ""
@@ -60,12 +63,12 @@ class ClipDataset(IterableDataset[Clip]):
 
     A video is drawn uniformly, then a start uniformly. What is drawn depends on seed, rank,
     DataLoader worker and count alone. Labels come from windows on a grid fixed in each video, so
-    that overlapping clips share them, and each window is asked about once.
+    that overlapping clips share them, and the describer is queried about each window once.
 
     Args:
-        videos: What to draw from.
+        videos: Videos to draw from.
         data: Clip length, stride and size.
-        vlm: Who labels; the store lies in ``root / vlm.store``.
+        vlm: Describer and windows; the label store lies in ``root / vlm.store``.
         root: The run's work folder.
         seed: Seed of the run.
         rank: Number of this process among ``world``; every rank draws its own clips.
@@ -97,11 +100,12 @@ class ClipDataset(IterableDataset[Clip]):
         self.videos, self.data, self.vlm = list(videos), data, vlm
         self.root, self.seed, self.rank, self.world = Path(root), seed, rank, world
         self.split, self.quarantine = split, quarantine
+        self.grid = WindowGrid(vlm.window, vlm.stride, vlm.offset, data.frame_stride)
         self.semantic_dim = semantic_dim(vlm)
         self._labeler: Labeler | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel to a worker process without what is open here."""
+        """Leave out what is open here: a worker process opens its own."""
         return self.__dict__ | {"_labeler": None}
 
     @property
@@ -123,7 +127,7 @@ class ClipDataset(IterableDataset[Clip]):
             VideoError: Every video has failed.
         """
         usable, dropped = list(range(len(self.videos))), 0
-        for number, fetch in run_ahead(self._draws(usable), self._clips_in_flight()):
+        for number, fetch in prefetch(self._draws(usable), self._clips_in_flight()):
             try:
                 clip = fetch()
             except VideoFileError as error:
@@ -155,10 +159,8 @@ class ClipDataset(IterableDataset[Clip]):
 
     def _clips_in_flight(self) -> int:
         """Clips that wait for labels side by side: enough to keep a server busy."""
-        describer, windows = (
-            self.labeler.describer,
-            max(1, self.data.clip_length // self.vlm.stride),
-        )
+        describer = self.labeler.describer
+        windows = max(1, self.data.clip_length // self.grid.stride)
         if self.vlm.cached_only or not isinstance(describer, StreamingDescriber):
             return 1
         busy = 2 * describer.concurrency
@@ -170,20 +172,16 @@ class ClipDataset(IterableDataset[Clip]):
         Args:
             video: Index into ``videos``.
             start: First frame, from 0 to ``frames - data.span``.
-            defer: Leave questions to the training process, which asks for a batch at once: windows
-                that nobody has labelled are null and come along as ``pending``.
+            defer: Leave windows without a label to the training process, which labels those of a
+                whole batch at once: here they are null and come along as ``pending``.
 
         Returns:
-            ``obs`` (T, S, S, 3) uint8; ``semantic`` (T, V) float32, zero where unknown;
-            ``has_semantic`` (T,) bool; ``position`` (T,) int64, 0..T-1; ``is_first`` (T,) bool,
-            true at 0; ``video`` int64, its index in ``videos``, where its label stands; and int64
-            counts of this clip's windows: ``vlm_windows`` all of them,
-            ``vlm_asked`` those the describer was asked about, ``vlm_hits`` those known before,
-            ``vlm_null`` those in which nothing significant happens, that cannot be read or are
-            rejected, and ``vlm_rejected`` those whose label a person has rejected.
+            ``obs``, ``semantic``, ``has_semantic``, ``position``, ``is_first``, ``video`` and the
+            counts ``vlm_*`` as in the tables of ``mapo_lightning.types``, without the axis B; and
+            ``pending``, a list of `PendingWindow`, if ``defer``.
 
         Raises:
-            VideoFileError: The video cannot be read any more.
+            VideoFileError: The video can no longer be read.
         """
         info, length, stride = self.videos[video], self.data.clip_length, self.data.frame_stride
         frames = [start + t * stride for t in range(length)]
@@ -192,14 +190,16 @@ class ClipDataset(IterableDataset[Clip]):
         size = self.data.image_size
         obs = read(info, frames, (size, size))
         # Index 0 has no past inside the clip: the state starts afresh there.
-        ends = [None, *(self._window_end(frame) for frame in frames[1:])]
+        ends = [None, *(self.grid.end_for(frame) for frame in frames[1:])]
         wanted = sorted({end for end in ends if end is not None})
-        requests = self._requests(info, wanted)
+        requests = self.window_requests(video, wanted)
         lookup = self.labeler.lookup if defer else self.labeler.label
         answers: dict[int, Label | None] = dict(zip(wanted, lookup(requests), strict=True))
         labels = {end: label for end, label in answers.items() if label is not None}
         semantic, known = hold_labels(ends, labels, self.semantic_dim)
-        counts = count_labels(len(wanted), labels.values(), self.vlm.kind != "none")
+        counts = {"vlm_windows": len(wanted), **count_labels(labels.values())}
+        if self.vlm.kind == "none":  # its null labels come from no store
+            counts["vlm_hits"] = 0
         return {
             "obs": obs,
             "semantic": semantic,
@@ -207,19 +207,17 @@ class ClipDataset(IterableDataset[Clip]):
             "position": np.arange(length, dtype=np.int64),
             "is_first": np.arange(length) == 0,
             "video": np.array(video, np.int64),
-            **counts,
-            **({"pending": pend(ends, wanted, requests, labels)} if defer else {}),
+            **{name: np.array(count, np.int64) for name, count in counts.items()},
+            **({"pending": pending_windows(ends, wanted, requests, labels)} if defer else {}),
         }
 
     def window_ends(self, video: int) -> range:
-        """Last frames of all windows of a video that clips may ask about."""
-        step = self.data.frame_stride
-        first, grid = (self.vlm.window - 1) * step, self.vlm.stride * step
-        return range(first, self.videos[video].frames, grid)
+        """Ends of all windows of a video that its clips may need a label of."""
+        return self.grid.ends(self.videos[video].frames)
 
     def window_requests(self, video: int, ends: Sequence[int]) -> list[WindowRequest]:
-        """Questions about windows of a video, which are decoded together."""
-        return self._requests(self.videos[video], ends)
+        """Questions about windows of a video; their frames are decoded together."""
+        return WindowFrames(self.videos[video], self.grid, ends, self.vlm.frame_size).requests()
 
     def fixed_clips(self, count: int) -> list[Clip]:
         """Return the same clips on every call, spread over the videos; for validation.
@@ -228,7 +226,7 @@ class ClipDataset(IterableDataset[Clip]):
             count: How many; fewer only if the videos hold fewer distinct starts.
 
         Raises:
-            VideoFileError: A video cannot be read any more.
+            VideoFileError: A video can no longer be read.
         """
         return [self.clip_at(video, start) for video, start in self._fixed(count, self.data.span)]
 
@@ -239,32 +237,30 @@ class ClipDataset(IterableDataset[Clip]):
             count: How many, at most.
 
         Raises:
-            VideoFileError: A video cannot be read any more.
+            VideoFileError: A video can no longer be read.
         """
-        reach = (self.vlm.window - 1) * self.data.frame_stride
         examples = []
-        for video, start in self._fixed(count, reach + 1):
-            info, grid = self.videos[video], self.vlm.stride * self.data.frame_stride
-            request = self._requests(info, [reach + start // grid * grid])[0]
+        for video, start in self._fixed(count, self.grid.reach + 1):
+            info, end = self.videos[video], self.grid.end_from(start)
+            request = self.window_requests(video, [end])[0]
             label = self.labeler.label([request])[0]
-            first = start // grid * grid
             examples.append(
                 LabelExample(
                     frames=request.frames(),
                     video=info.path.name,
-                    start=first,
+                    start=self.grid.window(end)[0],
                     text=label.text,
                     status=label.status,
                     phrase=label.phrase,
                     path=info.path,
-                    last=first + reach,
+                    last=end,
                     label=info.label,
                 )
             )
         return examples
 
     def _fixed(self, count: int, span: int) -> list[tuple[int, int]]:
-        """(video, start) pairs: every video once, evenly spread starts, then once more ..."""
+        """(video, start) pairs: all videos in turn, the starts evenly spread in each."""
         rounds = -(-count // len(self.videos))
         pairs: dict[tuple[int, int], None] = {}
         for turn in range(rounds):
@@ -272,23 +268,6 @@ class ClipDataset(IterableDataset[Clip]):
                 starts = max(1, info.frames - span + 1)
                 pairs[video, (2 * turn + 1) * starts // (2 * rounds)] = None
         return list(pairs)[:count]
-
-    def _window_end(self, frame: int) -> int | None:
-        """Last frame of the newest window that may label a frame; None before the first."""
-        step, grid = self.data.frame_stride, self.vlm.stride * self.data.frame_stride
-        first = (self.vlm.window - 1) * step
-        newest = (frame - self.vlm.offset * step - first) // grid
-        return first + newest * grid if newest >= 0 else None
-
-    def _requests(self, info: VideoInfo, ends: Sequence[int]) -> list[WindowRequest]:
-        step, size = self.data.frame_stride, self.vlm.frame_size
-        reach = (self.vlm.window - 1) * step
-        fetch = WindowFrames(info, ends, reach, step, size)
-        requests = []
-        for end in ends:
-            names = name_window(info, range(end - reach, end + 1, step), size)
-            requests.append(WindowRequest(*names, fetch.at(end)))
-        return requests
 
     def _report(self, error: VideoFileError) -> None:
         log.warning("dropped from %s: %s", self.split, error)

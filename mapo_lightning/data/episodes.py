@@ -1,12 +1,11 @@
 """Episodes as plain numpy files: one structured array of entries each, no pickle.
 
-Every file is written under a temporary name and renamed, so a file that exists is complete.
+A file that exists is complete: it is written under another name and then renamed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mapo_lightning.files import DRAFT, atomic_write
 from mapo_lightning.types import MapoError
 
 _OPEN_MAPS = 256  # memory maps kept; each costs a file descriptor
@@ -22,7 +22,7 @@ _INDEX = "index.json"
 
 
 class ReplayError(MapoError):
-    """Experience cannot be stored, or not be sampled as asked."""
+    """Experience cannot be stored, or cannot be sampled as requested."""
 
 
 class ReplaySpec(NamedTuple):
@@ -54,7 +54,7 @@ class ReplaySpec(NamedTuple):
 
 
 class GrowingEpisode:
-    """An episode under way, in memory: a block of entries that doubles when it is full."""
+    """An episode in progress, in memory: a block of entries that doubles when it is full."""
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self._block, self.length = np.zeros(64, dtype), 0
@@ -107,14 +107,12 @@ class EpisodeFolder:
             ReplayError: The disk is full or cannot be written.
         """
         self._maps.pop(episode, None)
-        part = self.path(episode).with_suffix(".part")
+        path = self.path(episode)
         try:
-            with part.open("wb") as file:
+            with atomic_write(path, sole_writer=True) as draft, draft.open("wb") as file:
                 np.save(file, entries, allow_pickle=False)
-            os.replace(part, self.path(episode))
         except OSError as error:
-            part.unlink(missing_ok=True)
-            raise _unwritable(self.path(episode), error) from error
+            raise _unwritable(path, error) from error
 
     def open(self, episode: int, *, writable: bool = False) -> NDArray[Any]:
         """Map an episode into memory, (N + 1,) entries; most recent maps are kept.
@@ -138,9 +136,9 @@ class EpisodeFolder:
         self.path(episode).unlink(missing_ok=True)
 
     def delete_all_but(self, episodes: set[int]) -> None:
-        """Remove every other episode, and what an interrupted write has left."""
+        """Remove every other episode, and the drafts that interrupted writes have left."""
         kept = {self.path(episode) for episode in episodes}
-        for path in [*self.root.glob("episode-*.npy"), *self.root.glob("*.part")]:
+        for path in [*self.root.glob("episode-*.npy"), *self.root.glob(f"*{DRAFT}")]:
             if path not in kept:
                 path.unlink()
 
@@ -151,22 +149,17 @@ class EpisodeFolder:
             ReplayError: The disk is full or cannot be written.
         """
         path = self.root / _INDEX
-        part = path.with_suffix(".part")
         try:
-            with part.open("w") as file:
-                json.dump(index, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            with atomic_write(path, durable=True, sole_writer=True) as draft:
+                draft.write_text(json.dumps(index))
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise _unwritable(path, error) from error
 
     def read_index(self) -> Any:
         """Read the index as it stands; the caller checks what is in it.
 
         Raises:
-            ReplayError: It is missing or no JSON.
+            ReplayError: It is missing or not JSON.
         """
         path = self.root / _INDEX
         try:
@@ -174,7 +167,7 @@ class EpisodeFolder:
         except (OSError, ValueError) as error:
             raise ReplayError(
                 f"cannot read the replay index '{path}': {error}. Resuming needs the folder that "
-                "the checkpoint was written beside; without it, start afresh."
+                "the checkpoint was written beside; without it, start a new run."
             ) from error
 
     def _load(self, episode: int, mode: Any) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""The true motion of rendered videos: read from ``truth.jsonl`` beside them, to judge labels by.
+"""True motion of rendered videos, read from ``truth.jsonl`` beside them, to judge labels.
 
 Training never reads it.
 """
@@ -19,12 +19,12 @@ FILE = "truth.jsonl"
 """Written by ``envs/demo.py``: one line a video, ``{"video", "size", "paths"}``."""
 
 _UNSEEN = frozenset({"mocap"})
-"""Handles that the simulator is pulled by; nothing of them is drawn."""
+"""Bodies that the simulator is controlled by and that are never drawn."""
 _MAX_BYTES = 256 << 20
 
 
 class Moved(NamedTuple):
-    """Where the parts of a scene went within a window, on the screen."""
+    """How far the parts of a scene moved within a window, on the screen."""
 
     parts: tuple[str, ...]
     shifts: NDArray[np.float64]
@@ -32,14 +32,14 @@ class Moved(NamedTuple):
     width."""
 
 
-class Truth:
+class GroundTruth:
     """Paths of the moving parts of every rendered video of some folders.
 
     Args:
-        folders: Where the videos lie; folders without the file are left out.
+        folders: Folders of the videos; those without the file are left out.
 
     Raises:
-        VideoError: A file is there but is not of this kind.
+        VideoError: A file exists but is not of this kind.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
@@ -50,11 +50,11 @@ class Truth:
                 self._read(file)
 
     def __len__(self) -> int:
-        """Videos whose truth is known."""
+        """Number of videos whose true motion is known."""
         return len(self._paths)
 
     def moved(self, video: Path, first: int, last: int) -> Moved | None:
-        """How far every part moves from one frame to another; None where nobody knows."""
+        """How far every part moves from one frame to another; None if it is unknown."""
         if video not in self._paths:
             return None
         size, paths = self._paths[video]

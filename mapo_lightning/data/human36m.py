@@ -1,6 +1,6 @@
 """Human3.6M, as videos or as prepared frames, by subject, action and camera.
 
-What is recognised, anywhere below the folder that is given::
+Names that are recognised, anywhere below the given folder::
 
     S1/Videos/Directions 1.54138969.mp4          the original release, 50 frames per second
     S1_Directions_1.54138969.mp4
@@ -19,7 +19,7 @@ from mapo_lightning.data.listing import SUFFIXES, Entry, Listing, walk
 from mapo_lightning.types import VideoError
 
 VALIDATION_SUBJECTS = frozenset({"S9", "S11"})
-"""Subjects that the published split keeps for validation (facts 5.1: 600 and 239 videos)."""
+"""Subjects that the published split uses for validation (facts 5.1: 600 and 239 videos)."""
 
 ACTIONS = (
     "Directions", "Discussion", "Eating", "Greeting", "Phoning", "Photo", "Posing", "Purchases",
@@ -68,7 +68,7 @@ def list_human36m(root: Path) -> Listing:
         listing.entries.append(entry)
     if not listing.entries:
         raise VideoError(
-            f"'{root}' is no Human3.6M: no file in it or its folders is named like "
+            f"'{root}' is not Human3.6M: no file in it or its folders is named like "
             "'S1/Videos/Directions 1.54138969.mp4' or 'S1_Directions_1.54138969_000001.jpg'"
         )
     listing.entries.sort()

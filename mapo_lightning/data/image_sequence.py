@@ -1,7 +1,7 @@
-"""Videos that were taken apart: numbered JPEG or PNG images, read as they lie on disk.
+"""Videos stored as numbered JPEG or PNG images.
 
 A run of images is named by the path of one of them with the number written as ``%06d`` (six
-digits) or ``%d`` (no leading zeros), and by the numbers there are, evenly spaced.
+digits) or ``%d`` (no leading zeros), and by its evenly spaced numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _REDUCED = {
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path names images, not a video file."""
+    """Whether a path names images rather than a video file."""
     return path.suffix.lower() in IMAGES
 
 
@@ -139,7 +139,7 @@ def read_run(info: VideoInfo, numbers: Sequence[int], size: int | tuple[int, int
     side = min(info.height, info.width)
     kept = (side, side) if info.square else (info.height, info.width)
     height, width = target_size(kept, size)
-    # At least twice as large as asked for: what is left is averaged by area.
+    # Decoded at least twice as large as requested; the rest is averaged by area.
     fits = [f for f in _REDUCED if kept[0] >= 2 * f * height and kept[1] >= 2 * f * width]
     jpeg = info.path.suffix.lower() != ".png"  # of a PNG a reduced picture only drops pixels
     flag = _REDUCED[max(fits)] if fits and jpeg else cv2.IMREAD_COLOR

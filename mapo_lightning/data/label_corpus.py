@@ -1,4 +1,4 @@
-"""Labels every window of a corpus: can be stopped at any moment and goes on where it was."""
+"""Labels every window of a set of videos; can be stopped at any time and continued later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from mapo_lightning.data.clips import ClipDataset
-from mapo_lightning.data.prefetch import run_ahead
+from mapo_lightning.data.prefetch import prefetch
 from mapo_lightning.data.video import VideoFileError
 from mapo_lightning.semantics.describer import StreamingDescriber
 from mapo_lightning.semantics.labeler import LabelStats, WindowRequest
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 
 class LabelProgress(NamedTuple):
-    """How far a labelling is."""
+    """How far a labelling has come."""
 
     windows: int
     """Windows of this part of the corpus."""
     missing: int
-    """Those that nobody had labelled when it began."""
+    """Windows without a label when it began."""
     done: int
-    """Windows dealt with, those known before included."""
+    """Windows processed, including those that had a label before."""
     stats: LabelStats
     seconds: float
     """Since it began."""
@@ -35,12 +35,12 @@ class LabelProgress(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Windows asked about per second."""
+        """Windows per second that the describer was queried about."""
         return self.stats.asked / max(self.seconds, 1e-9)
 
     @property
     def null_rate(self) -> float:
-        """Share of the windows dealt with in which nothing significant happens."""
+        """Share of the processed windows whose label is null or unreadable, in [0, 1]."""
         return (self.stats.null + self.stats.unreadable) / max(self.done, 1)
 
     @property
@@ -51,11 +51,11 @@ class LabelProgress(NamedTuple):
 
     @property
     def brief(self) -> str:
-        """What a progress bar says beside its count."""
+        """Text that a progress bar shows beside its count."""
         eta = self.eta_seconds
         left = max(0, self.missing - self.stats.asked)
         return (
-            f"{self.rate:.1f} asked/s, known {self.stats.hits}, null {self.null_rate:.0%}, left "
+            f"{self.rate:.1f} queried/s, known {self.stats.hits}, null {self.null_rate:.0%}, left "
             f"{left} in {'?' if eta is None else timedelta(seconds=round(eta))}"
         )
 
@@ -63,45 +63,45 @@ class LabelProgress(NamedTuple):
         """One line for people."""
         stats = self.stats
         return (
-            f"{self.done} of {self.windows} windows: {stats.asked} asked, {stats.hits} known "
+            f"{self.done} of {self.windows} windows: {stats.asked} queried, {stats.hits} known "
             f"before, {stats.null} null, {stats.unreadable} unreadable, {stats.unanswered} without "
-            f"an answer, {self.lost} lost with their video; {self.rate:.2f} windows/s asked"
+            f"an answer, {self.lost} lost with their video; {self.rate:.2f} queries/s"
         )
 
 
 class Estimate(NamedTuple):
-    """What a labelling would take."""
+    """How long a labelling would take."""
 
     windows: int
     missing: int
     rate: float | None
-    """Windows per second, measured; None where nothing was asked."""
+    """Windows per second, measured; None if nothing was queried."""
 
     def __str__(self) -> str:
         """One line for people."""
-        text = f"{self.windows} windows, {self.missing} questions still to ask"
+        text = f"{self.windows} windows, {self.missing} without a label"
         if not self.missing:
             return f"{text}: nothing to do"
         if self.rate is None:
-            return f"{text}; label.probe=N asks N of them to measure the rate"
+            return f"{text}; label.probe=N queries N of them to measure the rate"
         hours = self.missing / self.rate / 3600.0
         return f"{text}: {hours:.2f} hours at {self.rate:.2f} windows/s (measured)"
 
 
 class CorpusLabelling:
-    """Asks about every window of all videos that nobody has asked about.
+    """Labels every window of all videos that has no label yet.
 
     Args:
-        clips: The videos, how windows lie in them, and the labeler.
-        shard: (number, count): which of how many parts; a part is a set of stretches of videos.
+        clips: The videos, their grid of windows, and the labeler.
+        shard: (number, count): which part to label, of how many; a part holds stretches of videos.
     """
 
     def __init__(self, clips: ClipDataset, shard: tuple[int, int] = (0, 1)) -> None:
         self.clips, self.labeler = clips, clips.labeler
         describer = self.labeler.describer
         self.stretch = clips.vlm.batch_size
-        # A server wants the next stretch while this one runs out, a model in this process its
-        # frames while the last answers; flow is work for this thread.
+        # While one stretch is being answered, the frames of the next are decoded. A server gets
+        # more of them, so that it never runs out of queries; flow runs in this thread.
         self.in_flight = 1 if describer.in_worker else 2
         if isinstance(describer, StreamingDescriber):
             self.stretch, self.in_flight = max(8, describer.concurrency), 4
@@ -115,18 +115,18 @@ class CorpusLabelling:
         self.windows = sum(len(ends) for _, ends in self.stretches)
 
     def missing(self) -> int:
-        """Number of windows that nobody has labelled."""
+        """Number of windows without a label."""
         requests = self.clips.window_requests
         return sum(len(self.labeler.unknown(requests(*stretch))) for stretch in self.stretches)
 
     def run(self, report: Callable[[LabelProgress], None]) -> LabelProgress:
-        """Label what is missing.
+        """Label the windows that have no label.
 
         Args:
-            report: Told how far it is, now and then.
+            report: Called with the progress, after each stretch.
 
         Returns:
-            How far it came; windows without an answer are asked about by the next run.
+            The final progress; windows without an answer are queried again by the next run.
 
         Raises:
             DescriberError: The describer or the store failed.
@@ -136,7 +136,7 @@ class CorpusLabelling:
         now = LabelProgress(self.windows, missing, 0, LabelStats(), 0.0, 0)
         report(now)
         broken: set[int] = set()
-        for (video, ends), finish in run_ahead(self._jobs(), self.in_flight):
+        for (video, ends), finish in prefetch(self._jobs(), self.in_flight):
             try:
                 finish()
                 done += len(ends)
@@ -152,11 +152,11 @@ class CorpusLabelling:
         return now
 
     def estimate(self, probe: int) -> Estimate:
-        """Count what is to be done, and measure how fast it would go.
+        """Count the windows without a label, and measure how fast they could be labelled.
 
         Args:
-            probe: Windows to ask about; one more comes first, unmeasured, in which models load and
-                connections open. Their answers are stored. The rate is theirs, decoding included.
+            probe: Windows to label for the measurement, decoding included. One more comes first,
+                unmeasured, in which models load and connections open. All answers are stored.
         """
         missing, rate = self.missing(), None
         if probe and missing:

@@ -1,4 +1,4 @@
-"""What a data set offers, before any video is opened: one function per layout on disk."""
+"""Lists the videos of a data set without opening them: types and tools for every layout."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".avi", ".m4v", ".mov"})
 
 
 class Entry(NamedTuple):
-    """One video that is there."""
+    """One video that was found."""
 
     path: Path
     """A video file, a folder of numbered images, or the name of a run of images."""
     label: str = ""
-    """Class, as text; empty where the data set names none."""
+    """Class, as text; empty if the data set names none."""
     validation: bool | None = None
-    """Whether the data set's own split keeps it for validation; None: it has no split."""
+    """Whether the data set's own split uses it for validation; None: it has no split."""
     numbers: tuple[int, ...] = ()
     """Numbers of the images of a run, ascending."""
     number_rate: float = 0.0
-    """Image numbers per second, Hz; 0.0 where nothing says it."""
+    """Image numbers per second, Hz; 0.0 if unknown."""
 
 
 @dataclass
 class Listing:
-    """All that a data set offers, and what is amiss."""
+    """All videos of a data set, and what does not match its lists."""
 
     entries: list[Entry] = field(default_factory=list)
-    """Videos that are there, in a fixed order."""
+    """Videos that were found, in a fixed order."""
     missing: list[str] = field(default_factory=list)
-    """Videos that a list names and that are not there."""
+    """Videos in a list that were not found."""
     unlisted: list[str] = field(default_factory=list)
-    """Videos that are there and that no list names, or whose name says nothing."""
+    """Videos that were found but are in no list, or whose name cannot be read."""
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
@@ -61,8 +61,9 @@ def restrict(listing: Listing, classes: Sequence[str], limit: int | None, seed: 
 
     Args:
         listing: All entries.
-        classes: Labels to keep, upper and lower case alike; empty keeps all.
-        limit: Keep at most so many, drawn by their names; the split's shares are kept.
+        classes: Labels to keep, in upper or lower case; empty keeps all.
+        limit: Keep at most this many, drawn by their names; both parts of a split keep their
+            share.
         seed: Which ones a limit keeps.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Frames by index, whether they lie in a video file or as numbered images."""
+"""Reads frames by index, from a video file or from numbered images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mapo_lightning.data.video_info import VideoFileError, VideoInfo, fingerprin
 from mapo_lightning.types import Frames
 
 
-class Footage(NamedTuple):
-    """Where the frames of one video lie; images come with their numbers."""
+class FrameSource(NamedTuple):
+    """Where the frames of one video come from: a file, or images with their numbers."""
 
     path: Path
     numbers: range | None = None
 
     def fingerprint(self) -> str:
-        """Name the content.
+        """Hash that names the content.
 
         Raises:
             VideoFileError: It is missing or cannot be opened.
@@ -46,7 +46,7 @@ class Footage(NamedTuple):
         return info
 
 
-def locate(path: Path, numbers: Sequence[int] = ()) -> Footage:
+def locate(path: Path, numbers: Sequence[int] = ()) -> FrameSource:
     """Find the frames of a video.
 
     Args:
@@ -59,21 +59,21 @@ def locate(path: Path, numbers: Sequence[int] = ()) -> Footage:
     if path.is_dir():
         path, numbers = image_sequence.find_run(path)
     if not image_sequence.is_run(path):
-        return Footage(path)
-    return Footage(path, image_sequence.even_numbers(path, numbers))
+        return FrameSource(path)
+    return FrameSource(path, image_sequence.even_numbers(path, numbers))
 
 
 def thin_out(info: VideoInfo, rate: float | None, square: bool) -> VideoInfo:
-    """Look at a video at another frame rate, or only at the square in its middle.
+    """Reduce a video to a lower frame rate, or to the square in its middle.
 
     Args:
         info: The video with all its frames.
-        rate: Frames per second wanted, met as nearly as whole steps can; None: all frames. A
-            video that does not know its rate keeps all its frames.
+        rate: Frames per second, met as closely as whole steps allow; None: all frames. A video of
+            unknown rate keeps all its frames.
         square: See `VideoInfo`.
 
     Returns:
-        The video; where it shows something else than before, its fingerprint is another.
+        The video, with another fingerprint if it shows anything else than before.
     """
     step = max(1, round(info.fps / rate)) if rate and info.fps else 1
     if step == 1 and not square:
@@ -92,7 +92,7 @@ def read(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, int]) -
     Args:
         info: The video.
         indices: Frames, from 0 to ``info.frames - 1``, in any order.
-        size: (height, width) in pixels; or the short side, the shape is kept.
+        size: (height, width) in pixels; or the short side, which keeps the aspect ratio.
 
     Returns:
         RGB frames (T, height, width, 3), uint8.
@@ -107,7 +107,7 @@ def read(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, int]) -
 
 
 def name_window(info: VideoInfo, window: range, size: int) -> tuple[str, str]:
-    """Name a window of frames twice: by content, and for people.
+    """Name a window of frames twice: by its content, and for people.
 
     Args:
         info: The video.
@@ -115,8 +115,8 @@ def name_window(info: VideoInfo, window: range, size: int) -> tuple[str, str]:
         size: Short side that they are read at, in pixels.
 
     Returns:
-        Its identity; and the file's name with the numbers that the file itself has, which are
-        others where the video was thinned out.
+        Its identity; and the file's name with the frame numbers of the file itself, which differ
+        from those of the video where frames were left out.
     """
     own = window if info.numbers is None else info.numbers[window.start : window.stop : window.step]
     seen, shown = (f"frames {part[0]}..{part[-1]} step {part.step}" for part in (window, own))
@@ -126,6 +126,6 @@ def name_window(info: VideoInfo, window: range, size: int) -> tuple[str, str]:
 def _numbers(info: VideoInfo, indices: Sequence[int]) -> list[int]:
     assert info.numbers is not None
     if min(indices) < 0 or max(indices) >= info.frames:
-        detail = f"asked for frames {min(indices)}..{max(indices)}, it has {info.frames}"
+        detail = f"frames {min(indices)}..{max(indices)} were requested, it has {info.frames}"
         raise VideoFileError(info.path, "too_short", detail)
     return [info.numbers[index] for index in indices]

@@ -1,10 +1,10 @@
-"""What an agent lived through, on disk: whole episodes in, random chunks out.
+"""Replay buffer on disk: whole episodes go in, random chunks come out.
 
-An episode under way lies in memory; once ended it becomes one file. Chunks are read through
+An episode in progress is kept in memory; when it ends, it becomes one file. Chunks are read through
 memory maps, so memory does not grow with the replay.
 
-`Replay.state` names exactly the episodes of a moment. The files that the last two states name are
-not deleted: a process that dies while it writes a checkpoint leaves the one before it usable.
+`Replay.state` lists the episodes held at that moment. Files that the last two states list are not
+deleted, so that a process killed while it writes a checkpoint leaves the previous one usable.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Replay:
 
     @property
     def begun(self) -> int:
-        """Episodes begun, those under way and those evicted among them."""
+        """Number of episodes begun, including those in progress and those evicted."""
         return self._next_episode
 
     def add(self, env_id: int, step: Mapping[str, Any]) -> EntryId:
@@ -81,7 +81,7 @@ class Replay:
             Where the entry went, for `set_semantic`.
 
         Raises:
-            ReplayError: Keys or shapes are wrong; no episode is under way; an episode outgrows
+            ReplayError: Keys or shapes are wrong; no episode is in progress; an episode outgrows
                 the capacity; or the disk is full.
         """
         if step.keys() != self._keys:
@@ -95,7 +95,7 @@ class Replay:
             self._next_episode += 1
         if env_id not in self._open:
             raise ReplayError(
-                f"environment {env_id} has no episode under way: its first step must be is_first"
+                f"environment {env_id} has no episode in progress: its first step must be is_first"
             )
         episode, growing = self._open[env_id]
         if growing.length > self.cfg.capacity:
@@ -112,7 +112,7 @@ class Replay:
     def set_semantic(
         self, where: EntryId, semantic: NDArray[Any], has_semantic: bool = True
     ) -> bool:
-        """Fill in a label that came late.
+        """Fill in a label that arrived after its entry was written.
 
         Args:
             where: What `add` returned.
@@ -120,11 +120,11 @@ class Replay:
             has_semantic: Whether there was a significant action.
 
         Returns:
-            False if the episode is gone by now, and nothing was done.
+            False if the episode has been evicted; nothing is written then.
         """
-        under_way = dict(self._open.values())
-        if where.episode in under_way:
-            entries = under_way[where.episode].entries
+        in_progress = dict(self._open.values())
+        if where.episode in in_progress:
+            entries = in_progress[where.episode].entries
         elif where.episode in self._entries:
             entries = self._folder.open(where.episode, writable=True)
         else:
@@ -146,8 +146,8 @@ class Replay:
             length: Entries T of each; shorter episodes are not drawn from.
 
         Returns:
-            Arrays (B, T, ...), keys and types as in the table of ``mapo_lightning.types``, and
-            ``is_last``. No chunk crosses an episode; ``is_first`` is as it was stored, so a chunk
+            Arrays (B, T, ...), keys and types as in the tables of ``mapo_lightning.types``.
+            No chunk crosses the end of an episode; ``is_first`` is as it was stored, so a chunk
             from the middle of an episode has none.
 
         Raises:
@@ -157,8 +157,8 @@ class Replay:
         if not fitting:
             longest = max(self._entries.values(), default=0)
             raise ReplayError(
-                f"chunks of {length} entries were asked for, but the longest of {self.episodes} "
-                f"whole episodes has {longest}: collect more first, or ask for shorter chunks"
+                f"chunks of {length} entries were requested, but the longest of {self.episodes} "
+                f"whole episodes has {longest}: collect more first, or request shorter chunks"
             )
         out = np.empty((batch, length), self.spec.dtype)
         for row in out:
@@ -170,7 +170,7 @@ class Replay:
         return arrays
 
     def state(self) -> dict[str, Any]:
-        """Write the index and the episodes under way to disk.
+        """Write the index and the episodes in progress to disk.
 
         Returns:
             The index, plain numbers, for a checkpoint.
@@ -196,9 +196,9 @@ class Replay:
         return index
 
     def restore(self, state: Mapping[str, Any] | None = None) -> int:
-        """Return to a saved state; what was under way then is closed as cut short.
+        """Return to a saved state; episodes in progress then end at their last entry.
 
-        Episodes written after that state are deleted: the resumed run lives through that time
+        Episodes written after that state are deleted, because the resumed run collects them
         again. Damaged or missing episodes are dropped with a warning each.
 
         Args:
@@ -213,13 +213,13 @@ class Replay:
         index = _checked(self._folder.read_index() if state is None else state)
         self._entries, self._open, self.steps = {}, {}, 0
         self._next_episode = index["next_episode"]
-        under_way = {episode for episode, _ in index["open"]}
+        in_progress = {episode for episode, _ in index["open"]}
         lost = 0
         for episode, entries in sorted([*index["episodes"], *index["open"]]):
             if entries < 2:
                 continue  # a first observation alone is no agent step
             try:
-                self._take_back(episode, entries, cut_short=episode in under_way)
+                self._restore_episode(episode, entries, cut_short=episode in in_progress)
             except ReplayError as error:
                 lost += entries - 1
                 log.warning("replay: dropped an episode of %d steps: %s", entries - 1, error)
@@ -228,9 +228,9 @@ class Replay:
         self._evict()
         return lost
 
-    def _take_back(self, episode: int, entries: int, *, cut_short: bool) -> None:
+    def _restore_episode(self, episode: int, entries: int, *, cut_short: bool) -> None:
         found = self._folder.open(episode)
-        # One that was under way may have gone on after the state was saved.
+        # An episode in progress may have continued after the state was saved.
         if len(found) < entries or (len(found) > entries and not cut_short):
             raise ReplayError(f"'{self._folder.path(episode)}' has {len(found)} entries")
         if cut_short:
@@ -248,7 +248,7 @@ class Replay:
         return min(int(rng.integers(entries + 1)), last)
 
     def _close(self, env_id: int, *, cut_short: bool) -> None:
-        """Turn what is under way into a file that can be sampled."""
+        """Turn the episode in progress into a file that can be sampled."""
         if env_id not in self._open:
             return
         episode, growing = self._open.pop(env_id)

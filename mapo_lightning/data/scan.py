@@ -1,4 +1,4 @@
-"""Which videos of a data set can be used, and which are kept aside."""
+"""Finds the usable videos of a data set, and lists the others with the reason."""
 
 import hashlib
 import json
@@ -13,10 +13,11 @@ from typing import NamedTuple
 from mapo_lightning.data.human36m import list_human36m
 from mapo_lightning.data.listing import SUFFIXES, Entry, Listing, list_folder, restrict
 from mapo_lightning.data.reader import locate, thin_out
-from mapo_lightning.data.scan_cache import Remembered, write_whole
+from mapo_lightning.data.scan_cache import ScanCache
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.ssv2 import list_ssv2
 from mapo_lightning.data.video_info import VideoFileError, VideoInfo
+from mapo_lightning.files import atomic_write
 from mapo_lightning.types import ConfigError, VideoError
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,10 @@ LISTS: dict[str, Callable[[Path], Listing]] = {
     "ssv2": list_ssv2,
     "human36m": list_human36m,
 }
-"""What lists the videos of each kind of data set: the plug that a new one fills."""
+"""Function that lists the videos of each kind of data set; a new kind adds its own."""
 
 _SHOWN = 100  # names of missing and of unlisted videos that the report holds
-_SAVE_SECONDS = 60.0  # a scan that is interrupted loses at most so much
+_SAVE_SECONDS = 60.0  # an interrupted scan loses at most this much work
 
 
 class VideoIndex(NamedTuple):
@@ -47,29 +48,29 @@ class VideoIndex(NamedTuple):
 
 
 def scan_videos(cfg: VideoDataConfig, cache: Path) -> VideoIndex:
-    """Find the usable videos of a data set; every one is decoded once in full, ever.
+    """Find the usable videos of a data set; each is decoded in full once, by its first scan.
 
     Args:
         cfg: Where to look and what to accept.
-        cache: Folder for ``videos.json``, the remembered results by content,
-            ``quarantine.jsonl``, the rejected videos of this scan, and ``report.json``, what it
-            found; made if missing.
+        cache: Folder for ``videos.json`` (the cache of results by content), ``quarantine.jsonl``
+            (videos that this scan rejected) and ``report.json`` (its summary); made if missing.
 
     Returns:
         The index; the same on every machine that sees the same files.
 
     Raises:
-        ConfigError: No folder is given, or a class that the data set has not.
+        ConfigError: No folder is given, or a class that the data set does not have.
         VideoError: The folder is missing, is not laid out as `kind` says, or holds no usable
             video; names the reasons.
     """
     root = Path(cfg.root)
     listing, entries = list_videos(cfg)
-    known = Remembered(cache / "videos.json", cfg.max_undecodable)
+    known = ScanCache(cache / "videos.json", cfg.max_undecodable)
     results = _examine_all(entries, root, cfg, known)
     rejected = [found for found in results if isinstance(found, VideoFileError)]
     rows = [{"path": str(e.path), "reason": e.reason, "detail": e.detail} for e in rejected]
-    write_whole(cache / "quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with atomic_write(cache / "quarantine.jsonl") as draft:
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
     usable = [
         (entry, found)
         for entry, found in zip(entries, results, strict=True)
@@ -109,7 +110,7 @@ def list_videos(cfg: VideoDataConfig) -> tuple[Listing, list[Entry]]:
 
 
 def _examine_all(
-    entries: Sequence[Entry], root: Path, cfg: VideoDataConfig, known: Remembered
+    entries: Sequence[Entry], root: Path, cfg: VideoDataConfig, known: ScanCache
 ) -> list[VideoInfo | VideoFileError]:
     saved, results = time.monotonic(), []
     with ThreadPoolExecutor(max_workers=max(1, cfg.workers)) as pool:
@@ -124,15 +125,15 @@ def _examine_all(
 
 
 def _examine(
-    entry: Entry, root: Path, cfg: VideoDataConfig, known: Remembered
+    entry: Entry, root: Path, cfg: VideoDataConfig, known: ScanCache
 ) -> VideoInfo | VideoFileError:
     try:
         if not entry.path.resolve().is_relative_to(root):
             raise VideoFileError(entry.path, "outside", "it is a link out of the video folder")
-        footage = locate(entry.path, entry.numbers)
-        info = known.examine(footage)
-        if footage.numbers:
-            info = info._replace(fps=entry.number_rate / footage.numbers.step)
+        source = locate(entry.path, entry.numbers)
+        info = known.examine(source)
+        if source.numbers:
+            info = info._replace(fps=entry.number_rate / source.numbers.step)
         info = thin_out(info._replace(label=entry.label), cfg.rate, cfg.square)
         if info.frames < cfg.span:
             detail = f"it has {info.frames} frames, a clip needs {cfg.span}"
@@ -151,11 +152,11 @@ def _split(
         if not train:
             raise VideoError(
                 f"all {len(found)} usable videos belong to the validation list; to learn from them "
-                "all the same say data.official_split=false"
+                "anyway, set data.official_split=false"
             )
         held_out = [video for entry, video in found if entry.validation]
         if not held_out:
-            log.warning("no video of the validation list is there: nothing is held out")
+            log.warning("no video of the validation list was found: nothing is held out")
         return train, held_out
 
     # Hold the lowest hashes out: copies stay together, new videos move few others.
@@ -173,7 +174,7 @@ def _split(
 def _report(
     listing: Listing, chosen: int, index: VideoIndex, cfg: VideoDataConfig, path: Path
 ) -> None:
-    """Write down what was found, and log it where it may surprise."""
+    """Write the summary, and log it for data sets that come with lists."""
     present, classes = len(listing.entries), Counter(video.label for video in index.videos)
     found = {
         "kind": cfg.kind,
@@ -192,11 +193,12 @@ def _report(
         "first_missing": listing.missing[:_SHOWN],
         "first_unlisted": listing.unlisted[:_SHOWN],
     }
-    write_whole(path, json.dumps(found, indent=1) + "\n")
+    with atomic_write(path) as draft:
+        draft.write_text(json.dumps(found, indent=1) + "\n")
     if cfg.kind in ("demo", "folder"):
         return
     log.info(
-        "data=%s: %d videos listed, %d of them missing, %d there but in no list; %d left out by "
+        "data=%s: %d videos listed, %d of them missing, %d found but in no list; %d left out by "
         "data.classes and data.limit; %d classes (%s)",
         cfg.kind,
         found["listed"],

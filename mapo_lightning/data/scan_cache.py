@@ -1,28 +1,28 @@
-"""What earlier scans found out about videos, by their content, so that none is decoded twice."""
+"""Results of earlier scans, by content, so that no video is decoded twice."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from mapo_lightning.data.reader import Footage
+from mapo_lightning.data.reader import FrameSource
 from mapo_lightning.data.video_info import Reason, VideoFileError, VideoInfo
+from mapo_lightning.files import atomic_write
 
 log = logging.getLogger(__name__)
 
 _VERSION = 2
 
 
-class Remembered:
+class ScanCache:
     """Facts about videos, kept in a JSON file; its methods may be called from several threads.
 
     Args:
-        path: The file; where it is missing or unreadable, nothing is remembered.
-        max_undecodable: Share of lost frames above which a video is rejected; facts that were
-            found with another one are forgotten.
+        path: The file; if it is missing or unreadable, the cache starts empty.
+        max_undecodable: Share of lost frames above which a video is rejected; results of a scan
+            with another value are not used.
     """
 
     def __init__(self, path: Path, max_undecodable: float) -> None:
@@ -32,47 +32,48 @@ class Remembered:
         self._untouched: dict[str, list[Any]] = {}
         self._load()
 
-    def examine(self, footage: Footage) -> VideoInfo:
-        """Say what is known of a video; it is decoded in full if its content is new.
+    def examine(self, source: FrameSource) -> VideoInfo:
+        """Return what is known about a video; it is decoded in full if its content is new.
 
         Raises:
             VideoFileError: It cannot be used.
         """
-        name = self._fingerprint(footage)
+        name = self._fingerprint(source)
         if name not in self._facts:
-            self._facts[name] = self._find_out(footage)
+            self._facts[name] = self._examined(source)
         facts = self._facts[name]
         if facts["reason"]:
-            raise VideoFileError(footage.path, facts["reason"], facts["detail"])
+            raise VideoFileError(source.path, facts["reason"], facts["detail"])
         counts = facts["frames"], facts["width"], facts["height"], facts["fps"]
-        return VideoInfo(footage.path, name, *counts, numbers=footage.numbers)
+        return VideoInfo(source.path, name, *counts, numbers=source.numbers)
 
     def save(self) -> None:
-        """Write the file, at once or not at all."""
+        """Write the file, as a whole."""
         stored = {
             "version": [_VERSION, self.max_undecodable],
             "videos": dict(self._facts),  # copies: other threads may go on adding
             "untouched": dict(self._untouched),
         }
-        write_whole(self.path, json.dumps(stored, indent=0, sort_keys=True))
+        with atomic_write(self.path) as draft:
+            draft.write_text(json.dumps(stored, indent=0, sort_keys=True))
 
-    def _fingerprint(self, footage: Footage) -> str:
-        if footage.numbers is not None:
-            return footage.fingerprint()
-        key = str(footage.path)
+    def _fingerprint(self, source: FrameSource) -> str:
+        if source.numbers is not None:
+            return source.fingerprint()
+        key = str(source.path)
         try:
-            stat = footage.path.stat()
+            stat = source.path.stat()
         except OSError:
-            return footage.fingerprint()  # says what is wrong
+            return source.fingerprint()  # raises the error that says what is wrong
         size, time, name = self._untouched.get(key, (None, None, ""))
         if (size, time) != (stat.st_size, stat.st_mtime_ns):
-            name = footage.fingerprint()
+            name = source.fingerprint()
             self._untouched[key] = [stat.st_size, stat.st_mtime_ns, name]
         return str(name)
 
-    def _find_out(self, footage: Footage) -> dict[str, Any]:
+    def _examined(self, source: FrameSource) -> dict[str, Any]:
         try:
-            info = footage.examine(self.max_undecodable)
+            info = source.examine(self.max_undecodable)
         except VideoFileError as error:
             return {"reason": error.reason, "detail": error.detail}
         numbers = {key: getattr(info, key) for key in ("frames", "width", "height", "fps")}
@@ -99,11 +100,3 @@ def _is_sane(facts: dict[str, Any]) -> bool:
         return facts["reason"] in get_args(Reason) and isinstance(facts["detail"], str)
     numbers = [facts[name] for name in ("frames", "width", "height", "fps")]
     return all(isinstance(n, int | float) and n >= 0 for n in numbers)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file at once or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)

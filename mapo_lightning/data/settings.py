@@ -11,33 +11,33 @@ from mapo_lightning.types import POSITIONS, ConfigError
 
 @dataclass
 class VideoDataConfig:
-    """Which videos are watched, and how clips are cut from them (O28, O29)."""
+    """Which videos to learn from, and how clips are cut from them (O28, O29)."""
 
     kind: Literal["demo", "folder", "ssv2", "human36m"] = "demo"
     """demo: videos rendered from simulators on this machine. folder: your own, from `root`. ssv2,
-    human36m: Something-Something V2 and Human3.6M, as they are handed out; see docs/data.md."""
+    human36m: Something-Something V2 and Human3.6M, as distributed; see docs/data.md."""
     root: str = ""
     """Folder of the videos, searched with all its subfolders; empty only with kind=demo."""
     classes: list[str] = field(default_factory=list)
     """Classes to use, by the data set's own names; empty uses all. ssv2 and human36m only."""
     limit: Optional[int] = None  # noqa: UP045 (read by OmegaConf)
-    """Use at most so many videos, drawn by name and `seed`; null uses all."""
+    """Use at most this many videos, drawn by name and `seed`; null uses all."""
     official_split: bool = True
-    """Train on the data set's training list and hold its validation list out, where it has them;
-    false: learn from both and hold `holdout` of all videos out."""
+    """Train on the data set's training list and hold its validation list out, if it has them;
+    false: learn from both, and hold out the share `holdout` of all videos."""
     clip_length: int = POSITIONS
     """Frames T of one clip."""
     frame_stride: int = 1
     """Frames of the video from one frame of a clip to the next."""
     rate: Optional[float] = None  # noqa: UP045
-    """Thin the frames of a video out to about so many per second first, Hz; null: as filmed."""
+    """First reduce a video to about this many frames per second, Hz; null: as recorded."""
     square: bool = False
-    """Cut the square in the middle out first; false squashes the whole picture to a square."""
+    """First crop the square in the middle; false squashes the whole picture to a square."""
     image_size: int = 64
     """Height and width of a clip's frames, in pixels; the aspect ratio is not kept."""
     holdout: float = 0.1
     """Share of the videos never trained on, in [0, 0.5]; at least one if there are two. Not used
-    with a split that comes with the data set."""
+    with the data set's own split."""
     max_undecodable: float = 0.1
     """Share of lost frames above which a video is rejected, in [0, 1]."""
     workers: int = 2
@@ -78,15 +78,15 @@ class VideoDataConfig:
 
 @dataclass
 class LabelConfig:
-    """What stage=label does: every window of all videos gets its label."""
+    """What stage=label does: it labels every window of all videos."""
 
     shard: str = "0/1"
-    """Which part of the corpus, as i/n with i from 0: for jobs on several machines. Processes that
-    torchrun starts share a part out among themselves."""
+    """Which part of the corpus, as i/n with i from 0: for jobs on several machines. Processes
+    started by torchrun divide a part among themselves."""
     dry: bool = False
-    """Only say how many windows and questions there are, and how long they would take."""
+    """Only count the windows and those without a label, and estimate the time they would take."""
     probe: int = 16
-    """Questions that dry=true asks to measure the rate; their answers are kept. 0: none."""
+    """Windows that dry=true labels to measure the rate; their answers are kept. 0: none."""
 
     def __post_init__(self) -> None:
         if self.probe < 0:
@@ -106,8 +106,8 @@ class ReplayConfig:
     """How much experience is kept, and how chunks are drawn from it."""
 
     capacity: int = 1_000_000
-    """Agent steps kept by each rank; the oldest whole episodes leave first. On disk a step takes
-    12.3 kB for 64x64 pixels, and 2 bytes per number of an embedded phrase."""
+    """Agent steps kept by each rank; the oldest whole episodes are evicted first. On disk a step
+    takes 12.3 kB for 64x64 pixels, and 2 bytes per number of an embedded phrase."""
     prioritize_ends: bool = False
     """Draw the last chunk of an episode more often (facts 6.2; published for Meta-World)."""
 

@@ -1,6 +1,6 @@
-"""Something-Something V2 as its owners hand it out: a webm folder, and lists with classes.
+"""Something-Something V2 as it is distributed: a folder of webm files, and lists with classes.
 
-Layout, below the folder that is given; folders may be named and nested at will::
+Layout below the given folder; folders may have any names and depth::
 
     20bn-something-something-v2/78687.webm ...     or folders of frames: 78687/000001.jpg ...
     labels/labels.json                             {"Holding something": "41", ...}
@@ -27,7 +27,7 @@ def list_ssv2(root: Path) -> Listing:
         Entries with the class template, without brackets, as label and the official split.
 
     Raises:
-        VideoError: The folder is no SSv2, a list is damaged, or no listed video is there.
+        VideoError: The folder is not SSv2, a list is damaged, or no listed video was found.
     """
     files, videos = _find(root)
     classes = _read(files["labels"], dict)
@@ -45,7 +45,7 @@ def list_ssv2(root: Path) -> Listing:
             f"none of the {len(listed)} videos that the lists in '{files['train'].parent}' name is "
             f"below '{root}': expected files like {next(iter(listed), 'ID')}.webm there"
         )
-    if "test" in files:  # nothing is learned from these, but they are no surprise
+    if "test" in files:  # not trained on, but not unlisted either
         rows = _read(files["test"], list)
         listed |= {str(row.get("id")) for row in rows if isinstance(row, dict)}
     listing.unlisted = sorted(videos.keys() - listed)
@@ -62,14 +62,14 @@ def _find(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
             if suffix == "json":
                 files.setdefault(stem.rpartition("-")[2], folder / name)
             elif f".{suffix.lower()}" in SUFFIXES:
-                videos[stem] = folder / name  # a video is rather read than its frames
+                videos[stem] = folder / name  # a video file is preferred to its frames
         for name in [name for name in names if name.isdigit()]:
-            names.remove(name)  # millions of frames: looked into one by one, when examined
+            names.remove(name)  # not walked: it may hold millions of frames
             videos.setdefault(name, folder / name)
     for split in ("train", "validation", "labels"):
         if split not in files:
             raise VideoError(
-                f"'{root}' is no Something-Something V2: there is no {split}.json in it or in its "
+                f"'{root}' is not Something-Something V2: there is no {split}.json in it or in its "
                 "folders; it needs the webm files, labels.json, train.json and validation.json"
             )
     return files, videos

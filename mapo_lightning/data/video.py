@@ -1,9 +1,8 @@
-"""Video files: what is in one, its frames as arrays, and writing one a browser can play."""
+"""Video files: reads their headers and frames, and writes files that browsers can play."""
 
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
@@ -23,6 +22,7 @@ from mapo_lightning.data.video_info import (
     middle_square,
     target_size,
 )
+from mapo_lightning.files import atomic_write
 from mapo_lightning.types import Frames, VideoError
 
 __all__ = [
@@ -37,13 +37,13 @@ __all__ = [
     "write_mp4",
 ]
 
-# OpenCV's threads do not survive a fork: a DataLoader worker would wait for them for ever.
+# OpenCV's threads do not survive a fork: a DataLoader worker would wait for them forever.
 cv2.setNumThreads(1)
 
 _MAX_PIXELS = 8192 * 4320
 _MAX_FRAMES = 5_000_000
 _CHUNK = 32  # frames decoded at once when a whole file is checked
-_OVERSAMPLED = 4  # decode at most this many times larger than asked for, then average
+_OVERSAMPLED = 4  # decode at most this many times larger than requested, then average
 _DECORD_ERRORS = (RuntimeError, IndexError, decord.DECORDError)
 
 
@@ -59,7 +59,7 @@ def probe_video(path: Path) -> VideoInfo:
         raise VideoFileError(path, "too_large", f"its frames have {width}x{height} pixels")
     found = len(_open(path, None))
     if found > _MAX_FRAMES:
-        raise VideoFileError(path, "too_large", f"it claims {found} frames")
+        raise VideoFileError(path, "too_large", f"it has {found} frames")
     # Some containers open "successfully" when cut off, and are merely shorter.
     if promised - found > max(2, 0.1 * promised):
         raise VideoFileError(path, "damaged", f"{found} of {promised} frames are there: cut off?")
@@ -105,7 +105,7 @@ def check_video(info: VideoInfo, max_undecodable: float) -> None:
             in place of broken ones, in [0, 1].
 
     Raises:
-        VideoFileError: A frame cannot be decoded, or too many are stand-ins.
+        VideoFileError: A frame cannot be decoded, or too many are such repeats.
     """
     reader, before, repeats = _open(info.path, (32, 32)), None, 0
     for first in range(0, info.frames, _CHUNK):
@@ -113,7 +113,7 @@ def check_video(info: VideoInfo, max_undecodable: float) -> None:
         for frame in _decode(reader, info.path, indices):
             repeats += before is not None and np.array_equal(frame, before)
             before = frame
-    # A picture that truly stands still repeats too: only then count what a second decoder finds.
+    # A scene that truly stands still repeats too: let a second decoder count the intact frames.
     if repeats > max_undecodable * info.frames:
         intact = _count_intact(info.path)
         if info.frames - intact > max_undecodable * info.frames:
@@ -166,7 +166,7 @@ def read_frames(
     height, width = _source_size(path)
     kept = (min(height, width),) * 2 if square else (height, width)
     size = target_size(kept, size)
-    # Of a huge picture the decoder makes a smaller one, still large enough to average over.
+    # The decoder shrinks huge pictures, but leaves them large enough to average over.
     rows, columns = (min(1.0, _OVERSAMPLED * size[i] / kept[i]) for i in (0, 1))
     decoded = round(height * rows), round(width * columns)
     reader = _open(path, None if decoded == (height, width) else decoded)
@@ -174,7 +174,7 @@ def read_frames(
         raise VideoFileError(
             path,
             "too_short",
-            f"asked for frames {min(indices)}..{max(indices)}, it has {len(reader)}; was it "
+            f"frames {min(indices)}..{max(indices)} were requested, it has {len(reader)}; was it "
             "changed while in use? Start again to scan the folder anew",
         )
     frames = _decode(reader, path, indices)
@@ -203,7 +203,7 @@ def write_mp4(path: Path | None, frames: Frames, fps: float) -> bytes:
     """Write a video that every browser plays: H.264, yuv420p, index at the front.
 
     Args:
-        path: Where to write, atomically; None to get the bytes only.
+        path: File to write, as a whole; None to get the bytes only.
         frames: RGB, (T, H, W, 3) uint8; an odd last row or column is repeated once.
         fps: Frames per second.
 
@@ -215,16 +215,22 @@ def write_mp4(path: Path | None, frames: Frames, fps: float) -> bytes:
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise VideoError(f"a video needs (T, H, W, 3) uint8, got {frames.dtype} {frames.shape}")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if path is None:
+        with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+            _encode(Path(file.name), frames, fps)
+            return Path(file.name).read_bytes()
+    with atomic_write(path) as draft:
+        _encode(draft, frames, fps)
+        return draft.read_bytes()
+
+
+def _encode(path: Path, frames: Frames, fps: float) -> None:
     odd_h, odd_w = frames.shape[1] % 2, frames.shape[2] % 2
     even = np.pad(frames, ((0, 0), (0, odd_h), (0, odd_w), (0, 0)), mode="edge")
     rate = Fraction(fps).limit_denominator(1000)
-    # The index goes in front of the pictures, so that a browser can start at once; FFmpeg rewrites
-    # the file for that, which a buffer in memory does not allow.
-    handle, unfinished = tempfile.mkstemp(suffix=".mp4", dir=path.parent if path else None)
-    os.close(handle)
-    with av.open(unfinished, "w", format="mp4", options={"movflags": "faststart"}) as container:
+    # The index goes before the frames, so that a browser can start at once. For that FFmpeg
+    # rewrites the file, which a buffer in memory does not allow.
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
         stream.options = {"crf": "18", "preset": "veryfast"}
@@ -233,10 +239,3 @@ def write_mp4(path: Path | None, frames: Frames, fps: float) -> bytes:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
-    data = Path(unfinished).read_bytes()
-    if path is None:
-        os.unlink(unfinished)
-    else:
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, path)
-    return data

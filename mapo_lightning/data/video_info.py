@@ -1,4 +1,4 @@
-"""What is known about a video before its pictures are looked at, and why it may be unusable."""
+"""What the header of a video says, and why a video may be unusable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Reason = Literal[
     "codec",  # a video in a format the decoder does not know
     "damaged",  # opens, but frames cannot be decoded, are lost, or differ in size
     "too_short",  # fewer frames than a clip needs
-    "too_large",  # bigger than any honest training video
+    "too_large",  # larger than any plausible training video
     "outside",  # a link that leads out of the video folder
 ]
 """Why a video cannot be used."""
@@ -38,17 +38,17 @@ class VideoFileError(VideoError):
         self.path, self.reason, self.detail = path, reason, detail
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel between DataLoader processes with all parts."""
+        """Pickle all parts, to travel between DataLoader processes."""
         return type(self), (self.path, self.reason, self.detail)
 
 
 class VideoInfo(NamedTuple):
-    """What is known about a readable video without looking at its pictures."""
+    """What is known about a readable video without decoding its frames."""
 
     path: Path
-    """The file; or a run of images, the place of their numbers written as ``%06d``."""
+    """The file; or a run of images, with ``%06d`` in place of their numbers."""
     fingerprint: str
-    """Names the content, not the place: hash of the bytes and of what of them counts."""
+    """Hash of the content, wherever it lies, and of which frames of it are used."""
     frames: int
     """Number of frames."""
     width: int
@@ -56,13 +56,13 @@ class VideoInfo(NamedTuple):
     height: int
     """Pixels."""
     fps: float
-    """Frames per second; 0.0 where nothing says it."""
+    """Frames per second; 0.0 if unknown."""
     label: str = ""
-    """Class that the data set gives it, as text; never shown to a model."""
+    """Class that the data set assigns, as text; never shown to a model."""
     numbers: range | None = None
     """Frame t is number ``numbers[t]`` of the file or of the images; None: number t."""
     square: bool = False
-    """Only the square in the middle of the picture counts."""
+    """Only the square in the middle of the picture is used."""
 
 
 def fingerprint(path: Path) -> str:
@@ -88,7 +88,7 @@ def fingerprint(path: Path) -> str:
 
 
 def target_size(have: tuple[int, int], wanted: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) for a picture of size ``have``; an int is the short side, shape kept."""
+    """(height, width) for a picture of size ``have``; an int is the short side, at equal aspect."""
     if not isinstance(wanted, int):
         return wanted
     return round(have[0] * wanted / min(have)), round(have[1] * wanted / min(have))

@@ -1,4 +1,4 @@
-"""Plays episodes: labels what is seen, asks a policy, writes what happened.
+"""Plays episodes: labels the frames, lets a policy act, and writes every step to replay.
 
 Shapes: N environments side by side, H W image, V semantic vector, A action.
 """
@@ -13,17 +13,17 @@ from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import Replay, ReplayError
-from mapo_lightning.envs.live_labels import SemanticTracker, Step
+from mapo_lightning.envs.live_labels import LiveLabeler, Step
 from mapo_lightning.types import Frames
 
-_MAY_BE_LOST = 0.1  # share of a replay without which a run still resumes
+_MAY_BE_LOST = 0.1  # largest share of the replay that may be missing when a run resumes
 
 Policy = Callable[[Step], NDArray[np.float32]]
 """Maps a step to actions (N, A) in [-1, 1]."""
 
 
 class Episode(NamedTuple):
-    """What one finished episode came to."""
+    """Result of one finished episode."""
 
     score: float
     """Sum of its rewards, in units of the environment."""
@@ -33,8 +33,50 @@ class Episode(NamedTuple):
     """1 if any step succeeded, 0 if none, None where the suite does not say."""
 
 
+class EpisodeTally:
+    """Score, length and success of the current episode of each environment.
+
+    Gymnasium's ``RecordEpisodeStatistics`` counts the first two alike, but knows no success.
+
+    Args:
+        envs: Number N of environments.
+    """
+
+    def __init__(self, envs: int) -> None:
+        self._score, self._length = np.zeros(envs), np.zeros(envs, np.int64)
+        self._success: list[float | None] = [None] * envs
+
+    def begin(self, envs: NDArray[np.bool_]) -> None:
+        """Start anew where an episode begins, (N,)."""
+        self._score[envs], self._length[envs] = 0.0, 0
+        for n in np.flatnonzero(envs):
+            self._success[n] = None
+
+    def add(
+        self, envs: NDArray[np.bool_], reward: NDArray[np.floating], info: Mapping[str, Any]
+    ) -> None:
+        """Add one step of some environments.
+
+        Args:
+            envs: Environments that took a step, (N,).
+            reward: Rewards (N,), in units of the environment.
+            info: As Gymnasium's vector environments give it: ``success`` (N,) where the suite knows
+                it, and ``_success`` (N,), which environments it holds for. An episode succeeds if
+                any of its steps does (facts 6.2).
+        """
+        self._score[envs] += reward[envs]
+        self._length[envs] += 1
+        if "success" in info:
+            for n in np.flatnonzero(envs & info.get("_success", True)):
+                self._success[n] = max(self._success[n] or 0.0, float(info["success"][n]))
+
+    def result(self, env: int) -> Episode:
+        """The episode of an environment so far."""
+        return Episode(float(self._score[env]), int(self._length[env]), self._success[env])
+
+
 class RandomPolicy:
-    """Uniform actions: the prefill, and the floor that learning is measured against.
+    """Uniform random actions: for the prefill, and as a baseline score.
 
     Args:
         action_dim: Width A of an action.
@@ -58,7 +100,7 @@ class RandomPolicy:
 
 
 class StillPolicy:
-    """Zero actions: some tasks begin where it is best to stay, and then random is no floor."""
+    """Zero actions: the better baseline where a task begins at its goal."""
 
     def __init__(self, action_dim: int) -> None:
         self.action_dim = action_dim
@@ -69,45 +111,43 @@ class StillPolicy:
 
 
 class Collector:
-    """Plays without end, writes every step to replay and remembers finished episodes.
+    """Plays episode after episode, writes every step to replay and keeps the results.
 
     Args:
         envs: Vector environment with autoreset on the step after an episode's end.
-        tracker: Labels of what the environments show.
-        replay: Where steps go.
+        live_labeler: Labels what the environments show.
+        replay: Gets the steps.
         seed: Of the first episode of every environment.
     """
 
     def __init__(
-        self, envs: VectorEnv, tracker: SemanticTracker, replay: Replay, seed: int
+        self, envs: VectorEnv, live_labeler: LiveLabeler, replay: Replay, seed: int
     ) -> None:
-        self.envs, self.tracker, self.replay, self.seed = envs, tracker, replay, seed
+        self.envs, self.live_labeler, self.replay, self.seed = envs, live_labeler, replay, seed
         self.finished: list[Episode] = []
         self._step: Step | None = None
-        self._under_way: NDArray[np.float32] | None = None
+        self._unfinished: NDArray[np.float32] | None = None
         self._done = np.zeros(envs.num_envs, bool)
-        self._score = np.zeros(envs.num_envs)
-        self._length = np.zeros(envs.num_envs, np.int64)
-        self._success: list[float | None] = [None] * envs.num_envs
+        self._tally = EpisodeTally(envs.num_envs)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with the experience of an earlier process, from fresh episodes.
+        """Continue with the experience of an earlier process, with fresh episodes.
 
         Args:
-            state: What ``replay.state`` returned. The episodes under way then end where they were:
-                no simulator can be put back into the middle of one.
+            state: What ``replay.state`` returned. Episodes in progress then end where they were:
+                simulators cannot be put back into the middle of one.
 
         Raises:
-            ReplayError: The replay is gone, or a good part of it is.
+            ReplayError: The replay is gone, or more than a tenth of it is.
         """
         lost = self.replay.restore(state)
         if lost > _MAY_BE_LOST * (lost + self.replay.steps):
             raise ReplayError(
                 f"{lost} agent steps of the checkpoint's replay are missing in "
-                f"'{self.replay.root}', and going on without them would unlearn; resuming needs "
-                "the folder that the checkpoint was written beside, as it was"
+                f"'{self.replay.root}', and the agent would forget what it learned from "
+                "them; resuming needs the folder that the checkpoint was written beside, as it was"
             )
-        # Not the episodes that the run began with once more.
+        # Another seed, so that the run does not repeat its first episodes.
         begun = np.random.SeedSequence([self.seed, self.replay.begun])
         self.seed = int(begun.generate_state(1)[0])
 
@@ -115,14 +155,14 @@ class Collector:
         """Play until at least ``agent_steps`` more actions are taken.
 
         Args:
-            policy: Asked once per step.
+            policy: Called once per step.
             agent_steps: Actions to take, over all environments.
-            ahead: Leave the last step under way in the environments' processes; the next call, or
-                ``settle``, takes its outcome in. Without processes of their own it makes no
-                difference.
+            ahead: Return while the environments' processes still simulate the last step; the next
+                call, or ``settle``, writes its outcome. Makes no difference if they have no
+                processes of their own.
 
         Returns:
-            How many actions were taken, the one under way included.
+            How many actions were taken, including that of an unfinished step.
         """
         taken = 0
         while taken < agent_steps:
@@ -131,17 +171,17 @@ class Collector:
                 obs, _ = self.envs.reset(seed=self.seed)
                 self._write(obs, None, np.ones(self.envs.num_envs, bool), {})
             assert self._step is not None
-            self._under_way = policy(self._step)
+            self._unfinished = policy(self._step)
             if isinstance(self.envs, AsyncVectorEnv):
-                self.envs.step_async(self._under_way)
+                self.envs.step_async(self._unfinished)
             taken += int((~self._done).sum())
             if not ahead:
                 self.settle()
         return taken
 
     def settle(self) -> None:
-        """Wait for the step under way, if there is one, and write it."""
-        action, self._under_way = self._under_way, None
+        """Wait for the unfinished step, if there is one, and write it."""
+        action, self._unfinished = self._unfinished, None
         if action is None:
             return
         if isinstance(self.envs, AsyncVectorEnv):
@@ -150,14 +190,16 @@ class Collector:
             outcome = self.envs.step(action)
         obs, reward, terminated, truncated, info = outcome
         # An environment that was done has ignored the action and begun its next episode.
-        told: dict[str, NDArray[Any]] = {"action": action, "reward": reward}
-        told |= {"terminated": terminated, "truncated": truncated}
-        self._write(obs, told, self._done, info)
+        result: dict[str, NDArray[Any]] = {"action": action, "reward": reward}
+        result |= {"terminated": terminated, "truncated": truncated}
+        self._write(obs, result, self._done, info)
 
     def close(self) -> None:
-        """Complete what labels still arrive for, and close the environments' processes."""
-        self.tracker.close(self.replay)
-        self.envs.close()
+        """Wait for the labels still to come, and close the environments' processes."""
+        try:
+            self.live_labeler.close(self.replay)
+        finally:
+            self.envs.close()
 
     def _write(
         self,
@@ -166,7 +208,7 @@ class Collector:
         first: NDArray[np.bool_],
         info: dict[str, Any],
     ) -> None:
-        """Complete the step, hand it to replay, and remember it for the next action."""
+        """Label the step, write it to replay, and keep it for the next action."""
         envs = len(first)
         live = ~first
         action = np.zeros((envs, self.replay.spec.action_dim), np.float32)
@@ -177,96 +219,67 @@ class Collector:
             reward[live] = outcome["reward"][live]
             terminal[live] = outcome["terminated"][live]
             ended[live] = (outcome["terminated"] | outcome["truncated"])[live]
-        step = {"obs": obs["image"], "is_first": first, **self.tracker.update(obs, first)}
+        step = {"obs": obs["image"], "is_first": first, **self.live_labeler.update(obs, first)}
         rest = {"action": action, "reward": reward, "is_last": ended, "is_terminal": terminal}
-        entry = step | self.tracker.to_store() | rest
+        entry = step | self.live_labeler.to_store() | rest
         for n in range(envs):
             where = self.replay.add(n, {key: x[n] for key, x in entry.items()})
-            self.tracker.stored(n, where)
-        self.tracker.complete(self.replay)
-        self._account(reward, first, ended, info)
+            self.live_labeler.note_entry(n, where)
+        self.live_labeler.complete(self.replay)
+        self._tally.begin(first)
+        self._tally.add(~first, reward, info)
+        self.finished += [self._tally.result(int(n)) for n in np.flatnonzero(ended)]
         self._step, self._done = step, ended
-
-    def _account(
-        self,
-        reward: NDArray[np.float32],
-        first: NDArray[np.bool_],
-        ended: NDArray[np.bool_],
-        info: dict[str, Any],
-    ) -> None:
-        self._score[first], self._length[first] = 0.0, 0
-        for n in np.flatnonzero(first):
-            self._success[n] = None
-        self._score += reward
-        self._length += ~first
-        for n in np.flatnonzero(~first):
-            self._success[n] = _succeeded(self._success[n], info, int(n))
-        for n in np.flatnonzero(ended):
-            self.finished.append(
-                Episode(float(self._score[n]), int(self._length[n]), self._success[n])
-            )
 
 
 def run_episodes(
     envs: VectorEnv,
-    tracker: SemanticTracker,
+    live_labeler: LiveLabeler,
     policy_of: Callable[[int], Policy],
     seeds: Sequence[int],
-    film: int = 0,
+    record: int = 0,
 ) -> tuple[list[Episode], list[Frames]]:
     """Play one whole episode from each reset seed.
 
     Args:
         envs: N environments; the seeds are played N at a time.
-        tracker: Labels of what the environments show.
+        live_labeler: Labels what the environments show.
         policy_of: Makes the policy for one batch of episodes, without memory of earlier ones, from
             the batch's first reset seed: what a batch does depends on nothing played before it.
         seeds: Reset seed of every episode.
-        film: Number of episodes whose frames are kept.
+        record: Number of episodes whose frames are kept.
 
     Returns:
-        One result per seed, in order, and the frames (T, H, W, 3) of the first ``film``.
+        One result per seed, in order, and the frames (T, H, W, 3) of the first ``record``.
     """
     episodes: list[Episode] = []
-    films: list[Frames] = []
+    videos: list[Frames] = []
     for start in range(0, len(seeds), envs.num_envs):
         batch = list(seeds[start : start + envs.num_envs])
-        kept = max(0, min(film - start, len(batch)))
+        kept = max(0, min(record - start, len(batch)))
         # A short last batch plays its last seed more than once and counts it once.
         padded = batch + [batch[-1]] * (envs.num_envs - len(batch))
-        played, filmed = _play_batch(envs, tracker, policy_of(batch[0]), padded, kept)
+        played, frames = _play_batch(envs, live_labeler, policy_of(batch[0]), padded, kept)
         episodes += played[: len(batch)]
-        films += filmed
-    return episodes, films
+        videos += frames
+    return episodes, videos
 
 
 def _play_batch(
-    envs: VectorEnv, tracker: SemanticTracker, policy: Policy, seeds: list[int], film: int
+    envs: VectorEnv, live_labeler: LiveLabeler, policy: Policy, seeds: list[int], record: int
 ) -> tuple[list[Episode], list[Frames]]:
     """Reset to ``seeds`` and play until every environment has finished one episode."""
     count = envs.num_envs
     first, live = np.ones(count, bool), np.ones(count, bool)
-    score, length = np.zeros(count), np.zeros(count, np.int64)
-    success: list[float | None] = [None] * count
+    tally = EpisodeTally(count)
     obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]  # Gymnasium takes one per environment
-    reels: list[list[Frames]] = [[obs["image"][n].copy()] for n in range(film)]
+    videos: list[list[Frames]] = [[obs["image"][n].copy()] for n in range(record)]
     while live.any():
-        step = {"obs": obs["image"], "is_first": first, **tracker.update(obs, first)}
+        step = {"obs": obs["image"], "is_first": first, **live_labeler.update(obs, first)}
         obs, reward, terminated, truncated, info = envs.step(policy(step))
         first = np.zeros(count, bool)
-        for n in np.flatnonzero(live):
-            score[n] += reward[n]
-            length[n] += 1
-            success[n] = _succeeded(success[n], info, int(n))
-            if n < film:
-                reels[n].append(obs["image"][n].copy())
+        tally.add(live, reward, info)
+        for n in np.flatnonzero(live[:record]):
+            videos[n].append(obs["image"][n].copy())
         live &= ~(terminated | truncated)
-    episodes = [Episode(float(score[n]), int(length[n]), success[n]) for n in range(count)]
-    return episodes, [np.stack(reel) for reel in reels]
-
-
-def _succeeded(before: float | None, info: dict[str, Any], n: int) -> float | None:
-    """An episode succeeds if any of its steps does (facts 6.2)."""
-    if "success" not in info or not info.get("_success", np.ones(n + 1, bool))[n]:
-        return before
-    return max(before or 0.0, float(info["success"][n]))
+    return [tally.result(n) for n in range(count)], [np.stack(frames) for frames in videos]

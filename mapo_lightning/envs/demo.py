@@ -1,21 +1,18 @@
-"""The demo's videos, rendered on the spot instead of shipped or downloaded.
+"""The demo's videos, rendered on this machine instead of shipped or downloaded.
 
-A few dozen short films, of the kind that pre-training reads: no actions, no rewards, nothing but
-pixels. ``truth.jsonl`` beside them says where the moving parts are seen, to judge labels by;
+A few dozen short videos of the kind that pre-training reads: pixels, without actions or rewards.
+``truth.jsonl`` beside them says where the moving parts are seen; it is used to judge labels, and
 training never reads it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +22,13 @@ from mapo_lightning.envs.factory import light_start, needs_gl
 from mapo_lightning.envs.filming import film
 from mapo_lightning.envs.gl import prepare_gl
 from mapo_lightning.envs.settings import EnvConfig
+from mapo_lightning.files import FileLock, atomic_write
 from mapo_lightning.types import ConfigError, VideoError
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-"""Raised when the same settings would give other films."""
+"""Increased when the same settings would give other videos."""
 
 _MANIFEST, _TRUTH = "manifest.json", "truth.jsonl"
 
@@ -69,24 +67,23 @@ def render_demo_videos(
 ) -> list[Path]:
     """Render videos into a folder, unless they are there already.
 
-    Every film appears under its name when it is complete, so a killed call loses the films in
-    progress and nothing else. Films of an earlier call with other settings are removed; files
-    that this function did not write are left alone. Several processes may call it at once: the
-    first renders, the others wait.
+    A video gets its name when it is complete, so a killed call loses only the videos in progress.
+    Videos of an earlier call with other settings are removed; files that this function did not
+    write are left alone. Of several processes that call it at once, one renders and others wait.
 
     Args:
         root: Folder, made if missing.
         scenes: What to film, see `filming.film`; None or empty: `default_scenes`.
-        clips_per_scene: Films of each scene; they differ in start, motion, camera and colours.
-        frames: Length of a film.
+        clips_per_scene: Videos of each scene; they differ in start, motion, camera and colours.
+        frames: Length of a video.
         size: Height and width, in pixels; even.
         fps: Frames per second.
         seed: Of everything random; the same seed gives the same pixels.
         processes: Processes that render; 1 renders in this one.
-        progress: Called with (films done, films in all), also at the start.
+        progress: Called with (videos done, videos in all), also at the start.
 
     Returns:
-        The films, (scene, clip) in order.
+        The videos, ordered by scene and clip.
 
     Raises:
         ConfigError: A number is out of range.
@@ -99,32 +96,32 @@ def render_demo_videos(
         for scene in scenes or default_scenes()
         for clip in range(clips_per_scene)
     ]
-    with _alone(Path(root)):
-        _render_missing(_Record(Path(root)), jobs, processes, progress)
+    lock = _locked(Path(root))
+    try:
+        _render_missing(_Manifest(Path(root)), jobs, processes, progress)
+    finally:
+        lock.release()
     return [job.path for job in jobs]
 
 
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Let one process at a time render into a folder: ranks of a job begin together."""
+def _locked(root: Path) -> FileLock:
+    """Let one process at a time render into a folder: the ranks of a job begin together."""
+    lock = FileLock(root / ".lock")
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        guard = (root / ".lock").open("ab")
+        lock.acquire()
     except OSError as error:
         raise VideoError(f"cannot make the folder '{root}': {error.strerror}") from error
-    with guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        yield
+    return lock
 
 
 def _render_missing(
-    done: _Record,
+    done: _Manifest,
     jobs: Sequence[_Job],
     processes: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     done.keep_only({job.name: job.fingerprint for job in jobs})
-    todo = [job for job in jobs if job.name not in done.films]
+    todo = [job for job in jobs if job.name not in done.videos]
     if any(needs_gl(job.scene) for job in todo):
         prepare_gl()  # here, so that workers inherit the choice and an error is raised once
     if progress is not None:
@@ -132,11 +129,11 @@ def _render_missing(
     for job, paths in _run(todo, min(processes, len(todo))):
         done.add(job, paths)
         if progress is not None:
-            progress(len(done.films), len(jobs))
+            progress(len(done.videos), len(jobs))
 
 
 class _Job(NamedTuple):
-    """One film to be made; picklable."""
+    """One video to be rendered; picklable."""
 
     root: Path
     scene: EnvConfig
@@ -159,17 +156,16 @@ class _Job(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that the film depends on."""
+        """Hash of everything that the video depends on."""
         settings = [VERSION, asdict(self.scene), *self[2:]]
         return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
 
 
 def _render(job: _Job) -> dict[str, list[list[int]]]:
-    """Make one film; returns where the moving parts are seen."""
-    filmed = film(job.scene, job.clip, job.frames, job.size, job.fps, job.seed)
-    # The suffix keeps a scan of the folder from taking half a film for a broken one.
-    _replace(job.path, write_mp4(None, filmed.frames, job.fps))
-    return filmed.paths
+    """Render one video; returns where the moving parts are seen."""
+    clip = film(job.scene, job.clip, job.frames, job.size, job.fps, job.seed)
+    _replace(job.path, write_mp4(None, clip.frames, job.fps))
+    return clip.paths
 
 
 def _run(jobs: Sequence[_Job], processes: int) -> Iterator[tuple[_Job, Any]]:
@@ -184,44 +180,44 @@ def _run(jobs: Sequence[_Job], processes: int) -> Iterator[tuple[_Job, Any]]:
         try:
             for future in as_completed(running):
                 yield running[future], future.result()
-        finally:  # after an error the rest would be rendered for nothing
+        finally:  # after an error, do not render the rest
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Record:
+class _Manifest:
     """What the folder holds: ``manifest.json`` and ``truth.jsonl``."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self.films: dict[str, str] = {}
-        """Name of a complete film -> fingerprint of its settings."""
+        self.videos: dict[str, str] = {}
+        """Name of a complete video -> fingerprint of its settings."""
         try:
-            self.films = {str(k): str(v) for k, v in json.loads(self._read(_MANIFEST)).items()}
+            self.videos = {str(k): str(v) for k, v in json.loads(self._read(_MANIFEST)).items()}
         except (ValueError, AttributeError):
-            log.warning("'%s' is damaged: the films are rendered again", root / _MANIFEST)
+            log.warning("'%s' is damaged: the videos are rendered again", root / _MANIFEST)
 
     def keep_only(self, wanted: dict[str, str]) -> None:
-        """Forget films that are missing; delete those that other settings made."""
-        for name, fingerprint in list(self.films.items()):
+        """Drop videos that are missing, and delete those that were made with other settings."""
+        for name, fingerprint in list(self.videos.items()):
             path = self._root / Path(name).name  # a manifest must not reach outside the folder
             if wanted.get(name) != fingerprint:
                 path.unlink(missing_ok=True)
             if not path.is_file():
-                del self.films[name]
+                del self.videos[name]
         lines = self._read(_TRUTH, "").splitlines()
-        kept = [line for line in lines if _video_of(line) in self.films]
+        kept = [line for line in lines if _video_of(line) in self.videos]
         _replace(self._root / _TRUTH, "".join(f"{line}\n" for line in kept).encode())
         self._write_manifest()
 
     def add(self, job: _Job, paths: dict[str, list[list[int]]]) -> None:
-        """Note a complete film."""
+        """Add a complete video."""
         with (self._root / _TRUTH).open("a") as file:
             file.write(json.dumps({"video": job.name, "size": job.size, "paths": paths}) + "\n")
-        self.films[job.name] = job.fingerprint
+        self.videos[job.name] = job.fingerprint
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        text = json.dumps(self.films, indent=1, sort_keys=True)
+        text = json.dumps(self.videos, indent=1, sort_keys=True)
         _replace(self._root / _MANIFEST, text.encode())
 
     def _read(self, name: str, missing: str = "{}") -> str:
@@ -237,12 +233,10 @@ def _video_of(line: str) -> str | None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
+        with atomic_write(path) as draft:
+            draft.write_bytes(content)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise VideoError(f"cannot write '{path}': {error.strerror}") from error
 
 

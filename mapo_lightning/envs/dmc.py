@@ -1,4 +1,4 @@
-"""Tasks of the DeepMind Control Suite; sole door to the ``dm_control`` package."""
+"""Tasks of the DeepMind Control Suite; the only file that imports ``dm_control``."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class DmcTask:
         quality: ``full`` or ``fast``.
 
     Raises:
-        EnvironmentSetupError: No such task or camera, or nothing can draw.
+        EnvironmentSetupError: No such task or camera, or no renderer.
     """
 
     def __init__(self, name: str, camera: int | str | None = None, quality: str = "fast") -> None:
         prepare_gl()
         from dm_control import suite
 
-        # The suite keeps this very object, so seeding it seeds every later episode.
+        # The suite keeps this object, so seeding it seeds every later episode.
         self._random = np.random.RandomState()
         domain, task = _split(name, suite.ALL_TASKS)
         self._env = suite.load(domain, task, task_kwargs={"random": self._random})
@@ -60,7 +60,7 @@ class DmcTask:
         return Outcome(float(now.reward or 0.0), terminated, ended and not terminated)
 
     def frame(self, size: int) -> Frames:
-        """Draw the present moment, (size, size, 3) uint8."""
+        """Draw the current state, (size, size, 3) uint8."""
         return self._camera.frame(self.physics.data.ptr, size)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """One configuration and two factories for every environment.
 
 A suite is one file with a `Simulator` (see `wrappers.py`) and one entry in `make_simulator` below.
-Simulator packages are imported only when an environment of their suite is built, and nothing
-that draws with OpenGL is touched for a suite that does not need it.
+Simulator packages are imported only when an environment of their suite is built, and OpenGL is
+initialised only for suites that draw with it.
 """
 
 import functools
@@ -24,11 +24,11 @@ def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:
     """Build one environment.
 
     Args:
-        cfg: Task and how it is seen.
+        cfg: The task and its camera.
         seed: Seed of the first reset; the same seed gives the same sequence of episodes.
 
     Returns:
-        A Gymnasium environment. Observations: ``image`` (size, size, 3) uint8 and, if asked for,
+        A Gymnasium environment. Observations: ``image`` (size, size, 3) uint8 and, if requested,
         ``label_image`` (label_size, label_size, 3) uint8. Actions: Box [-1, 1], (A,), float32.
         Rewards are summed over the repeated action; ``info["success"]`` is 0.0 or 1.0 where
         the suite knows success.
@@ -55,7 +55,7 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
     programs therefore need the usual ``if __name__ == "__main__"``.
 
     Args:
-        cfg: Task and how it is seen.
+        cfg: The task and its camera.
         seed: Environment i is seeded from (seed, i).
         num_envs: Number of environments; None: ``cfg.num_envs``.
 
@@ -74,7 +74,7 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
     ]
     if count == 1 or not needs_gl(cfg):
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
-    # A task registered by the program itself is known only where the program is imported.
+    # A task that the program itself registers is known only in processes that import the program.
     with nullcontext() if cfg.kind == "gym" else light_start():
         return AsyncVectorEnv(
             makers, shared_memory=True, context="spawn", autoreset_mode=AutoresetMode.NEXT_STEP
@@ -83,9 +83,9 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
 
 @contextmanager
 def light_start() -> Iterator[None]:
-    """Processes that are spawned meanwhile do not import the program that spawns them.
+    """Keep processes that are spawned in this block from importing the main program.
 
-    Python has them import its main module, with all that it imports: seconds each, for nothing.
+    Python would have each import the main module with all its imports, which takes seconds.
     """
     main = sys.modules["__main__"]
     spec, file = main.__spec__, main.__dict__.pop("__file__", None)
@@ -99,7 +99,7 @@ def light_start() -> Iterator[None]:
 
 
 def env_seed(seed: int, index: int) -> int:
-    """Seed of environment ``index``: (1, 0) and (0, 1) must not share their episodes."""
+    """Seed of environment ``index``; (1, 0) and (0, 1) do not share their episodes."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 

@@ -1,4 +1,4 @@
-"""Films one scene: smooth random motion, or Meta-World's scripted experts at work."""
+"""Films one scene: with smooth random motion, or with Meta-World's scripted experts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ CAMERAS: dict[str, tuple[int | str | None, ...]] = {
     "dmc/ball_in_cup_": (0, 1),
     "dmc/swimmer_": (0, 1),
 }
-"""Cameras that the clips of a scene take turns with, by how ``kind/name`` begins."""
+"""Cameras that the clips of a scene take in turn, by the beginning of ``kind/name``."""
 
 HERTZ = {"toy/": (0.1, 0.35), "dmc/cartpole_": (0.6, 1.2), "": (0.25, 1.2)}
-"""Slowest and fastest control; other choices would leave the picture in the first two."""
+"""Slowest and fastest control, Hz, by the beginning of ``kind/name``.
+
+The toy and the cart-pole have ranges of their own, with which nothing leaves the picture."""
 
 
-class Film(NamedTuple):
-    """One filmed clip."""
+class FilmedClip(NamedTuple):
+    """A video with the paths of its moving parts."""
 
     frames: Frames
     """(T, H, W, 3) uint8."""
@@ -43,9 +45,9 @@ class Film(NamedTuple):
 
 
 class SmoothActions:
-    """Random controls that change smoothly: three sines per control, so that things move far.
+    """Random controls that change smoothly: a sum of three sines per control.
 
-    White noise averages out before heavy limbs have moved.
+    They move things far; white noise averages out before heavy limbs have moved.
 
     Args:
         dim: Number A of controls.
@@ -55,7 +57,7 @@ class SmoothActions:
 
     def __init__(self, dim: int, rng: np.random.Generator, hertz: tuple[float, float]) -> None:
         self._turns = 2.0 * np.pi * rng.uniform(*hertz, (dim, 3))
-        # A force that starts at its peak gives a velocity with mean zero: nothing drifts away.
+        # A force that starts at its peak gives a velocity of mean zero: nothing drifts away.
         self._phases = np.pi * (rng.integers(2, size=(dim, 3)) + 0.5)
         self._weights = rng.uniform(0.3, 1.0, (dim, 3))
 
@@ -66,17 +68,17 @@ class SmoothActions:
         return controls
 
 
-def film(scene: EnvConfig, clip: int, frames: int, size: int, fps: int, seed: int) -> Film:
+def film(scene: EnvConfig, clip: int, frames: int, size: int, fps: int, seed: int) -> FilmedClip:
     """Film one clip of a scene; the same arguments give the same pixels.
 
     Args:
-        scene: Task; with ``camera`` or ``action_repeat`` null, the clips take turns with the
-            task's cameras, and time runs about as fast as in the simulator.
+        scene: Task; where ``camera`` is null, the clips take the task's cameras in turn; where
+            ``action_repeat`` is null, time runs about as fast as in the simulator.
         clip: Number of the clip; clips differ in start, motion, camera and colours.
         frames: Length T.
         size: Height and width, in pixels.
         fps: Frames per second.
-        seed: Of the whole corpus.
+        seed: Of the whole set of videos.
     """
     label = f"{scene.kind}/{scene.name}"
     rng = np.random.default_rng([seed, zlib.crc32(label.encode()), clip])
@@ -96,11 +98,11 @@ def film(scene: EnvConfig, clip: int, frames: int, size: int, fps: int, seed: in
             seen.append(_landmarks(simulator, size))
     finally:
         simulator.close()
-    return Film(np.stack(shots), _paths(seen, least=size / 50))
+    return FilmedClip(np.stack(shots), _paths(seen, least=size / 50))
 
 
 class _Actor:
-    """Moves a simulator by one control frame after the other, over the ends of episodes too."""
+    """Moves a simulator frame by frame, across the ends of episodes too."""
 
     def __init__(self, simulator: Simulator, scene: EnvConfig, rng: np.random.Generator) -> None:
         self._simulator, self._time, self._done, self._since = simulator, 0.0, False, 0
@@ -130,7 +132,7 @@ class _Actor:
         if isinstance(raw, spaces.Discrete):
             return int(raw.start) + int(smooth.argmax())
         if self._expert is not None and self._since < 20:
-            # After its success an expert stands still; from then on the arm wanders.
+            # An expert stands still after its success; from then on the arm moves at random.
             expert = self._expert.get_action(self._simulator.state)  # type: ignore[attr-defined]
             return np.clip(expert + 0.15 * smooth, -1.0, 1.0).astype(np.float32)
         share = (smooth.reshape(raw.shape) + 1.0) / 2.0
@@ -155,7 +157,7 @@ def _landmarks(simulator: Simulator, size: int) -> dict[str, tuple[float, float]
 
 
 def _paths(seen: list[dict[str, tuple[float, float]]], least: float) -> dict[str, list[list[int]]]:
-    """Paths of what was seen all the time and moved by at least ``least`` pixels."""
+    """Paths of the parts that are seen in every frame and move at least ``least`` pixels."""
     always = set.intersection(*(set(moment) for moment in seen))
     paths = {name: np.array([moment[name] for moment in seen]) for name in sorted(always)}
     return {

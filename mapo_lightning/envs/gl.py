@@ -1,8 +1,8 @@
-"""OpenGL without a display: find a backend that works, and draw MuJoCo models with it.
+"""OpenGL without a display: finds a backend that works, and draws MuJoCo models with it.
 
 MuJoCo reads ``MUJOCO_GL`` once, when it is first imported, and a bad choice shows only at the
 first frame, sometimes as a crash. So the choice is made before that import, by drawing one frame
-in a child process. Sole door to the ``mujoco`` package.
+in a child process. The only file that imports ``mujoco``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 import weakref
 from importlib import metadata
 from pathlib import Path
@@ -23,12 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mapo_lightning.files import atomic_write
 from mapo_lightning.types import EnvironmentSetupError, Frames
 
 log = logging.getLogger(__name__)
 
 BACKENDS = ("egl", "osmesa")
-"""What is tried, best first: equal pixels, EGL is faster and can use a GPU."""
+"""Backends to try, best first: both give the same pixels, EGL is faster and can use a GPU."""
 
 APT_LINE = (
     "apt-get install -y --no-install-recommends libegl1 libgl1 libgl1-mesa-dri"
@@ -55,14 +55,14 @@ _SCENERY = ("", "skybox", "grid", "T_floor", "T_table", "T_wallmetal")  # names 
 def prepare_gl() -> str:
     """Make MuJoCo draw off-screen in this process; call before its first import.
 
-    Respects ``MUJOCO_GL`` where the user has set it, tries EGL and OSMesa otherwise. What worked
-    is remembered until the machine restarts, so that only the first program pays for the test.
+    Respects ``MUJOCO_GL`` if the user has set it, and tries EGL and OSMesa otherwise. What worked
+    is remembered until the machine restarts, so that only the first program has to test.
 
     Returns:
         The backend, as ``MUJOCO_GL`` now says.
 
     Raises:
-        EnvironmentSetupError: No backend draws; the message has the packages to install.
+        EnvironmentSetupError: No backend can draw; the message names the packages to install.
     """
     wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
     if not wanted and "mujoco" in sys.modules:
@@ -105,7 +105,7 @@ def _why_not(backend: str) -> str | None:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         return lines[-1][:300] if lines else f"the test ended with code {done.returncode}"
-    # Failures are not remembered: the user mends them and tries again.
+    # Failures are not remembered: the user fixes them and tries again.
     _write_memo(memo, [key, *(k for k in known if k.startswith(_boot_id()))])
     return None
 
@@ -132,11 +132,9 @@ def _read_memo(path: Path) -> list[str]:
 
 def _write_memo(path: Path, keys: list[str]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(keys, file)
-        os.replace(file.name, path)
-    except OSError as error:  # a read-only home costs a test per program, nothing else
+        with atomic_write(path) as draft:
+            draft.write_text(json.dumps(keys))
+    except OSError as error:  # with a read-only home every program tests again
         log.debug("cannot remember the renderer in %s: %s", path, error)
 
 
@@ -168,7 +166,7 @@ class OffscreenCamera:
         renderer = self._renderers.get(size) or self._new_renderer(size)
         renderer.update_scene(data, camera=self._camera)
         image: Frames = renderer.render()
-        return np.ascontiguousarray(image[::-1]) if self._hangs(data) else image
+        return np.ascontiguousarray(image[::-1]) if self._is_upside_down(data) else image
 
     def project(self, data: Any, points: NDArray[np.float64], size: int) -> NDArray[np.float64]:
         """Where points in the world are seen.
@@ -185,13 +183,16 @@ class OffscreenCamera:
         depth = np.where(seen[:, 2] < 0.0, -seen[:, 2], np.nan)
         focal = 0.5 * size / np.tan(np.radians(self._model.cam_fovy[self._camera]) / 2.0)
         right, up = focal * seen[:, 0] / depth, focal * seen[:, 1] / depth
-        return np.stack([size / 2 + right, size / 2 + (up if self._hangs(data) else -up)], axis=1)
+        return np.stack(
+            [size / 2 + right, size / 2 + (up if self._is_upside_down(data) else -up)], axis=1
+        )
 
-    def _hangs(self, data: Any) -> bool:
-        """Whether the camera's up-vector points down, so that it sees all head over heels.
+    def _is_upside_down(self, data: Any) -> bool:
+        """Whether the camera's up-vector points down, so that it sees the scene upside down.
 
-        mujoco-py gave rows bottom first, which is how the published Meta-World images came out
-        upright and mirrored: reversed rows match them, a half turn would not (facts 6.4).
+        `frame` then reverses the rows, which mirrors the image. This matches the published
+        Meta-World images, because mujoco-py gave rows bottom first; a half turn would not
+        (facts 6.4).
         """
         return bool(data.cam_xmat[self._camera].reshape(3, 3)[2, 1] < 0.0)
 
@@ -203,7 +204,7 @@ class OffscreenCamera:
     def _new_renderer(self, size: int) -> Any:
         import mujoco
 
-        for side in ("offwidth", "offheight"):  # room for images larger than the model foresaw
+        for side in ("offwidth", "offheight"):  # room for images larger than the model allows
             setattr(
                 self._model.vis.global_, side, max(size, getattr(self._model.vis.global_, side))
             )
@@ -219,9 +220,9 @@ _drawing: weakref.WeakSet[OffscreenCamera] = weakref.WeakSet()
 
 
 def _close_at_exit(camera: OffscreenCamera) -> None:
-    """Free contexts before MuJoCo ends the display; later, Python would print their errors.
+    """Free contexts before MuJoCo closes the display; later, Python would print their errors.
 
-    Called after the first context is made, because exit handlers run last in, first out.
+    Called after the first context is made, because exit handlers run in reverse order.
     """
     if not _drawing:
         atexit.unregister(_close_all)

@@ -14,16 +14,16 @@ from mapo_lightning.types import EnvironmentSetupError, Frames
 
 
 class GymnasiumTask:
-    """A registered id; what it draws is scaled to a square, its own observation is not used.
+    """A registered task; its rendered image is scaled to a square, its observation is not used.
 
     Args:
         name: Registered id, for example ``InvertedPendulum-v5`` or ``package.module:Task-v0``.
-        quality: ``full`` or ``fast``; only tasks drawn by MuJoCo know the difference.
-        bounded: Whether the caller limits the episodes, should the id not do so.
+        quality: ``full`` or ``fast``; only tasks drawn by MuJoCo differ.
+        bounded: Whether the caller limits the length of episodes if the task does not.
 
     Raises:
         EnvironmentSetupError: The id is not registered, needs a missing package, or cannot
-            render as ``rgb_array``; or nothing bounds its episodes.
+            render as ``rgb_array``; or nothing limits its episodes.
     """
 
     def __init__(self, name: str, quality: str = "fast", *, bounded: bool = False) -> None:
@@ -36,7 +36,7 @@ class GymnasiumTask:
                 f"cannot build the Gymnasium environment '{name}': {error}. Install the extra it "
                 "names, or import the package that registers it as 'package:Id-v0'."
             ) from error
-        self.action_space: Any = self._env.action_space  # PixelEnv refuses what it cannot do
+        self.action_space: Any = self._env.action_space  # PixelEnv refuses what it cannot use
         self.frame_rate = float(self._env.metadata.get("render_fps") or 30)
         self.frame_limit = self._env.spec.max_episode_steps if self._env.spec else None
         if self.frame_limit is None and not bounded:
@@ -50,8 +50,8 @@ class GymnasiumTask:
     def _aim(self, quality: str) -> Any:
         """Fix where a MuJoCo task is seen from.
 
-        Gymnasium aims its free camera at the pose of the first frame drawn. Drawn here, from one
-        seed, it is the same for every environment, whatever seeds these will play.
+        Gymnasium aims its free camera at the pose of the first frame drawn. That frame is drawn
+        here, from a fixed seed, so that the view is the same in every environment.
         """
         task: Any = self._env.unwrapped
         if quality == "fast":
@@ -76,9 +76,9 @@ class GymnasiumTask:
         )
 
     def frame(self, size: int) -> Frames:
-        """Draw the present moment, scaled to (size, size, 3) uint8 by averaging areas."""
+        """Draw the current state, scaled to (size, size, 3) uint8 by averaging areas."""
         if self._viewer is not None:
-            # Gymnasium draws into whatever OpenGL context is current, another task's perhaps.
+            # Gymnasium draws into the current OpenGL context, which may be another task's.
             self._viewer.make_context_current()
         image = self._env.render()
         if not isinstance(image, np.ndarray) or image.ndim != 3 or image.dtype != np.uint8:

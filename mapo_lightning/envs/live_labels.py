@@ -1,8 +1,8 @@
-"""Labels of what environments show while they play: at once, or whenever the answer comes.
+"""Labels what environments show while they are played: at once, or whenever the answer arrives.
 
-Late answers never make an environment wait. Acting uses the newest answer there is; a replay entry
-is written without a label and completed when the answer about its own window arrives. A window that
-finds the queue full is skipped: it counts as null and is counted.
+Late answers never make an environment wait. Acting uses the newest answer so far; a replay entry is
+written without a label and completed when the answer about its own window arrives. When the queue
+is full, a window is skipped: its label is null, and it is counted.
 
 Shapes: N environments side by side, H W image, V semantic vector.
 """
@@ -19,63 +19,64 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import EntryId, Replay
+from mapo_lightning.data.window_labels import WindowGrid
 from mapo_lightning.semantics.labeler import Label, Labeler
 from mapo_lightning.semantics.settings import VlmConfig
-from mapo_lightning.types import POSITIONS, Frames
+from mapo_lightning.types import POSITIONS, DescriberError, Frames
 
 log = logging.getLogger(__name__)
 
 Step = dict[str, NDArray[Any]]
 """One step of N environments; keys as in ``mapo_lightning.types``, leading axis (N,)."""
 
-_BATCH = 16  # windows that one call of a describer is given
+_BATCH = 16  # windows per call of the describer
 
 
 @dataclass(eq=False)
 class Window:
-    """One question about one environment, and the replay entries that its answer belongs to."""
+    """One query about one environment, and the replay entries that get its answer."""
 
     due: int
     """Index in the episode of the first frame that it labels."""
     label: Label | None = None
-    """None until the answer is there."""
+    """None until the answer arrives."""
     entries: list[EntryId] = field(default_factory=list)
-    """Written before the answer came."""
+    """Entries written before the answer arrived."""
 
 
 class LateAnswers:
-    """Asks in a thread of its own; whoever asks never waits.
+    """Queue of windows that a thread labels in the background.
 
-    The thread starts with the first question and alone uses the labeler from then on.
+    The thread starts with the first window; from then on only it uses the labeler.
 
     Args:
-        labeler: Who is asked; closed by the thread.
+        labeler: Labels the windows; closed by the thread.
         source: For people: where the windows come from.
-        limit: Windows that may wait for an answer at once.
+        limit: Largest number of windows without an answer.
     """
 
     def __init__(self, labeler: Labeler, source: str, limit: int) -> None:
         self.labeler, self.source, self.limit = labeler, source, limit
         self.waiting = 0
-        """Windows without an answer so far."""
+        """Windows without an answer."""
         self._change = threading.Condition()
-        self._asked: deque[tuple[Window, Frames]] = deque()
+        self._queue: deque[tuple[Window, Frames]] = deque()
         self._answered: list[tuple[Window, Label]] = []
         self._error: Exception | None = None
         self._stopping = False
         self._thread: threading.Thread | None = None
 
-    def ask(self, window: Window, frames: Frames) -> bool:
-        """Put a window into the queue; returns False where the queue is full."""
+    def put(self, window: Window, frames: Frames) -> bool:
+        """Queue a window; returns False if the queue is full."""
         with self._change:
             if self.waiting >= self.limit:
                 return False
             if self._thread is None:
-                # A daemon: a describer that hangs must not keep the program from ending.
+                # A daemon, so that a describer that hangs does not keep the program from ending.
                 self._thread = threading.Thread(target=self._work, name="labels", daemon=True)
                 self._thread.start()
             self.waiting += 1
-            self._asked.append((window, frames))
+            self._queue.append((window, frames))
             self._change.notify()
         return True
 
@@ -95,7 +96,7 @@ class LateAnswers:
         return [window for window, _ in answered]
 
     def stop(self, seconds: float) -> None:
-        """Take no more questions, and wait at most so long for the answers under way."""
+        """Take no more windows, and wait at most this long for the answers still to come."""
         with self._change:
             self._stopping = True
             self._change.notify()
@@ -106,57 +107,58 @@ class LateAnswers:
         try:
             while True:
                 with self._change:
-                    self._change.wait_for(lambda: self._asked or self._stopping)
-                    count = min(len(self._asked), _BATCH)
-                    batch = [self._asked.popleft() for _ in range(count)]
+                    self._change.wait_for(lambda: self._queue or self._stopping)
+                    count = min(len(self._queue), _BATCH)
+                    batch = [self._queue.popleft() for _ in range(count)]
                 if not batch:
                     return
                 labels = self.labeler.label_frames([frames for _, frames in batch], self.source)
                 with self._change:
                     windows = (window for window, _ in batch)
                     self._answered += zip(windows, labels, strict=True)
-        except Exception as error:  # whatever it is, the main thread raises it
+        except Exception as error:  # raised again in the main thread, whatever it is
             with self._change:
                 self._error = error
         finally:
             self.labeler.close()  # SQLite's connections belong to the thread that made them
 
 
-class SemanticTracker:
+class LiveLabeler:
     """Labels the newest frames of N environments and holds each label until the next one.
 
-    Windows lie on a grid from the start of an episode, as in videos: with a window and a grid of 4,
-    the frames 3, 7, 11, ... end one. Source: facts O2, O4, O6, O7, O9.
+    Windows lie on a grid that begins with the episode, as in videos: with 4 frames per window and a
+    query every 4 steps, windows end at the frames 3, 7, 11, ... Source: facts O2, O4, O6, O7, O9.
 
     Args:
-        labeler: Who is asked.
-        cfg: Window, grid and queue.
+        labeler: Labels the windows.
+        cfg: Windows and queue.
         envs: Number N of environments.
         source: For people: where the windows come from.
-        late: Ask in a thread of its own; otherwise every label is there at once.
+        late: Label in a background thread; otherwise every step waits for its labels.
     """
 
     def __init__(
         self, labeler: Labeler, cfg: VlmConfig, envs: int, source: str, late: bool = False
     ) -> None:
         self.labeler, self.cfg, self.source = labeler, cfg, source
-        self.recent: list[deque[Frames]] = [deque(maxlen=cfg.window) for _ in range(envs)]
+        self.grid = WindowGrid(cfg.window, cfg.env_every, cfg.offset)
+        self.recent: list[deque[Frames]] = [deque(maxlen=self.grid.frames) for _ in range(envs)]
         self.age = np.full(envs, -1, np.int64)
         self.skipped = 0
-        """Windows that count as null because nobody could be asked, or answered, in time."""
+        """Windows whose label is null because the queue was full or no answer came in time."""
         self._late = LateAnswers(labeler, source, cfg.env_queue) if late else None
         self._nothing = Label(np.zeros(labeler.semantic_dim, np.float32), False, "", "null", None)
-        # Of this episode, oldest first, from the newest one that has an answer.
+        # Windows of the current episode, oldest first, from the newest one that has an answer.
         self._windows: list[list[Window]] = [[] for _ in range(envs)]
         self._to_complete: list[Window] = []
 
     @property
     def waiting(self) -> int:
-        """Windows whose answer has not come yet."""
+        """Windows whose answer has not arrived yet."""
         return 0 if self._late is None else self._late.waiting
 
     def update(self, obs: dict[str, NDArray[np.uint8]], is_first: NDArray[np.bool_]) -> Step:
-        """Take in the newest frames, ask where a window ends, and return the labels to act on.
+        """Take in the newest frames, query where a window ends, and return the labels to act on.
 
         Args:
             obs: ``image`` and perhaps ``label_image``, (N, H, W, 3).
@@ -177,31 +179,31 @@ class SemanticTracker:
                 self.age[n] = -1
             self.age[n] += 1
             self.recent[n].append(frames[n].copy())
-            grid_age = self.age[n] - (self.cfg.window - 1)
-            if grid_age >= 0 and grid_age % self.cfg.env_every == 0:
-                window = Window(int(self.age[n]) + self.cfg.offset)
+            age = int(self.age[n])
+            if self.grid.is_end(age):
+                window = Window(self.grid.first_labelled(age))
                 self._windows[n].append(window)
                 ended.append((window, np.stack(self.recent[n])))
-        self._ask(ended)
-        in_force = [self._newest_answer(n) or self._nothing for n in range(len(self._windows))]
-        return _stacked(in_force) | {"position": self.age % POSITIONS}
+        self._query(ended)
+        newest = [self._newest_answer(n) or self._nothing for n in range(len(self._windows))]
+        return _stacked(newest) | {"position": self.age % POSITIONS}
 
     def to_store(self) -> Step:
-        """Return ``semantic`` and ``has_semantic`` as replay is to hold them so far.
+        """Return ``semantic`` and ``has_semantic`` as replay should store them now.
 
-        They are those of each entry's own window: null where its answer has not come yet.
+        They are those of each entry's own window: null if its answer has not arrived yet.
         """
         own = [self._own(n) for n in range(len(self._windows))]
         return _stacked([(w and w.label) or self._nothing for w in own])
 
-    def stored(self, env: int, entry: EntryId) -> None:
-        """Note where the newest entry of an environment went, to complete it later."""
+    def note_entry(self, env: int, entry: EntryId) -> None:
+        """Remember the replay entry of an environment's newest frame, to complete it later."""
         own = self._own(env)
         if own is not None and own.label is None:
             own.entries.append(entry)
 
     def complete(self, replay: Replay) -> None:
-        """Write the answers that have come since into the entries they belong to."""
+        """Write the answers that have arrived since the last call into their replay entries."""
         for window in self._to_complete:
             label = window.label or self._nothing
             for entry in window.entries:
@@ -209,15 +211,18 @@ class SemanticTracker:
         self._to_complete.clear()
 
     def close(self, replay: Replay | None = None) -> None:
-        """Wait ``env_drain`` seconds for the answers under way, then give up on the rest."""
+        """Wait ``env_drain`` seconds for the answers still to come, then give up on the rest.
+
+        A describer that fails now costs a warning and these labels; any other error is raised.
+        """
         if self._late is None:
             self.labeler.close()
             return
         self._late.stop(self.cfg.env_drain)
         try:
             self._to_complete += self._late.collect()
-        except Exception as error:  # nothing is lost by it but these labels
-            log.warning("labels under way are lost: %s", error)
+        except DescriberError as error:  # costs nothing but these labels
+            log.warning("the labels still to come are lost: %s", error)
         if replay is not None:
             self.complete(replay)
         self.skipped += self._late.waiting
@@ -230,7 +235,7 @@ class SemanticTracker:
             )
 
     def _newest_answer(self, env: int) -> Label | None:
-        """Label to act on; answers may overtake each other, so older windows are forgotten."""
+        """Label to act on. Answers may overtake each other, so older windows are dropped."""
         windows = self._windows[env]
         answered = [
             i for i, w in enumerate(windows) if w.due <= self.age[env] and w.label is not None
@@ -239,11 +244,11 @@ class SemanticTracker:
         return windows[0].label if answered else None
 
     def _own(self, env: int) -> Window | None:
-        """Window that the newest frame of an environment belongs to."""
+        """Window that labels the newest frame of an environment."""
         due = [w for w in self._windows[env] if w.due <= self.age[env]]
         return due[-1] if due else None
 
-    def _ask(self, ended: list[tuple[Window, Frames]]) -> None:
+    def _query(self, ended: list[tuple[Window, Frames]]) -> None:
         if self._late is None:
             windows = [frames for _, frames in ended]
             labels = self.labeler.label_frames(windows, self.source) if windows else []
@@ -252,7 +257,7 @@ class SemanticTracker:
             return
         self._to_complete += [window for window in self._late.collect() if window.entries]
         for window, frames in ended:
-            if not self._late.ask(window, frames):
+            if not self._late.put(window, frames):
                 window.label = self._nothing
                 self.skipped += 1
 

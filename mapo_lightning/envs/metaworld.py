@@ -1,4 +1,4 @@
-"""Meta-World's manipulation tasks; sole door to the ``metaworld`` package."""
+"""Meta-World's manipulation tasks; the only file that imports its environments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MetaWorldTask:
         quality: ``full`` or ``fast``.
 
     Raises:
-        EnvironmentSetupError: No such task or camera, or nothing can draw.
+        EnvironmentSetupError: No such task or camera, or no renderer.
     """
 
     def __init__(self, name: str, camera: int | str | None = None, quality: str = "fast") -> None:
@@ -46,7 +46,7 @@ class MetaWorldTask:
         self.frame_rate = 1.0 / float(self._env.dt)
         self.frame_limit: int | None = int(self._env.max_path_length)
         self.state: NDArray[np.float64] = np.zeros(39)
-        """What the scripted experts see, (39,); not shown to the agent."""
+        """State that the scripted experts act on, (39,); not shown to the agent."""
 
     def reset(self, seed: int | None) -> None:
         """Start an episode with a new goal; a seed restarts the random stream."""
@@ -60,7 +60,7 @@ class MetaWorldTask:
         return Outcome(float(reward), False, bool(truncated), float(info["success"]))
 
     def frame(self, size: int) -> Frames:
-        """Draw the present moment, upright, (size, size, 3) uint8."""
+        """Draw the current state, upright, (size, size, 3) uint8."""
         return self._camera.frame(self._env.data, size)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ SUITE_FRAMES = {"toy": 50, "dmc": 1000, "metaworld": 500}
 
 @dataclass
 class EnvConfig:
-    """Which task to act in, and how it is seen and clocked (O31, O32)."""
+    """Which task to act in, its camera and its time step (O31, O32)."""
 
     kind: Literal["toy", "dmc", "metaworld", "gym"] = "toy"
     """Suite: ``toy`` needs numpy alone, ``dmc`` and ``metaworld`` are MuJoCo, ``gym`` is any

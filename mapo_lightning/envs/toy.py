@@ -1,8 +1,8 @@
 """A disc, a pad and a patterned floor: learnable in minutes, known optimum, numpy alone.
 
-The agent moves the disc with a velocity and is paid, every frame, for being near the pad. The
-floor's pattern and colours change with the episode and mean nothing: they are the context that
-the world model should keep apart from what moves.
+The agent sets the disc's velocity and is rewarded, every frame, for being near the pad. The
+floor's pattern and colours change with the episode and carry no information: they are the context
+that the world model should separate from what moves.
 
 Lengths are shares of the image side; x points right, y down.
 """
@@ -24,7 +24,7 @@ DISC_RADIUS, PAD_RADIUS = 0.12, 0.16
 SPEED = 0.06
 """Distance covered in one frame by an action of length 1."""
 START_DISTANCE = 0.36
-"""From disc to pad at the beginning of every episode, so that all have one optimum."""
+"""Distance from disc to pad at the start of every episode; all have the same optimum."""
 FRAMES = 50
 """Frames of an episode."""
 _REACH = 0.55  # distance at which the reward has fallen to 0
@@ -104,7 +104,7 @@ class ToyDisc:
         return (way / max(1.0, float(np.hypot(*way)))).astype(np.float32)
 
     def frame(self, size: int) -> Frames:
-        """Draw the present moment, (size, size, 3) uint8; the same picture at every size."""
+        """Draw the current state, (size, size, 3) uint8; the same picture at every size."""
         image = self._floor.draw(size).copy()
         ring = _cover(self.pad, PAD_RADIUS, size) - _cover(self.pad, 0.75 * PAD_RADIUS, size)
         for cover, colour in (
@@ -126,21 +126,21 @@ class ToyDisc:
 
 
 class Floor:
-    """A soft random pattern of two like, dark colours; one of four families, drawn at any size."""
+    """A soft random pattern of two similar dark colours, of one of four families, at any size."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         base = rng.uniform(20.0, 110.0, 3)
         self._colours = np.stack([base, base + rng.uniform(-30.0, 30.0, 3)]).astype(np.float32)
-        # Red is the disc's: a floor of the same hue would hide it.
+        # The disc is red: a red floor would hide it.
         self._colours[:, 0] *= 0.6
         self._family = int(rng.integers(4))
         self._wave = rng.uniform(1.0, 3.0, 3) * rng.choice([-1.0, 1.0], 3)
         self._phase = rng.uniform(0.0, 2.0 * np.pi, 3)
-        self._drawn: dict[int, NDArray[np.float32]] = {}
+        self._pictures: dict[int, NDArray[np.float32]] = {}
 
     def draw(self, size: int) -> NDArray[np.float32]:
         """The floor alone, (size, size, 3) in [0, 255]; kept, so do not write into it."""
-        if size not in self._drawn:
+        if size not in self._pictures:
             x, y = _grid(size)
             p, q, r = 2.0 * np.pi * self._wave
             a, b, c = self._phase
@@ -151,8 +151,8 @@ class Floor:
                 (np.sin(p * x + a + np.sin(q * y)) + np.sin(r * y + b + np.sin(q * x))) / 2.0,
             )[self._family]
             share = (0.5 + 0.5 * pattern)[..., None].astype(np.float32)
-            self._drawn[size] = self._colours[0] + share * (self._colours[1] - self._colours[0])
-        return self._drawn[size]
+            self._pictures[size] = self._colours[0] + share * (self._colours[1] - self._colours[0])
+        return self._pictures[size]
 
 
 def _inside(point: Point) -> Point:

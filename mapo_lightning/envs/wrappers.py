@@ -1,4 +1,4 @@
-"""From a simulator to a Gymnasium environment: repeat, normalise, limit, draw.
+"""Makes a Gymnasium environment of a simulator: repeats, normalises, limits and draws.
 
 A suite provides a `Simulator`, which knows its own units; `PixelEnv` is everything that all
 suites share. Frames are drawn only when the agent sees them, not for every repeated action.
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from mapo_lightning.types import EnvironmentSetupError, Frames, MapoError
 
 Observation = dict[str, Frames]
-"""``image`` and perhaps ``label_image``: (H, W, 3) uint8, owned by whoever receives them."""
+"""``image`` and perhaps ``label_image``: (H, W, 3) uint8, new arrays at every step."""
 
 
 class Outcome(NamedTuple):
-    """What one simulator frame led to."""
+    """Result of one simulator frame."""
 
     reward: float  # in units of the suite
     terminated: bool = False  # the task ended
@@ -32,10 +32,10 @@ class Outcome(NamedTuple):
 
 
 class Simulator(Protocol):
-    """A task in its own units; the plug that a new suite fills."""
+    """A task in its own units; a new suite implements this."""
 
     action_space: spaces.Box | spaces.Discrete
-    """What the simulator itself takes."""
+    """Actions in the simulator's own units."""
     frame_rate: float
     """Control frames per simulated second, in Hz."""
     frame_limit: int | None
@@ -50,7 +50,7 @@ class Simulator(Protocol):
         ...
 
     def frame(self, size: int) -> Frames:
-        """Draw the present moment, upright, as a new array (size, size, 3) uint8."""
+        """Draw the current state, upright, as a new array (size, size, 3) uint8."""
         ...
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ class Simulator(Protocol):
 
 
 def no_such_task(suite: str, name: str, known: Iterable[str]) -> EnvironmentSetupError:
-    """The error for a task that a suite has not: names the nearest one, then all."""
+    """The error for a task that a suite does not have: names the nearest one, then all."""
     tasks = sorted(known)
     near = difflib.get_close_matches(name, tasks, 1, 0.0)[0]
     return EnvironmentSetupError(
@@ -145,7 +145,7 @@ class PixelEnv(gym.Env[Any, Any]):
             if terminated or truncated:
                 break
         self._agent_steps += 1
-        # An episode that ends by itself in its last step did end: that is no truncation.
+        # An episode that terminates in its last allowed step is not truncated.
         out_of_time = self.time_limit is not None and self._agent_steps >= self.time_limit
         truncated = not terminated and (truncated or out_of_time)
         if terminated or truncated:
@@ -154,7 +154,7 @@ class PixelEnv(gym.Env[Any, Any]):
         return self._observe(), reward, terminated, truncated, info
 
     def render(self) -> Frames:
-        """Draw the present moment at the largest observed size, (S, S, 3) uint8."""
+        """Draw the current state at the largest observed size, (S, S, 3) uint8."""
         return self.simulator.frame(max(self._sizes.values()))
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ class PixelEnv(gym.Env[Any, Any]):
 
 
 def _normalised(raw: spaces.Space[Any]) -> spaces.Box:
-    """The space [-1, 1]^A that stands for ``raw``; one preference each for discrete choices."""
+    """The space [-1, 1]^A in place of ``raw``; of discrete choices, the largest entry is taken."""
     if isinstance(raw, spaces.Discrete):
         return spaces.Box(-1.0, 1.0, (int(raw.n),), np.float32)
     if isinstance(raw, spaces.Box) and np.isfinite(raw.low).all() and np.isfinite(raw.high).all():
@@ -202,6 +202,8 @@ def resize_area(image: Frames, size: int) -> Frames:
     Returns:
         A new array (size, size, 3) uint8.
     """
+    # Not OpenCV's INTER_AREA, as for videos: it rounds halves up when it shrinks by exactly 2, and
+    # interpolates when it enlarges, so that pixels would differ by 1.
     rows, columns = (_area_weights(n, size) for n in image.shape[:2])
     tall = np.tensordot(rows, image.astype(np.float32), axes=(1, 0))
     small = np.tensordot(columns, tall, axes=(1, 1)).transpose(1, 0, 2)

@@ -1,1 +1,1 @@
-"""Looking at labels, judging them, and taking them in and out of the store."""
+"""Tools for labels: a gallery to review them, a quality report, and export and import."""

@@ -1,7 +1,7 @@
 """Shows labels beside their frames: ``mapo-gallery`` writes one HTML page.
 
 The page opens from disk, loads nothing from anywhere, and runs nothing but its own script. Labels
-can be accepted and rejected in it; ``vlm.marks=FILE`` makes training honour what it exports.
+can be accepted and rejected in it; ``vlm.reviews=FILE`` makes training use what it exports.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mapo_lightning.config.compose import load_yaml
 from mapo_lightning.data.listing import SUFFIXES
 from mapo_lightning.label_tools.page import Place, Sample, page
 from mapo_lightning.semantics.phrase import MAX_TEXT, clean_text
-from mapo_lightning.semantics.reviews import read_marks
+from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import ConfigError, MapoError
 
 _SOURCE = re.compile(r"(.+) frames (\d{1,9})\.\.(\d{1,9}) step (\d{1,9})")
-_LONGEST = 256  # frames of a window; more is no window of ours
+_LONGEST = 256  # frames of a window; no longer window is shown
 _MOST = 2000  # labels in one page: about 30 MB
 
 
@@ -43,12 +43,12 @@ def draw(
     status: str = "",
     describer: str = "",
 ) -> Sample:
-    """Draw labels whose videos are at hand; the same ones for the same seed.
+    """Draw labels whose videos are available; the same ones for the same seed.
 
     Args:
         store: Where labels are kept.
         videos: Files to look for.
-        count: Labels drawn, at most.
+        count: Labels candidates, at most.
         seed: Of the draw.
         status: Only labels read this way; empty: all.
         describer: Only labels whose describer's name contains this.
@@ -57,11 +57,11 @@ def draw(
         DescriberError: The store is damaged.
     """
     named: dict[str, list[Path]] = {}
-    for path in videos:  # the store keeps names as people may safely see them
+    for path in videos:  # the store keeps cleaned names
         named.setdefault(clean_text(path.name, MAX_TEXT), []).append(path)
     counts: Counter[str] = Counter()
     elsewhere = 0
-    drawn: list[tuple[bytes, tuple[str, StoredLabel, Place, list[Path]]]] = []
+    candidates: list[tuple[bytes, tuple[str, StoredLabel, Place, list[Path]]]] = []
     for key, label in store.ordered(hidden=False):
         counts[label.status] += 1
         place = _place(label.source)
@@ -71,10 +71,10 @@ def draw(
         if (status and label.status != status) or describer not in label.describer:
             continue
         rank = hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest()
-        drawn.append((rank, (key, label, place, named[place.name])))
-        if len(drawn) > 4 * count + 1000:
-            drawn = heapq.nsmallest(count, drawn, key=lambda pair: pair[0])
-    chosen = heapq.nsmallest(count, drawn, key=lambda pair: pair[0])
+        candidates.append((rank, (key, label, place, named[place.name])))
+        if len(candidates) > 4 * count + 1000:
+            candidates = heapq.nsmallest(count, candidates, key=lambda pair: pair[0])
+    chosen = heapq.nsmallest(count, candidates, key=lambda pair: pair[0])
     labels = sorted((entry for _, entry in chosen), key=lambda entry: (entry[2], entry[0]))
     return Sample(labels, counts, elsewhere)
 
@@ -89,31 +89,31 @@ def _place(source: str) -> Place | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the page and say where it lies; returns the exit code."""
-    words = _parser().parse_args(argv)
+    """Write the page and print its path; returns the exit code."""
+    args = _parser().parse_args(argv)
     try:
-        store, roots = _where(words)
-        if not 1 <= words.max_items <= _MOST:
-            raise ConfigError(f"--max-items must lie in [1, {_MOST}], got {words.max_items}")
-        marks = read_marks(words.marks)
+        store, roots = _where(args)
+        if not 1 <= args.max_items <= _MOST:
+            raise ConfigError(f"--max-items must lie in [1, {_MOST}], got {args.max_items}")
+        reviews = read_reviews(args.reviews)
         videos = find_videos(roots)
         sample = draw(
             LabelStore(store, "gallery"),
             videos,
-            words.max_items,
-            words.seed,
-            words.status,
-            words.describer,
+            args.max_items,
+            args.seed,
+            args.status,
+            args.describer,
         )
         if not sample.labels:
             raise ConfigError(
-                f"none of the {sample.counts.total()} labels in '{store}' that were asked for is "
+                f"none of the {sample.counts.total()} labels in '{store}' that match is "
                 f"about one of the {len(videos)} videos in {', '.join(map(repr, map(str, roots)))}:"
                 " give --store and --videos"
             )
-        out = Path(words.out)
+        out = Path(args.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page(sample, ", ".join(root.name for root in roots), marks), "utf-8")
+        out.write_text(page(sample, ", ".join(root.name for root in roots), reviews), "utf-8")
     except MapoError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -143,15 +143,15 @@ def _parser() -> argparse.ArgumentParser:
         help="only labels read this way",
     )  # fmt: skip
     parser.add_argument("--describer", default="", help="only describers whose name has this text")
-    parser.add_argument("--marks", default="", help="file of marks to start from")
+    parser.add_argument("--reviews", default="", help="file of reviews to start from")
     return parser
 
 
-def _where(words: argparse.Namespace) -> tuple[Path, list[Path]]:
+def _where(args: argparse.Namespace) -> tuple[Path, list[Path]]:
     """Folders of the label store and of the videos."""
-    store, roots = words.store, words.videos
+    store, roots = args.store, args.videos
     if not store or not roots:
-        run = Path(words.run) if words.run else _newest_run(Path("runs"))
+        run = Path(args.run) if args.run else _newest_run(Path("runs"))
         cfg = load_yaml(run / "config.yaml")
         store = store or Path(_text(cfg, "work_dir", run)) / _text(cfg, "vlm.store", run)
         roots = roots or [_text(cfg, "data.root", run)]

@@ -1,7 +1,7 @@
-"""One self-contained page of labels beside their frames: what `gallery` and MLflow show.
+"""A self-contained HTML page of labels beside their frames, for `gallery` and MLflow.
 
-Every text in it comes from outside and is escaped by the template. The page's policy allows nothing
-but pictures inside it and its own style and script, by their hashes.
+All texts in it come from outside and are escaped by the template. The page's content policy allows
+only embedded pictures, and its own style and script by their hashes.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from mapo_lightning.data.ground_truth import Truth
+from mapo_lightning.data.ground_truth import GroundTruth
 from mapo_lightning.data.video import VideoFileError, fingerprint, read_frames
 from mapo_lightning.semantics.agreement import CLEAR_PERCENT, clear_shift, said_direction, same_way
 from mapo_lightning.semantics.labeler import label_key
 from mapo_lightning.semantics.phrase import MAX_SLOT, MAX_TEXT, SLOTS, Phrase, clean_text
 from mapo_lightning.semantics.point_tracking import dominant_motion
-from mapo_lightning.semantics.reviews import Marks
+from mapo_lightning.semantics.reviews import Reviews
 from mapo_lightning.semantics.store import StoredLabel
+from mapo_lightning.semantics.vocabulary import COMPASS, compass_word
 from mapo_lightning.types import Frames
 
 _PAGES = Path(__file__).parent / "pages"
 _TITLES = ("body", "action", "target object", "direction", "displacement")
 _GAP = 3  # pixels right of every frame
-_WAYS = ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right")
-_OTHER_WAYS = ("towards or away", "turning", "none named")
+_OTHER_DIRECTIONS = ("towards or away", "turning", "none named")
 _HEIGHT = 112  # pixels of a frame in the page
 _WIDEST = 220
 _FRAMES = 8  # frames of a window that are shown
-_SEEN_AT = 128  # short side at which motion is measured, pixels
+_MEASURED_AT = 128  # short side at which motion is measured, pixels
 
 
 class Place(NamedTuple):
-    """Which frames of which video a label is about, by the name that the store has kept."""
+    """Frames of a video that a label is about, by the name in the store."""
 
     name: str
     first: int
@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Labels drawn from a store, and what the store holds in all."""
+    """Labels drawn from a store, and counts of the whole store."""
 
     labels: list[tuple[str, StoredLabel, Place, list[Path]]]
     """Key, label, place, and the videos of that name."""
@@ -61,27 +61,30 @@ class Sample(NamedTuple):
     """Labels of environments, or of videos in other folders."""
 
 
-def page(sample: Sample, title: str, marks: Marks | None = None) -> str:
+def page(sample: Sample, title: str, reviews: Reviews | None = None) -> str:
     """Write the page.
 
     Args:
         sample: What to show.
         title: Where the labels come from; any text.
-        marks: Marks to start from.
+        reviews: Reviews to start from.
 
     Returns:
         HTML; 5 to 20 kB a label.
     """
-    marks = marks or Marks()
-    truth = Truth({path.parent for *_, paths in sample.labels for path in paths})
-    items = [_item(*entry, truth) for entry in sample.labels]
-    known = {key: "accept" for key in marks.accepted} | {key: "reject" for key in marks.rejected}
+    reviews = reviews or Reviews()
+    ground_truth = GroundTruth({path.parent for *_, paths in sample.labels for path in paths})
+    items = [_item(*entry, ground_truth) for entry in sample.labels]
+    known = {key: "accept" for key in reviews.accepted}
+    known |= {key: "reject" for key in reviews.rejected}
     for item in items:
         item["mark"] = known.pop(item["key"], "")
     style, script = ((_PAGES / name).read_text() for name in ("gallery.css", "gallery.js"))
-    # A template must be given everything it names, and nothing in it is trusted but these two.
-    maker = Environment(loader=FileSystemLoader(_PAGES), autoescape=True, undefined=StrictUndefined)
-    return maker.get_template("gallery.html.j2").render(
+    # Everything is escaped but the page's own style and script; a missing value is an error.
+    templates = Environment(
+        loader=FileSystemLoader(_PAGES), autoescape=True, undefined=StrictUndefined
+    )
+    return templates.get_template("gallery.html.j2").render(
         policy=_policy(style, script),
         style=Markup(style),
         script=Markup(script),
@@ -90,7 +93,7 @@ def page(sample: Sample, title: str, marks: Marks | None = None) -> str:
         counts=dict(sorted(sample.counts.items())),
         elsewhere=sample.elsewhere,
         items=items,
-        ways=(*_WAYS, *_OTHER_WAYS),
+        ways=(*COMPASS, *_OTHER_DIRECTIONS),
         others=json.dumps([{"key": key, "mark": mark} for key, mark in known.items()]),
     )
 
@@ -106,10 +109,10 @@ def _policy(style: str, script: str) -> str:
 
 
 def _item(
-    key: str, label: StoredLabel, place: Place, paths: list[Path], truth: Truth
+    key: str, label: StoredLabel, place: Place, paths: list[Path], ground_truth: GroundTruth
 ) -> dict[str, Any]:
-    """Everything that the template says about one label."""
-    # Cleaned once more: the store may come from anywhere.
+    """Everything that the template shows of one label."""
+    # Cleaned again: the store may come from anywhere.
     slots = [clean_text(slot, MAX_SLOT) for slot in label.phrase or ("",) * len(SLOTS)]
     item: dict[str, Any] = {
         "key": clean_text(key, MAX_SLOT),
@@ -130,14 +133,14 @@ def _item(
     }
     try:
         path = _file_of(key, label, place, paths)
-        frames = read_frames(path, range(place.first, place.last + 1, place.step), _SEEN_AT)
+        frames = read_frames(path, range(place.first, place.last + 1, place.step), _MEASURED_AT)
     except VideoFileError as error:
         return item | {"trouble": clean_text(str(error), MAX_TEXT)}
     strip, shown = _strip(frames)
-    moved = truth.moved(path, place.first, place.last)
+    moved = ground_truth.moved(path, place.first, place.last)
     real = None if moved is None or not len(moved.parts) else clear_shift(moved.shifts)
     facts = [
-        _fact("followed points", dominant_motion(frames), label.phrase),
+        _fact("tracked points", dominant_motion(frames), label.phrase),
         *([_fact("simulator", real, label.phrase)] if moved is not None else []),
     ]
     judged = [fact["verdict"] for fact in reversed(facts) if fact["verdict"] != "unclear"]
@@ -152,7 +155,7 @@ def _item(
 
 
 def _file_of(key: str, label: StoredLabel, place: Place, paths: list[Path]) -> Path:
-    """Find the file among those of one name that the label is about."""
+    """Find the file that the label is about, among those of one name."""
     if len(paths) == 1:
         return paths[0]
     where = f"frames {place.first}..{place.last} step {place.step}"
@@ -166,11 +169,10 @@ def _file_of(key: str, label: StoredLabel, place: Place, paths: list[Path]) -> P
 
 
 def _fact(who: str, shift: np.ndarray[Any, Any] | None, phrase: Phrase | None) -> dict[str, str]:
-    """One yardstick's view of a window, against the phrase."""
+    """One reference motion of a window, compared with the phrase."""
     if shift is None:
-        return {"text": f"{who}: no one clear motion", "verdict": "unclear"}
-    way = _WAYS[round(float(np.arctan2(shift[1], shift[0])) / (np.pi / 4)) % 8]
-    text = f"{who}: {way} {np.linalg.norm(shift):.1f} %"
+        return {"text": f"{who}: no single clear motion", "verdict": "unclear"}
+    text = f"{who}: {compass_word(shift)} {np.linalg.norm(shift):.1f} %"
     if np.linalg.norm(shift) < CLEAR_PERCENT:
         return {"text": f"{text}, not clear", "verdict": "unclear"}
     said = said_direction(phrase)
@@ -182,10 +184,10 @@ def _fact(who: str, shift: np.ndarray[Any, Any] | None, phrase: Phrase | None) -
 
 
 def _way(phrase: Phrase | None) -> str:
-    """Name of the filter that a phrase's direction falls under."""
+    """Name of the filter for a phrase's direction."""
     said = said_direction(phrase)
     if said is not None:
-        return _WAYS[round(float(np.arctan2(said[1], said[0])) / (np.pi / 4)) % 8]
+        return compass_word(said)
     low = phrase.direction.lower() if phrase is not None else ""
     if "clockwise" in low:
         return "turning"

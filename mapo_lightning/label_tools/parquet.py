@@ -1,4 +1,4 @@
-"""Labels as one file to keep, to share and to read with other tools.
+"""Exports labels to one Parquet file, to keep, share and read with other tools; and imports it.
 
 mapo-labels export runs/cache/labels labels.parquet
 mapo-labels import labels.parquet runs/cache/labels
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mapo_lightning.files import atomic_write
 from mapo_lightning.semantics.phrase import MAX_SLOT, MAX_TEXT, PROMPT, SLOTS, Phrase, clean_text
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import DescriberError, MapoError
@@ -38,13 +39,13 @@ _STATUSES = ("slots", "prose", "null", "unreadable")
 
 
 def export_labels(store: Path, file: Path) -> int:
-    """Write all labels of a store into one Parquet file, by key, and a card beside it.
+    """Write all labels of a store into one Parquet file, by key, and a data card beside it.
 
-    The same labels give the same bytes, whoever asked for them and in which order.
+    The same labels give the same bytes, in whatever order they were made.
 
     Args:
         store: Folder of the label store.
-        file: Written anew, whole or not at all; the card is ``file`` with the suffix ``.md``.
+        file: Written as a whole; the data card is ``file`` with the suffix ``.md``.
 
     Returns:
         Number of labels.
@@ -53,10 +54,12 @@ def export_labels(store: Path, file: Path) -> int:
         DescriberError: The folder holds no labels.
     """
     if not any(store.glob("*.sqlite")):
-        raise DescriberError(f"'{store}' is no label store: it holds no .sqlite file")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, counts = file.with_name(f".{file.name}.part"), Counter[tuple[str, str]]()
-    with pq.ParquetWriter(unfinished, _SCHEMA, compression="zstd") as writer:
+        raise DescriberError(f"'{store}' is not a label store: it holds no .sqlite file")
+    counts = Counter[tuple[str, str]]()
+    with (
+        atomic_write(file) as draft,
+        pq.ParquetWriter(draft, _SCHEMA, compression="zstd") as writer,
+    ):
         labels = LabelStore(store, "export").ordered()
         while group := list(islice(labels, _ROWS)):
             counts.update((label.describer, label.status) for _, label in group)
@@ -64,13 +67,12 @@ def export_labels(store: Path, file: Path) -> int:
             writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
         card = _card(counts)
         writer.add_key_value_metadata({_CARD: json.dumps(card, sort_keys=True)})
-    unfinished.replace(file)
     file.with_suffix(".md").write_text(_card_text(card, file.name), encoding="utf-8")
     return counts.total()
 
 
 def import_labels(file: Path, store: Path) -> tuple[int, int]:
-    """Put the labels of a Parquet file into a store; those it has already stay as they are.
+    """Put the labels of a Parquet file into a store; those already in it stay unchanged.
 
     Nothing in the file is trusted: texts are cleaned and bounded, everything else is checked.
 
@@ -78,7 +80,7 @@ def import_labels(file: Path, store: Path) -> tuple[int, int]:
         Numbers of labels (new, known before).
 
     Raises:
-        DescriberError: The file is no label file, or holds a row that is no label.
+        DescriberError: The file is not a label file, or holds a row that is not a label.
     """
     try:
         table = pq.ParquetFile(file)
@@ -107,7 +109,7 @@ def read_card(file: Path) -> dict[str, Any]:
         metadata = pq.read_metadata(file).metadata or {}
         card: dict[str, Any] = json.loads(metadata[_CARD])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DescriberError(f"'{file}' is no label file: {error}") from error
+        raise DescriberError(f"'{file}' is not a label file: {error}") from error
     return card
 
 
@@ -124,7 +126,7 @@ def _from_row(row: dict[str, Any]) -> tuple[str, StoredLabel]:
     """Check one row.
 
     Raises:
-        ValueError: It is no label.
+        ValueError: It is not a label.
     """
     key, status = str(row["key"]), row["status"]
     if not re.fullmatch(r"[0-9a-f]{32}", key):
@@ -153,7 +155,7 @@ def _card(counts: Counter[tuple[str, str]]) -> dict[str, Any]:
 def _card_text(card: dict[str, Any], name: str) -> str:
     lines = [
         f"# {name}", "",
-        f"{card['labels']} labels of windows of video: what a describer says happens in them.", "",
+        f"{card['labels']} labels: what a describer says happens in windows of video.", "",
         "| describer | slots | prose | null | unreadable |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for describer, by_status in card["describers"].items():
@@ -161,7 +163,9 @@ def _card_text(card: dict[str, Any], name: str) -> str:
         lines.append(f"| {clean_text(describer, MAX_TEXT).replace('|', ' ')} | {counts} |")
     lines += ["", "Columns: `key` names the frames and the describer (a hash); `source` is for"]
     lines += ["people; the five slots; `text` is the raw answer, cleaned; `hidden` the describer's"]
-    lines += ["mean hidden state, where it has one. The labels are a model's guesses, not truth."]
+    lines += [
+        "mean hidden state, where it has one. The labels are a model's guesses, not ground truth."
+    ]
     return "\n".join([*lines, "", f"Prompt: {card['prompt']}", ""])
 
 

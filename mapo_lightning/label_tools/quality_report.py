@@ -1,4 +1,4 @@
-"""Measures how good a describer's labels are, by motion, by repetition and by the simulator."""
+"""Measures how good a describer's labels are: against motion, and for altered windows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mapo_lightning.data.clips import ClipDataset, LabelExample
-from mapo_lightning.data.ground_truth import Truth
+from mapo_lightning.data.ground_truth import GroundTruth
 from mapo_lightning.semantics.agreement import (
     Agreement,
     Judged,
@@ -21,34 +21,34 @@ from mapo_lightning.semantics.labeler import Label, Labeler
 from mapo_lightning.semantics.point_tracking import dominant_motion
 from mapo_lightning.types import ConfigError, Frames
 
-_AT_ONCE = 16  # windows asked about at once
+_AT_ONCE = 16  # windows queried at once
 _WORST = 40  # videos listed by name
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured of one describer on one set of videos."""
+    """Quality of one describer's labels of one set of videos."""
 
     describer: str
-    """Its name, as in every label's key."""
+    """Its name, as in the key of every label."""
     windows: int
-    """Windows looked at."""
+    """Number of windows measured."""
     null: float
-    """Share of them answered null, in [0, 1]."""
+    """Share of windows with the label null, in [0, 1]."""
     unreadable: float
-    """Share of them whose answer could not be read."""
+    """Share of windows whose answer could not be read, in [0, 1]."""
     flow: Agreement
-    """Against the motion of followed points."""
+    """Agreement with the motion of tracked points."""
     truth: Agreement
-    """Against the simulator; of rendered videos only."""
+    """Agreement with the simulator; rendered videos only."""
     still_null: float
-    """Share of frozen windows (one frame repeated, with sensor noise) that are called null."""
+    """Share of frozen windows (one frame repeated, with sensor noise) with the label null."""
     words_kept: dict[str, float]
     """Share of windows whose phrase stays the same, word for word, by kind of jitter."""
     direction_kept: dict[str, float]
     """Share of windows whose direction stays the same, by kind of jitter."""
     by_video: dict[str, Agreement]
-    """Against the simulator, or the followed points where there is none; by name of the video."""
+    """Agreement with the simulator, or with tracked points if there is none, by name of video."""
 
     def row(self) -> dict[str, object]:
         """Return the measures as one row of a table."""
@@ -74,11 +74,11 @@ class Quality:
 
 
 def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
-    """Judge labels, and ask again about frozen and jittered copies of their windows.
+    """Judge labels, and query the describer about frozen and jittered copies of their windows.
 
     Args:
-        labeler: Who is asked; four further questions a window.
-        examples: Labelled windows; a truth file beside their videos is used where there is one.
+        labeler: Labels the copies; four further queries per window.
+        examples: Labelled windows; the true motion beside their videos is used if there is any.
 
     Raises:
         ConfigError: There are no windows.
@@ -86,8 +86,8 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
     """
     if not examples:
         raise ConfigError("there is no window to judge labels by: callbacks.quality must be > 0")
-    truth = Truth({example.path.parent for example in examples})
-    judged = [_judge(example, truth) for example in examples]
+    ground_truth = GroundTruth({example.path.parent for example in examples})
+    judged = [_judge(example, ground_truth) for example in examples]
     count = len(judged)
     still = _ask(labeler, [frozen(example.frames) for example in examples], "frozen")
     words: dict[str, float] = {}
@@ -103,8 +103,8 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
         windows=count,
         null=sum(one.status == "null" for one in judged) / count,
         unreadable=sum(one.status == "unreadable" for one in judged) / count,
-        flow=agreement(judged, [one.by_flow for one in judged]),
-        truth=agreement(judged, [one.by_truth for one in judged]),
+        flow=agreement(judged, [one.by_points for one in judged]),
+        truth=agreement(judged, [one.by_simulator for one in judged]),
         still_null=sum(not label.known for label in still) / count,
         words_kept=words,
         direction_kept=directions,
@@ -114,7 +114,7 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
 
 def measure_clips(clips: ClipDataset, windows: int) -> Quality:
     """Measure the describer of a set of videos on windows spread over them."""
-    # Asked for more windows than the videos hold, some come twice.
+    # If the videos hold fewer windows than requested, some come twice.
     found = {(example.path, example.start): example for example in clips.label_examples(windows)}
     return measure(clips.labeler, list(found.values()))
 
@@ -138,15 +138,15 @@ def _by_video(examples: Sequence[LabelExample], judged: Sequence[Judged]) -> dic
     groups: dict[str, list[Judged]] = {}
     for example, one in zip(examples, judged, strict=True):
         groups.setdefault(example.video, []).append(one)
-    known = any(one.by_truth is not None for one in judged)
+    known = any(one.by_simulator is not None for one in judged)
     return {
-        video: agreement(ones, [one.by_truth if known else one.by_flow for one in ones])
+        video: agreement(ones, [one.by_simulator if known else one.by_points for one in ones])
         for video, ones in sorted(groups.items())
     }
 
 
-def _judge(example: LabelExample, truth: Truth) -> Judged:
-    moved = truth.moved(example.path, example.start, example.last)
+def _judge(example: LabelExample, ground_truth: GroundTruth) -> Judged:
+    moved = ground_truth.moved(example.path, example.start, example.last)
     return Judged(
         example.status,
         example.phrase,

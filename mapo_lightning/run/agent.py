@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from mapo_lightning.config.compose import from_base
-from mapo_lightning.run.build import build_tracker, load_finetuned
+from mapo_lightning.run.build import build_live_labeler, load_finetuned
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import agent_settings
 from mapo_lightning.training.acting import ActingPolicy
@@ -120,7 +120,7 @@ class Agent:
         envs = len(frames)
         if self._batch is None:
             self._batch = envs
-            self._label = build_tracker(self._private, envs, "agent").update
+            self._label = build_live_labeler(self._private, envs, "agent").update
             is_first = np.ones(envs, bool)
         if envs != self._batch:
             raise ObservationError(

@@ -15,13 +15,13 @@ from mapo_lightning.envs.collector import (
 )
 from mapo_lightning.envs.demo import default_scenes
 from mapo_lightning.envs.factory import make_vector_env
-from mapo_lightning.envs.live_labels import SemanticTracker
+from mapo_lightning.envs.live_labels import LiveLabeler
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.models.agents.dreamer import DreamerAgent
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
-from mapo_lightning.semantics.reviews import read_marks
+from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.training.checkpoint import (
     LoadReport,
     check_fit,
@@ -60,7 +60,7 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
         raise ConfigError(
             f"data={cfg.data.kind} needs data.root=DIR, the folder that holds your videos"
         )
-    read_marks(cfg.vlm.marks)  # here, where its complaint is one sentence and not a worker's
+    read_reviews(cfg.vlm.marks)  # here, where its complaint is one sentence and not a worker's
     corpus = hashlib.blake2b(str(Path(cfg.data.root).absolute()).encode(), digest_size=4)
     name = f"{Path(cfg.data.root).name}-{corpus.hexdigest()}"
     work = Path(cfg.work_dir).absolute()
@@ -160,8 +160,8 @@ def build_collection(cfg: RunConfig, folder: Path, rank: int) -> Stage2:
     action_dim = int(envs.single_action_space.shape[0])  # type: ignore[index]
     spec = ReplaySpec((cfg.env.size, cfg.env.size, 3), action_dim, semantic_dim(cfg.vlm))
     replay = Replay(folder / f"rank{rank}", cfg.replay, spec)
-    tracker = build_tracker(cfg, envs.num_envs, f"collect-{rank}", late=answers_late(cfg))
-    return Stage2(Collector(envs, tracker, replay, seed), replay, action_dim)
+    live_labeler = build_live_labeler(cfg, envs.num_envs, f"collect-{rank}", late=answers_late(cfg))
+    return Stage2(Collector(envs, live_labeler, replay, seed), replay, action_dim)
 
 
 def labelled_env(cfg: RunConfig) -> EnvConfig:
@@ -177,8 +177,8 @@ def answers_late(cfg: RunConfig) -> bool:
     return cfg.vlm.kind not in ("flow", "none") and not cfg.trainer.deterministic
 
 
-def build_tracker(cfg: RunConfig, envs: int, writer: str, late: bool = False) -> SemanticTracker:
+def build_live_labeler(cfg: RunConfig, envs: int, writer: str, late: bool = False) -> LiveLabeler:
     """Labels of what ``envs`` environments show; ``late``: without waiting for them."""
     vlm = shared_store(cfg)
     labeler = build_labeler(vlm, Path(cfg.work_dir).absolute(), writer)
-    return SemanticTracker(labeler, vlm, envs, f"{cfg.env.kind}/{cfg.env.name}", late)
+    return LiveLabeler(labeler, vlm, envs, f"{cfg.env.kind}/{cfg.env.name}", late)

@@ -114,14 +114,14 @@ def _check_models(
         modules["pretrain"] = build.build_pretrain(cfg)
     if "finetune" in phases:
         assert action_dim is not None
-        modules["finetune"], _ = build.build_finetune(cfg, action_dim, None)
+        finetuned, _ = build.build_finetune(cfg, action_dim, None)
+        modules["finetune"] = finetuned
     if earlier.phase in modules:
         check_fit(modules[earlier.phase], read_checkpoint(earlier.path, mapped=True), earlier.path)
     if "finetune" in phases and earlier.phase != "finetune":
         start = _handed_over(cfg, modules.get("pretrain"))
-        world_model = modules["finetune"].get_submodule("world_model")
         if start is not None:
-            load_pretrained(world_model, start, cfg.finetune.load)
+            load_pretrained(finetuned.world_model, start, cfg.finetune.load)
 
 
 def _check_agent(cfg: RunConfig, path: Path, action_dim: int | None) -> None:

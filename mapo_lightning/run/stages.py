@@ -17,7 +17,7 @@ import torch
 from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
 from callbacks.evaluate import EvaluatePolicy
-from callbacks.labels import RecordLabels
+from callbacks.label_report import LabelReport
 from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
@@ -70,7 +70,7 @@ def pretrain(session: Session) -> Path:
         data.root / "quarantine.jsonl",
     )
     module = build.build_pretrain(cfg)
-    labels = RecordLabels(cfg.callbacks)
+    labels = LabelReport(cfg.callbacks)
     extra = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
     fit(session, "pretrain", module, data, cfg.pretrain.updates, extra, {"image": "train/image"})
     asked, windows = int(labels.total["asked"]), int(labels.total["windows"])
@@ -181,8 +181,8 @@ def play_episodes(
     envs = make_vector_env(build.labelled_env(cfg), cfg.evaluate.seed, count)
     try:
         with torch.random.fork_rng(devices=devices):
-            tracker = build.build_tracker(cfg, count, "evaluate")
-            return run_episodes(envs, tracker, policy_of, seeds, film)
+            live_labeler = build.build_live_labeler(cfg, count, "evaluate")
+            return run_episodes(envs, live_labeler, policy_of, seeds, film)
     finally:
         envs.close()
 

@@ -1,1 +1,1 @@
-"""Semantic actions: from frames to words, and from words to vectors."""
+"""Semantic actions: from frames to phrases, and from phrases to vectors."""

@@ -1,8 +1,8 @@
-"""How good labels are: what was said of a window against what moved in it.
+"""How good labels are: compares what was said about a window with what moved in it.
 
 A motion is *clear* if it is at least 3 % of the frame width over the window and no part that moves
-half as far goes to another side (more than 45 degrees away). A phrase *agrees* with it if its
-direction on the screen lies within 45 degrees: eight equal ways of guessing would give 25 %.
+at least half as far has another direction (more than 45 degrees away). A phrase *agrees* with it
+if its direction on the screen lies within 45 degrees of it; guessing uniformly would give 25 %.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from mapo_lightning.semantics import vocabulary
 from mapo_lightning.semantics.phrase import Phrase, Status
@@ -27,27 +28,27 @@ Shift = NDArray[np.float64]
 
 
 class Judged(NamedTuple):
-    """One window: what was said, and what moved."""
+    """One window: what was said about it, and what moved in it."""
 
     status: Status
     phrase: Phrase | None
-    by_flow: Shift | None
-    """Dominant motion that followed points show; None where they show none, or several."""
-    by_truth: Shift | None
-    """Clear motion of the simulator's parts; None where it is not known or not clear."""
+    by_points: Shift | None
+    """Dominant motion of tracked points; None if they show none, or several."""
+    by_simulator: Shift | None
+    """Clear motion of the simulator's parts; None if it is unknown or not clear."""
 
 
 class Agreement(NamedTuple):
-    """Phrases against one yardstick, over the windows in which that sees a clear motion."""
+    """Phrases against one reference motion, over the windows in which that motion is clear."""
 
     clear: int
     """Windows with a clear motion."""
     told: int
-    """Those of them whose phrase names a direction on the screen."""
+    """Clear windows whose phrase names a direction on the screen."""
     agree: int
-    """Those of them whose direction is right."""
+    """Windows of ``told`` whose direction is right."""
     null: int
-    """Clear windows that were called null or answered unreadably."""
+    """Clear windows whose label is null or unreadable."""
     chance: float
     """Share that would be right if the same phrases belonged to other windows, in [0, 1]."""
     magnitude: float
@@ -55,43 +56,39 @@ class Agreement(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Right ones among those that name a direction, in [0, 1]; NaN where none does."""
+        """Share of right directions among those named, in [0, 1]; NaN if none is named."""
         return self.agree / self.told if self.told else float("nan")
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the share; as if windows were independent."""
-        n, z = self.told, 1.96
-        if not n:
+        """Wilson's 95 % interval of the share, as if windows were independent."""
+        if not self.told:
             return (0.0, 1.0)
-        middle, wide = self.share + z * z / (2 * n), 1.0 + z * z / n
-        spread = z * np.sqrt(self.share * (1.0 - self.share) / n + z * z / (4 * n * n))
-        return float((middle - spread) / wide), float((middle + spread) / wide)
+        found = stats.binomtest(self.agree, self.told).proportion_ci(0.95, method="wilson")
+        return float(found.low), float(found.high)
 
 
 def said_direction(phrase: Phrase | None) -> Shift | None:
-    """Direction on the screen that a phrase names, (right, down), unit length; None if it does not.
+    """Direction on the screen that a phrase names, (right, down), unit length; None without one.
 
-    Turning and coming closer are no directions on the screen.
+    Turning and coming closer are not directions on the screen.
     """
     if phrase is None:
         return None
-    low = re.sub(r"\b(?:counter|anti)[- ]?clock", "counterclock", phrase.direction.lower())
-    words = re.findall(r"[a-z]+", low)
-    known = [vocabulary.DIRECTIONS[w] for w in words if w in vocabulary.DIRECTIONS]
+    known = [vocabulary.DIRECTIONS[word] for word in vocabulary.direction_words(phrase.direction)]
     right, up = (sum(k[i] for k in known) for i in (0, 1))
     length = float(np.hypot(right, up))
     return np.array([right, -up]) / length if length else None
 
 
 def said_distance(phrase: Phrase | None) -> float | None:
-    """Number in the displacement slot, whatever its unit; None where there is none."""
+    """Number in the displacement slot, whatever its unit; None if there is none."""
     found = re.search(r"\d{1,9}(?:\.\d{1,9})?", phrase.displacement) if phrase else None
     return float(found.group()) if found else None
 
 
 def clear_shift(shift_P2: NDArray[np.float64]) -> Shift | None:
-    """Displacement of the part that moves most, (2,); None where it is not clear.
+    """Displacement of the part that moves most, (2,); None if it is not clear.
 
     Args:
         shift_P2: (right, down) of every part, (P, 2), in percent of the frame width.
@@ -109,16 +106,16 @@ def same_way(one: Shift, other: Shift) -> bool:
     return bool(one @ other >= _WITHIN * np.linalg.norm(one) * np.linalg.norm(other))
 
 
-def agreement(judged: Sequence[Judged], yardstick: Sequence[Shift | None]) -> Agreement:
-    """Compare phrases with one yardstick.
+def agreement(judged: Sequence[Judged], reference: Sequence[Shift | None]) -> Agreement:
+    """Compare phrases with one reference motion.
 
     Args:
         judged: The windows.
-        yardstick: What moved in each; None, or less than a clear motion, leaves a window out.
+        reference: Motion in each; windows without one, or without a clear one, are left out.
     """
     clear = [
         (window.phrase, shift)
-        for window, shift in zip(judged, yardstick, strict=True)
+        for window, shift in zip(judged, reference, strict=True)
         if shift is not None and np.linalg.norm(shift) >= CLEAR_PERCENT
     ]
     told = [(p, way, true) for p, true in clear if (way := said_direction(p)) is not None]
@@ -126,7 +123,7 @@ def agreement(judged: Sequence[Judged], yardstick: Sequence[Shift | None]) -> Ag
     right = np.array([[same_way(way, true) for true in trues] for way in ways])
     count = len(told)
     others = right.sum() - np.trace(right) if count else 0
-    # Degrees and growth belong to phrases without a direction on the screen: left out.
+    # Phrases in degrees or growth name no direction on the screen, so only lengths are left here.
     amounts = [(a, np.linalg.norm(t)) for p, _, t in told if (a := said_distance(p)) is not None]
     return Agreement(
         clear=len(clear),
@@ -139,21 +136,14 @@ def agreement(judged: Sequence[Judged], yardstick: Sequence[Shift | None]) -> Ag
 
 
 def _rank_correlation(pairs_N2: NDArray[np.float64]) -> float:
-    """Spearman's; equal values share their mean rank."""
-    if len(pairs_N2) < 3:
+    """Spearman's; NaN below 3 pairs, or if all values on one side are equal."""
+    if len(pairs_N2) < 3 or np.ptp(pairs_N2, axis=0).min() == 0.0:
         return float("nan")
-    ranks = []
-    for column in pairs_N2.T:
-        _, which, count = np.unique(column, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2.0)[which])
-    if min(np.ptp(rank) for rank in ranks) == 0.0:
-        return float("nan")
-    one, two = (rank - rank.mean() for rank in ranks)
-    return float(one @ two / np.sqrt((one @ one) * (two @ two)))
+    return float(stats.spearmanr(pairs_N2[:, 0], pairs_N2[:, 1]).statistic)
 
 
 def jittered(clip: Frames) -> dict[str, Frames]:
-    """Return the window as another camera might have given it; its motion is the same.
+    """Return the window as another camera might have recorded it; its motion is the same.
 
     Args:
         clip: (T, H, W, 3) uint8.
@@ -173,13 +163,13 @@ def jittered(clip: Frames) -> dict[str, Frames]:
 
 
 def frozen(clip: Frames) -> Frames:
-    """Return the first frame as often as there are frames, with sensor noise of 2 grey levels."""
+    """Return a window of the same length that repeats the first frame, with sensor noise."""
     noise = np.random.default_rng(1).normal(0.0, 2.0, clip.shape)
     return np.clip(np.rint(clip[:1] + noise), 0, 255).astype(np.uint8)
 
 
 def same_direction(one: Phrase | None, other: Phrase | None) -> bool:
-    """Whether two answers say the same of the direction: both null, or within 45 degrees."""
+    """Whether two answers name the same direction: both null, or within 45 degrees."""
     if one is None or other is None:
         return one is other
     ways = said_direction(one), said_direction(other)

@@ -1,4 +1,4 @@
-"""What a describer is: anything that says, in words, what happens in a few frames."""
+"""Describers: anything that captions a few frames with what happens in them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -10,17 +10,17 @@ from mapo_lightning.types import Frames
 
 
 class Reply(NamedTuple):
-    """What a describer says about one clip."""
+    """A describer's answer about one window."""
 
     text: str
-    """The answer as it was given; read by `phrase.parse_reply`."""
+    """The raw answer; read by `phrase.parse_reply`."""
     hidden: NDArray[np.float16] | None = None
-    """Mean hidden state of the answer, (hidden_dim,), where the backend exposes it."""
+    """Mean hidden state of the answer, (hidden_dim,), if the backend exposes it."""
 
 
 @runtime_checkable
 class Describer(Protocol):
-    """Anything that can say what happens between the first and the last of a few frames."""
+    """Captions windows of frames: says what happens from the first frame to the last."""
 
     name: str
     """Identity of model, weights, prompt and thresholds; part of every label's key."""
@@ -28,44 +28,44 @@ class Describer(Protocol):
     """True if it may run inside a DataLoader worker (CPU or HTTP), False if it needs the GPU."""
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply]:
-        """Describe each clip on its own.
+        """Describe each window on its own.
 
         Args:
             clips: Windows of RGB frames, each (T, H, W, 3) uint8 with T >= 1, oldest first.
 
         Returns:
-            One reply per clip, in order. A reply must not depend on the other clips.
+            One reply per window, in order. A reply must not depend on the other windows.
         """
         ...
 
 
 @runtime_checkable
 class StreamingDescriber(Describer, Protocol):
-    """A describer that waits for others, such as a server, and hands over answers as they come."""
+    """A describer that waits for a server, and hands over answers as they arrive."""
 
     @property
     def concurrency(self) -> int:
-        """Questions in flight at most; one is until its answer is stored."""
+        """Largest number of queries in flight; a query is in flight until its answer is stored."""
         ...
 
     def describe_each(self, clips: Sequence[Frames]) -> Iterator[Mapping[int, Reply | None]]:
-        """Yield what has been answered meanwhile: number of the clip -> reply.
+        """Yield the answers that have arrived: number of the window -> reply.
 
         Args:
             clips: As for `describe`.
 
         Yields:
-            Every clip once; None where no answer is to be had now.
+            Every window once; None if there is no answer for now.
         """
         ...
 
 
 class NullDescriber:
-    """Sees nothing: the ablation without semantic actions, and the smallest real describer."""
+    """Labels every window null: the ablation without semantic actions."""
 
     name = "none-v1"
     in_worker = True
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply]:
-        """Answer ``null`` to every clip."""
+        """Answer ``null`` to every window."""
         return [Reply("null") for _ in clips]

@@ -1,6 +1,6 @@
-"""The one place where words become vectors.
+"""Turns phrases into vectors.
 
-The vector is frozen: what the model learns is the projection behind it. Layout of `HashedSlots`,
+The vectors are fixed: the model learns a projection of them. Layout of `HashedSlots`,
 V = 5 x dim_per_slot::
 
     body | action | target | direction: right, up, towards, clockwise, hashed words | displacement:
@@ -31,7 +31,7 @@ _UNIT = {"percent": 1, "%": 1, "degree": 2, "degrees": 2, "deg": 2, "°": 2}  # 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Turns what a describer said into the semantic vector of a batch."""
+    """Turns a describer's answer into the semantic vector of a batch."""
 
     semantic_dim: int
     """Width V of the vector."""
@@ -73,7 +73,7 @@ class HashedSlots:
 
 
 class HiddenState:
-    """Passes on the describer's own hidden state, scaled to unit root mean square.
+    """The describer's own hidden state, scaled to unit root mean square.
 
     Args:
         dim: Width of the hidden state (3584 for Qwen2.5-VL-7B).
@@ -93,7 +93,7 @@ class HiddenState:
         if hidden is None or hidden.shape != (self.semantic_dim,):
             found = "none" if hidden is None else f"shape {hidden.shape}"
             raise DescriberError(
-                f"asked for a hidden state of width {self.semantic_dim}, found {found}. "
+                f"a hidden state of width {self.semantic_dim} is needed, found {found}. "
                 "Use a describer that returns hidden states, or embed the words instead."
             )
         vector = hidden.astype(np.float32)
@@ -135,10 +135,8 @@ def _hash_words(slot: str, text: str, width: int) -> NDArray[np.float32]:
 
 def _direction(text: str) -> NDArray[np.float32]:
     """(right, up, towards the camera, clockwise), of norm 0 or 1; diagonals are sums."""
-    low = re.sub(r"\b(?:counter|anti)[- ]?clock", "counterclock", text.lower())
-    words = re.findall(r"[a-z]+", low)
-    known = [vocabulary.DIRECTIONS[w] for w in words if w in vocabulary.DIRECTIONS]
-    # "towards the right" is to the right: the bare word says only that a goal follows.
+    known = [vocabulary.DIRECTIONS[word] for word in vocabulary.direction_words(text)]
+    # "towards the right" means to the right: "towards" alone only says that a goal follows.
     planar = [k for k in known if k[0] or k[1]]
     total = np.sum(planar or known or [(0.0, 0.0, 0.0, 0.0)], axis=0, dtype=np.float32)
     norm = float(np.linalg.norm(total))
@@ -146,7 +144,7 @@ def _direction(text: str) -> NDArray[np.float32]:
 
 
 def _displacement(text: str) -> NDArray[np.float32]:
-    """(log-magnitude in about [0, 1], and one of three unit flags); zeros without a number."""
+    """(log-magnitude in about [0, 1], and one of three unit flags); zeros if there is no number."""
     features = np.zeros(_RESERVED, np.float32)
     match = re.search(r"(\d{1,9}(?:\.\d{1,9})?|[a-z]+)\s*([a-z%°]*)", text.lower())
     while match and not match[1][0].isdigit() and match[1] not in _COUNTS:

@@ -1,4 +1,4 @@
-"""Turns the describer's settings into a describer and a labeler."""
+"""Builds describers and labelers from their settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mapo_lightning.semantics.flow import FlowDescriber
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.qwen import QwenDescriber
-from mapo_lightning.semantics.reviews import read_marks
+from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.semantics.server_pool import OutageLog
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.store import LabelStore
@@ -27,7 +27,7 @@ def semantic_dim(cfg: VlmConfig) -> int:
 
 
 def build_describer(cfg: VlmConfig) -> Describer:
-    """Build the describer a configuration asks for; loads no weights, opens no connection."""
+    """Build the configured describer; loads no weights, opens no connection."""
     if cfg.kind == "flow":
         return FlowDescriber(min_percent=cfg.flow_min_percent)
     kinds: dict[str, Callable[[VlmConfig], Describer]]
@@ -36,16 +36,16 @@ def build_describer(cfg: VlmConfig) -> Describer:
 
 
 def build_labeler(cfg: VlmConfig, root: Path, writer: str) -> Labeler:
-    """Build the labeler a configuration asks for; cheap, opens nothing.
+    """Build the configured labeler; cheap, opens nothing.
 
     Args:
-        cfg: Who is asked, and where answers are kept.
+        cfg: Describer and store.
         root: The run's work folder; a relative ``cfg.store`` lies inside it.
         writer: Name of this process in the store, such as ``rank0-worker1``.
     """
-    # Flow is asked again for less than a wait for the disk costs; a model's answers are dear.
+    # Computing flow again is cheaper than waiting for the disk; a model's answers are expensive.
     store = LabelStore(Path(root) / cfg.store, writer, durable=cfg.kind != "flow")
     describer = build_describer(cfg)
     if isinstance(describer, OpenAIDescriber):
         describer.outage = OutageLog(store.root / "outage")
-    return Labeler(describer, store, build_encoder(cfg), read_marks(cfg.marks), cfg.cached_only)
+    return Labeler(describer, store, build_encoder(cfg), read_reviews(cfg.marks), cfg.cached_only)

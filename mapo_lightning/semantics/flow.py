@@ -1,8 +1,8 @@
-"""The offline default describer: names the motion that dense optical flow sees.
+"""The default describer, which needs no network: names the motion that optical flow finds.
 
-It sees pixels move, not hands or doors: so the body is a region of a colour at a place, or the
+It finds moving pixels, not hands or doors, so the body is a region of a colour at a place, or the
 whole scene when the camera moves. Directions are those of the pixels on the screen; distances are
-in percent of the frame width. No weights, no network, the same answer on every machine.
+in percent of the frame width. It needs no weights and answers the same on every machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mapo_lightning.semantics.phrase import Phrase, format_phrase
 from mapo_lightning.types import DescriberError, Frames
 
 # One thread: the answer must not depend on the number of cores, and OpenCV's threads do not
-# survive the fork of a DataLoader worker, which would wait for them for ever.
+# survive the fork of a DataLoader worker, which would wait for them forever.
 cv2.setNumThreads(1)
 
 Field = NDArray[np.float32]
@@ -29,7 +29,7 @@ Mask = NDArray[np.bool_]
 
 _SIDE = 128  # short side of the picture the flow is computed on, pixels
 _CELLS = 8  # the camera must be seen to move in most cells of a grid this wide and high
-_TEXTURE = 1.5  # grey levels per pixel from which a place can be tracked at all
+_TEXTURE = 1.5  # grey levels per pixel from which a pixel can be tracked at all
 _TRACKED = 12  # textured pixels from which a region's motion is taken from them alone
 _CANDIDATES = 3  # regions looked at, largest first
 
@@ -50,7 +50,7 @@ class FlowDescriber:
         self._flow: cv2.DISOpticalFlow | None = None
 
     def __getstate__(self) -> dict[str, float]:
-        """Pickle the settings; OpenCV's object cannot travel."""
+        """Pickle the settings; OpenCV's object cannot be pickled."""
         return {"min_percent": self.min_percent, "min_area": self.min_area}
 
     def __setstate__(self, state: dict[str, float]) -> None:
@@ -58,7 +58,7 @@ class FlowDescriber:
         self.__init__(**state)  # type: ignore[misc]
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply]:
-        """Describe each clip; see `Describer.describe`.
+        """Describe each window; see `Describer.describe`.
 
         Raises:
             DescriberError: A clip is not (T, H, W, 3) uint8.
@@ -116,7 +116,7 @@ class _Scene:
         self.field = field
         height, width = self.first.shape
         self.grid = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
-        # What following the flow leaves unexplained.
+        # Difference that remains after following the flow.
         self.missed = np.abs(_look_up(self.last, self.grid + field) - self.first)
         cells = cv2.resize(self.missed, (_CELLS, _CELLS), interpolation=cv2.INTER_AREA)
         self.noise = float(np.percentile(cells, 25))  # grey levels
@@ -124,7 +124,7 @@ class _Scene:
         self.textured: Mask = slope > max(_TEXTURE, 1.5 * self.noise)
 
     def camera(self, least: float) -> Similarity | None:
-        """Motion shared by most of the picture, its border included; None if it stands still."""
+        """Motion shared by most of the picture, including its border; None if it stands still."""
         there = self.textured[2::4, 2::4]
         points = self.grid[2::4, 2::4][there].astype(np.float64)
         flow = self.field[2::4, 2::4][there].astype(np.float64)
@@ -144,13 +144,13 @@ class _Scene:
     def region(
         self, camera: Similarity | None, least: float, min_area: float
     ) -> tuple[Mask, Similarity] | None:
-        """Largest region that moves otherwise than the camera, and its motion."""
+        """Largest region that moves differently from the camera, and its motion."""
         rest = self.field.astype(np.float64)
         floor = least
         if camera is not None:
             sway = camera.at(self.grid.reshape(-1, 2).astype(np.float64)).reshape(rest.shape)
             rest = rest - sway
-            # What a moving camera hides, uncovers or blurs looks like motion too: ask for more.
+            # What a moving camera hides, uncovers or blurs looks like motion too: require more.
             pace = float(np.median(np.linalg.norm(sway, axis=2)))
             floor = max(1.5 * least, 1.2 * pace, 1.5)
             min_area = 5.0 * min_area
@@ -165,7 +165,7 @@ class _Scene:
             mask: Mask = parts == part
             if part == 0 or mask.sum() < min_area:
                 continue
-            # Flow is only guessed where nothing can be tracked: let edges and texture speak.
+            # Flow is only a guess where nothing can be tracked: use edges and texture.
             sure = mask & self.textured
             if np.count_nonzero(sure) < _TRACKED:
                 sure = mask
@@ -176,7 +176,7 @@ class _Scene:
         return None
 
     def _explained(self) -> Mask:
-        """Where following the flow makes the last picture look like the first again."""
+        """Where following the flow makes the last picture resemble the first."""
         still = cv2.blur(np.abs(self.last - self.first), (9, 9))
         followed = cv2.blur(self.missed, (9, 9))
         explained: Mask = (still > 2.0 * self.noise + 1.0) & (followed < 0.8 * still)
@@ -193,8 +193,8 @@ def _look_up(picture: Any, at_HW2: Field) -> Field:
 def _planes(clip: Frames) -> list[NDArray[np.uint8]]:
     """Brightness pictures of the working size, slightly blurred against sensor noise.
 
-    A red thing before a green wall of the same brightness moves unseen in grey: there the colour
-    channel that changes most stands in.
+    A red object before a green wall of the same brightness is invisible in grey: in such a case the
+    colour channel that changes most is used instead.
     """
     height, width = clip.shape[1:3]
     scale = _SIDE / min(height, width)
@@ -203,7 +203,7 @@ def _planes(clip: Frames) -> list[NDArray[np.uint8]]:
     small = [cv2.resize(np.ascontiguousarray(f), size, interpolation=how) for f in clip]
     planes = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in small]
     change = cv2.absdiff(small[0], small[-1]).mean(axis=(0, 1))
-    # Sensor noise is 1.5 times stronger in one channel than in grey: ask for clearly more.
+    # Sensor noise is 1.5 times stronger in one channel than in grey: require clearly more.
     if change.max() > 2.0 * cv2.absdiff(planes[0], planes[-1]).mean() + 0.1:
         planes = [cv2.extractChannel(frame, int(change.argmax())) for frame in small]
     return [np.asarray(cv2.GaussianBlur(plane, (0, 0), 1.0), np.uint8) for plane in planes]

@@ -1,4 +1,4 @@
-"""From windows of frames to labels: look up, ask only about what is new, remember."""
+"""Labels windows of frames: looks labels up, and queries the describer about new windows only."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from mapo_lightning.semantics.describer import (
 )
 from mapo_lightning.semantics.embed import Encoder
 from mapo_lightning.semantics.phrase import MAX_TEXT, Phrase, Status, clean_text, parse_reply
-from mapo_lightning.semantics.reviews import Marks
+from mapo_lightning.semantics.reviews import Reviews
 from mapo_lightning.semantics.server_pool import is_ending
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import DescriberError, Frames
 
 log = logging.getLogger(__name__)
 
-_BATCH = 64  # windows decoded and asked about at once: bounds memory
-_POLL_SECONDS = (0.01, 0.2)  # first and longest pause while another process is asking
-_PATIENCE_SECONDS = 60.0  # how long another process may take to answer before we say so
+_BATCH = 64  # windows decoded and queried at once: bounds memory
+_POLL_SECONDS = (0.01, 0.2)  # first and longest pause while another process holds a window
+_PATIENCE_SECONDS = 60.0  # wait for another process after which a warning is logged
 _NOTHING = StoredLabel("null", "null", None, None, NullDescriber.name, "")
 
 
 class WindowRequest(NamedTuple):
-    """A question about one window of frames."""
+    """A request for the label of one window of frames."""
 
     identity: str
-    """Names the content: file fingerprint, frames and size, or a hash of the pixels."""
+    """Names the content: fingerprint of the file with frames and size, or hash of the pixels."""
     source: str
     """For people: ``video.mp4 frames 12..15 step 1``."""
     frames: Callable[[], Frames]
-    """Fetches the window, (T, H, W, 3) uint8; called only if nobody knows the answer."""
+    """Fetches the window, (T, H, W, 3) uint8; called only if the label is not stored."""
 
 
 class Label(NamedTuple):
-    """The answer, ready for a batch."""
+    """A label, ready for a batch."""
 
     vector: NDArray[np.float32]
-    """(V,); zero where not known."""
+    """(V,); zero if not known."""
     known: bool
     """False for null and unreadable answers."""
     text: str
     status: Status
     phrase: Phrase | None
     asked: bool = False
-    """True if the describer was asked for it just now."""
+    """True if the describer was queried for it just now."""
     answered: bool = True
-    """False if it was asked and had no answer: null for now, not stored, asked again later."""
+    """False if the query got no answer: null for now, not stored, queried again later."""
     rejected: bool = False
     """True if a person has rejected the answer, which then counts as null."""
 
@@ -66,30 +66,30 @@ class LabelStats(NamedTuple):
     """Counts of windows since the labeler was made."""
 
     asked: int = 0
-    """Windows the describer was asked about."""
+    """Windows that the describer was queried about."""
     hits: int = 0
-    """Windows whose answer was in the store already, or came from another process."""
+    """Windows whose label was in the store, or came from another process."""
     null: int = 0
-    """Windows, asked or not, in which nothing significant happens."""
+    """Windows, queried or not, in which nothing significant happens."""
     unreadable: int = 0
-    """Windows, asked or not, whose answer could not be read; treated as null."""
+    """Windows, queried or not, whose answer could not be read; treated as null."""
     unanswered: int = 0
-    """Windows the describer was asked about without getting an answer; not stored."""
+    """Windows that the describer was queried about without an answer; not stored."""
     rejected: int = 0
     """Windows whose label a person has rejected; treated as null."""
 
 
 class Labeler:
-    """Labels windows of frames; every distinct window is asked about once, ever.
+    """Labels windows of frames; the describer is queried once about each distinct window.
 
     The result does not depend on how the requests are split into calls. Threads may share it.
 
     Args:
-        describer: Who is asked.
-        store: Where answers are kept and found.
-        encoder: How an answer becomes a vector.
-        marks: What a person thinks of the answers; rejected ones count as null.
-        cached_only: Ask nobody; a window that is not in the store is an error.
+        describer: Answers about windows that are not in the store.
+        store: Keeps the answers.
+        encoder: Turns an answer into a vector.
+        reviews: A person's verdicts on answers; rejected ones count as null.
+        cached_only: Never query the describer; a window that is not in the store is an error.
     """
 
     def __init__(
@@ -97,21 +97,21 @@ class Labeler:
         describer: Describer,
         store: LabelStore,
         encoder: Encoder,
-        marks: Marks | None = None,
+        reviews: Reviews | None = None,
         cached_only: bool = False,
     ) -> None:
         self.describer, self.store, self.encoder = describer, store, encoder
-        self.marks, self.cached_only = marks or Marks(), cached_only
+        self.reviews, self.cached_only = reviews or Reviews(), cached_only
         self.semantic_dim = encoder.semantic_dim
         self.stats = LabelStats()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
-        """Travel to another process without what belongs to this one's threads."""
+        """Leave out the lock, which belongs to this process."""
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Give the new process its own."""
+        """Make a lock for the new process."""
         self.__dict__ |= state
         self._lock = threading.Lock()
 
@@ -132,21 +132,21 @@ class Labeler:
         if unknown and self.cached_only:
             first = next(iter(unknown.values())).source
             raise DescriberError(
-                f"vlm.cached_only=true, but nobody has labelled {first} ({len(unknown)} windows of "
-                f"{len(keys)} are missing) as '{self.describer.name}' in '{self.store.root}'. "
-                "Label the videos with stage=label, or import labels"
+                f"vlm.cached_only=true, but there is no label of {first} ({len(unknown)} of "
+                f"{len(keys)} windows have none) by '{self.describer.name}' in "
+                f"'{self.store.root}'. Label the videos with stage=label, or import labels"
             )
         fresh = self._complete(unknown, known) if unknown else set()
         labels = []
         for key in keys:
             label = self._embed(key, known[key] or _NOTHING)
             labels.append(label._replace(asked=key in fresh, answered=known[key] is not None))
-            fresh.discard(key)  # the same window twice was asked about once
+            fresh.discard(key)  # a window that is requested twice is queried once
         self._count(labels, hits=sum(not x.asked and x.answered for x in labels))
         return labels
 
     def lookup(self, requests: Sequence[WindowRequest]) -> list[Label | None]:
-        """Labels of windows as far as the store has them; asks and counts nothing."""
+        """Return the labels in the store, None for other windows; queries and counts nothing."""
         keys = [self._key(request.identity) for request in requests]
         known = self.store.get(keys)
         return [self._embed(key, known[key]) if key in known else None for key in keys]
@@ -154,40 +154,40 @@ class Labeler:
     def _complete(
         self, unknown: dict[str, WindowRequest], known: dict[str, StoredLabel | None]
     ) -> set[str]:
-        """Add the answers for ``unknown`` to ``known``: our own, and those of other processes.
+        """Add answers for ``unknown`` to ``known``: our own, and those of other processes.
 
         Returns:
-            Keys that the describer was asked about here.
+            Keys that the describer was queried about here.
         """
         asked: set[str] = set()
         since, pause = time.monotonic(), _POLL_SECONDS[0]
         while unknown:
             batch = list(unknown)[:_BATCH]
-            ours = self.store.claims.take(batch)
+            ours = self.store.locks.take(batch)
             try:
-                # Answered between our look-up and our claim?
+                # Some may have been answered between the look-up and our lock.
                 known.update(self.store.get(batch))
                 todo = {key: unknown[key] for key in ours if key not in known}
                 asked.update(todo)
-                for answered in self._ask(todo):
+                for answered in self._query(todo):
                     known.update(answered)
             finally:
-                self.store.claims.release(ours)
+                self.store.locks.release(ours)
             unknown = {key: r for key, r in unknown.items() if key not in known}
             if ours or not unknown:
                 since, pause = time.monotonic(), _POLL_SECONDS[0]
                 continue
             if time.monotonic() - since > _PATIENCE_SECONDS:
-                log.warning("%d labels are still asked for by another process", len(unknown))
+                log.warning("waiting for %d labels from another process", len(unknown))
                 since = time.monotonic()
             if is_ending():
-                raise DescriberError("the program ends while another process is asked")
+                raise DescriberError("the program ends while it waits for another process")
             time.sleep(pause)
             pause = min(1.5 * pause, _POLL_SECONDS[1])
         return asked
 
     def unknown(self, requests: Sequence[WindowRequest]) -> list[WindowRequest]:
-        """Return those whose answer is not in the store; asks nobody."""
+        """Return the requests whose label is not in the store; queries nothing."""
         keys = [self._key(request.identity) for request in requests]
         known = self.store.get(keys)
         return [r for key, r in zip(keys, requests, strict=True) if key not in known]
@@ -210,8 +210,8 @@ class Labeler:
     def _key(self, identity: str) -> str:
         return label_key(self.describer.name, identity)
 
-    def _ask(self, todo: dict[str, WindowRequest]) -> Iterator[dict[str, StoredLabel | None]]:
-        """Ask the describer; every yield is stored already."""
+    def _query(self, todo: dict[str, WindowRequest]) -> Iterator[dict[str, StoredLabel | None]]:
+        """Query the describer; answers are stored before they are yielded."""
         if not todo:
             return
         keys, clips = list(todo), [request.frames() for request in todo.values()]
@@ -243,7 +243,7 @@ class Labeler:
         return StoredLabel(text, status, phrase, reply.hidden, self.describer.name, source)
 
     def _embed(self, key: str, label: StoredLabel) -> Label:
-        rejected = key in self.marks.rejected
+        rejected = key in self.reviews.rejected
         if rejected:
             label = label._replace(phrase=None, status="null")
         if label.phrase is None:
@@ -266,7 +266,7 @@ class Labeler:
 
 
 def label_key(describer: str, identity: str) -> str:
-    """Return the key under which a describer's answer about a window is kept."""
+    """Return the key under which a describer's answer about a window is stored."""
     return hashlib.blake2b(f"{describer}\x00{identity}".encode(), digest_size=16).hexdigest()
 
 

@@ -1,8 +1,10 @@
-"""Who is asking about what right now: one small file per question, made exclusively."""
+"""Locks on windows, so that no two processes query the describer about the same one.
+
+A lock is a small file, named by the window's key and created exclusively.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
@@ -10,34 +12,36 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from mapo_lightning.files import FileLock
+
 log = logging.getLogger(__name__)
 
-_UNSIGNED_SECONDS = 5.0  # a claim whose owner died between making it and signing it
-_FOREIGN_SECONDS = 1800.0  # a claim of another machine, whose processes we cannot see
+_UNSIGNED_SECONDS = 5.0  # age of a lock whose owner died between creating and signing it
+_FOREIGN_SECONDS = 1800.0  # age of a lock of another machine, whose processes are not visible
 
 
-class Claims:
-    """Exclusive, crash-safe claims on keys, shared by all processes that see a folder.
+class WindowLocks:
+    """Exclusive, crash-safe locks on keys, for all processes that see a folder.
 
     Args:
-        root: Folder of the claim files.
+        root: Folder of the lock files.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def take(self, keys: Iterable[str]) -> list[str]:
-        """Claim what nobody living has claimed; returns the keys that are now ours."""
+        """Lock the keys that no living process holds; returns those that are now ours."""
         self.root.mkdir(parents=True, exist_ok=True)
         keys = list(keys)
         free = {key for key in keys if self._create(key)}
         left = {key for key in keys if key not in free and self._take_over(key)}
         if left:
-            log.warning("taking over %d label questions of a process that is gone", len(left))
+            log.warning("taking over %d windows from a process that is gone", len(left))
         return [key for key in keys if key in free or key in left]
 
     def release(self, keys: Iterable[str]) -> None:
-        """Give keys back; only the process that took them may call this."""
+        """Unlock keys; only the process that locked them may call this."""
         for key in keys:
             (self.root / key).unlink(missing_ok=True)
 
@@ -51,13 +55,12 @@ class Claims:
         return True
 
     def _take_over(self, key: str) -> bool:
-        """Replace the claim of a dead process by our own."""
+        """Replace the lock of a dead process by our own."""
         path = self.root / key
         if not _is_stale(path):
             return False
-        # One process at a time: otherwise two could both remove, the second our new claim.
-        with (self.root / ".takeover").open("ab") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
+        # One process at a time: otherwise a second one could remove the new lock of the first.
+        with FileLock(self.root / ".takeover"):
             if not _is_stale(path):
                 return False
             path.unlink(missing_ok=True)
@@ -65,17 +68,17 @@ class Claims:
 
 
 def _signature(pid: int) -> str:
-    """Name a process so that a later one with the same number is told apart."""
+    """Name a process; a later one with the same number has another name."""
     return f"{socket.gethostname()} {pid} {_started(pid)}"
 
 
 def _started(pid: int) -> str:
-    """Start time of a process in clock ticks since boot; '' where it cannot be known."""
+    """Start time of a process in clock ticks since boot; '' if it is not available."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    # The command, in parentheses, may hold spaces: count from behind it.
+    # The command, in parentheses, may hold spaces: count from its end.
     return stat.rpartition(")")[2].split()[19]
 
 
@@ -83,7 +86,7 @@ def _is_stale(path: Path) -> bool:
     try:
         owner, age = path.read_text().split(), time.time() - path.stat().st_mtime
     except FileNotFoundError:
-        return False  # just released: the next look finds the label, or a free key
+        return False  # just released: the next attempt finds the label, or a free key
     if len(owner) < 2:
         return age > _UNSIGNED_SECONDS
     if owner[0] != socket.gethostname():
@@ -97,5 +100,5 @@ def _is_alive(pid: int, started: str) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it lives and belongs to somebody else
+        pass  # it is alive and belongs to another user
     return _started(pid) == started

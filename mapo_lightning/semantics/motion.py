@@ -1,4 +1,4 @@
-"""Motion of a patch of the picture: fitted to the flow of its points, and put into words."""
+"""Motion of a region of the picture: fits it to the flow of its points, and puts it into words."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mapo_lightning.semantics.phrase import Phrase
+from mapo_lightning.semantics.vocabulary import compass_word
 
 _COLOURS = {0: "red", 20: "orange", 33: "yellow", 45: "green", 85: "cyan", 100: "blue"}
 _COLOURS |= {130: "purple", 150: "pink", 172: "red"}  # first hue of each, of 180
-_WAYS = ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right")
 
 
 class Similarity(NamedTuple):
-    """Motion of a patch of the picture: shift, growth and turn about its centre."""
+    """Motion of a region of the picture: shift, growth and turn about its centre."""
 
     shift: NDArray[np.float64]  # (2,) pixels of the working size, x right and y down
     growth: float  # 0.1: a tenth larger
@@ -65,14 +65,14 @@ def fit(
 def put_into_words(
     motion: Similarity, body: str, target: str, least: float, size: float, width: float
 ) -> Phrase:
-    """Say a motion in the five slots: shift, growth or turn, whichever moves pixels most.
+    """Put a motion into the five slots: shift, growth or turn, whichever moves pixels most.
 
     Args:
-        motion: What the patch does.
+        motion: Motion of the region.
         body: Its name; starts with ``whole`` if it is the whole scene.
         target: What it moves against.
         least: Smallest growth or turn that counts, as mean displacement in pixels.
-        size: Side of a square as large as the patch, pixels.
+        size: Side of a square with the region's area, pixels.
         width: Width of the frame, pixels.
     """
     shift = float(np.linalg.norm(motion.shift))
@@ -99,8 +99,7 @@ def put_into_words(
         return Phrase(
             body, "turns", target, way, f"{_number(np.degrees(abs(motion.turn)))} degrees"
         )
-    angle = np.arctan2(motion.shift[1], motion.shift[0])
-    way = _WAYS[round(float(angle) / (np.pi / 4)) % 8]
+    way = compass_word(motion.shift)
     percent = 100.0 * shift / width
     action = (
         "shifts" if scene else "slides" if percent < 3 else "moves" if percent < 8 else "sweeps"

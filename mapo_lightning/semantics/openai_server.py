@@ -1,7 +1,7 @@
 """A vision-language model behind any server that speaks OpenAI's API, such as vLLM.
 
-Frames travel as pictures inside the request, never as addresses. One question is in flight per
-window, at most ``concurrency`` of them; what the servers cannot answer now is asked again.
+Frames are sent as images inside the request, never as addresses. Each window is one query, and at
+most ``concurrency`` are in flight; queries that fail are sent again.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ _FORMAT = {
 }
 _JPEG_QUALITY = 95
 _POLL_SECONDS = 0.05
-_PROBE_SECONDS = 5.0  # patience with a server that was out, where nobody is to wait for it
+_PROBE_SECONDS = 5.0  # timeout for a server that failed before, with on_outage=skip
 _LONGEST_PAUSE = 2.0  # seconds between two attempts at one window
 
 
-class _RefusedError(Exception):
-    """The server answered that the question is wrong; asking again would not help."""
+class _RejectedError(Exception):
+    """The server rejected the query; sending it again would not help."""
 
 
 class _FailedError(Exception):
-    """No usable answer this time; ``pause``: the server is there and asks for so many seconds."""
+    """No usable answer this time; ``pause``: seconds for which the server wants no queries."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -69,10 +69,10 @@ class _FailedError(Exception):
 
 
 class OpenAIDescriber:
-    """Asks servers that speak OpenAI's API.
+    """Queries servers that speak OpenAI's API.
 
     Args:
-        cfg: Addresses, model, patience.
+        cfg: Addresses, model, timeouts and retries.
     """
 
     in_worker = True
@@ -94,24 +94,24 @@ class OpenAIDescriber:
         self._probing = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
-        """Travel without connections and without the key."""
+        """Leave out connections and the API key."""
         return {"cfg": self.cfg, "name": self.name, "outage": self.outage}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Connect again when first asked."""
+        """Connect at the first query."""
         self.cfg, self.name, self.outage = state["cfg"], state["name"], state["outage"]
         self._forget()
 
     @property
     def concurrency(self) -> int:
-        """Questions in flight; see `StreamingDescriber`."""
+        """Queries in flight; see `StreamingDescriber`."""
         return self.cfg.concurrency
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply]:
-        """Describe each clip.
+        """Describe each window.
 
         Raises:
-            DescriberError: A server refuses the question, or there is no answer to be had.
+            DescriberError: A server rejects the query, or none answers.
         """
         replies: dict[int, Reply | None] = {}
         for answered in self.describe_each(clips):
@@ -125,22 +125,22 @@ class OpenAIDescriber:
         """Yield answers as they arrive; see `StreamingDescriber`.
 
         Raises:
-            DescriberError: A server refuses the question; with ``on_outage=error``, none answers.
+            DescriberError: A server rejects the query; with ``on_outage=error``, none answers.
         """
         if self._pid != os.getpid():
             self._forget()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.cfg.concurrency, "vlm")
         stop = threading.Event()
-        # Pictures are packed here, so that a thread of the pool does nothing but ask.
-        questions = [partial(self._answer, _messages(clip), stop) for clip in clips]
-        yield from as_they_come(self._pool, questions, stop)
+        # Images are encoded here, so that the threads of the pool only wait for answers.
+        queries = [partial(self._answer, _messages(clip), stop) for clip in clips]
+        yield from as_they_come(self._pool, queries, stop)
 
     def _answer(self, messages: list[dict[str, Any]], stop: threading.Event) -> Reply | None:
-        """Ask until there is an answer, or none is to be had."""
+        """Query until there is an answer, or no hope of one."""
         attempts, others = 0, self._servers.successes
         out_since: float | None = None
-        # A program that ends waits for its threads: they must not wait for a server then.
+        # A program that ends waits for its threads, which must not wait for a server then.
         while not stop.is_set() and not is_ending():
             server = self._servers.pick()
             if server is None:
@@ -158,12 +158,12 @@ class OpenAIDescriber:
                 self._servers.failed(server, str(error))
                 attempts += 1
                 if attempts > self.cfg.retries and self._servers.successes > others:
-                    log.warning("gave a window up after %d attempts: %s", attempts, error)
-                    return None  # the servers answer, but not this one
+                    log.warning("gave up on a window after %d attempts: %s", attempts, error)
+                    return None  # the servers answer other queries
                 pause = min(_LONGEST_PAUSE, 0.1 * 2.0 ** min(attempts, 10))
                 stop.wait(pause * random.uniform(0.5, 1.0))
                 continue
-            except _RefusedError as error:
+            except _RejectedError as error:
                 self._servers.returned(server)
                 raise DescriberError(str(error)) from error
             self._servers.succeeded(server)
@@ -172,7 +172,7 @@ class OpenAIDescriber:
         return None
 
     def _is_hopeless(self, out_seconds: float) -> bool:
-        """Note an outage, and tell whether to go on without an answer."""
+        """Log an outage, and tell whether to go on without an answer."""
         if not self._servers.is_out:
             return False
         self.outage.waiting(self._silence())
@@ -182,7 +182,7 @@ class OpenAIDescriber:
 
     def _silence(self) -> str:
         what = {
-            "wait": "waiting; training goes on when it comes back",
+            "wait": "waiting; training continues when one answers",
             "skip": "labels are null meanwhile and not stored",
             "error": "stopping soon",
         }[self.cfg.on_outage]
@@ -190,32 +190,32 @@ class OpenAIDescriber:
 
     def _once(self, server: Server, messages: list[dict[str, Any]]) -> Reply:
         if self._json is None:
-            with self._probing:  # one question finds out for all
+            with self._probing:  # one query finds out for all
                 reply = self._probe(server, messages)
             if reply is not None:
                 return reply
         return self._send(server, messages, bool(self._json))
 
     def _probe(self, server: Server, messages: list[dict[str, Any]]) -> Reply | None:
-        """Ask with a schema, and without where that is refused; None if another thread has."""
+        """Query with a schema, and without if it is rejected; None if another thread has."""
         if self._json is not None:
             return None
         try:
             reply = self._send(server, messages, True)
-            # Some accept the schema and ignore it: their answer is good all the same.
+            # Some servers accept the schema and ignore it; their answer is still usable.
             self._json = reply.text.lstrip().startswith("{")
-        except _RefusedError:
+        except _RejectedError:
             reply = self._send(server, messages, False)
             self._json = False
         log.debug("structured answers: %s", "yes" if self._json else "no, brackets")
         return reply
 
     def _send(self, server: Server, messages: list[dict[str, Any]], as_json: bool) -> Reply:
-        """Ask one server once.
+        """Send one query to one server.
 
         Raises:
-            _FailedError: It did not answer, or not with an answer.
-            _RefusedError: It refused the question.
+            _FailedError: It gave no usable answer.
+            _RejectedError: It rejected the query.
         """
         import openai
 
@@ -239,9 +239,9 @@ class OpenAIDescriber:
                 raise _FailedError(reason, _retry_after(error.response.headers)) from error
             if error.status_code in (408, 409) or error.status_code >= 500:
                 raise _FailedError(reason) from error
-            raise _RefusedError(
-                f"the label server {server.url} refuses the question ({reason}). Check vlm.model="
-                f"'{self.cfg.model}', and the key in {_KEYS[0]} if it wants one"
+            raise _RejectedError(
+                f"the label server {server.url} rejects the query ({reason}). Check vlm.model="
+                f"'{self.cfg.model}', and the key in {_KEYS[0]} if it needs one"
             ) from error
         except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
             raise _FailedError(f"not an answer: {_short(error)}") from error
@@ -251,7 +251,7 @@ class OpenAIDescriber:
         if url not in self._clients:
             import openai
 
-            for chatty in ("httpx", "httpx2", "openai"):  # a line per question otherwise
+            for chatty in ("httpx", "httpx2", "openai"):  # otherwise a line per query
                 logging.getLogger(chatty).setLevel(logging.WARNING)
             self._clients[url] = openai.OpenAI(
                 base_url=url, api_key=_key(), timeout=self.cfg.timeout_seconds, max_retries=0
@@ -274,7 +274,7 @@ def _key() -> str:
 
 
 def _short(error: BaseException) -> str:
-    """First words of a message from outside; a server may repeat the key it was given."""
+    """Start of a message from outside, without the API key, which a server may repeat."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text.replace(_key(), "***") if _key() != "none" else text)[:160]
 

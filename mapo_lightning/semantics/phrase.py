@@ -1,4 +1,4 @@
-"""The five slots of a semantic action: how a describer is asked, and how its answer is read."""
+"""The five slots of a semantic action: the prompt for them, and the parser of answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_TEXT = 256
 """Longest reply that is kept, in characters."""
 MAX_SLOT = 64
 """Longest slot that is kept, in characters."""
-_MAX_READ = 4096  # characters of a reply that are looked at; a runaway answer costs no more
+_MAX_READ = 4096  # characters of a reply that are read; bounds the cost of a runaway answer
 
 Status = Literal["slots", "prose", "null", "unreadable"]
 """How a reply was read: as slots, as a free sentence, as "no action", or not at all."""
@@ -56,10 +56,10 @@ class Phrase(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """What a reply says, and how it was read."""
+    """Content of a reply, and how it was read."""
 
     phrase: Phrase | None
-    """None where the reply says that nothing happens, or cannot be read."""
+    """None if the reply says that nothing happens, or cannot be read."""
     status: Status
 
 
@@ -77,12 +77,12 @@ def clean_text(text: str, limit: int) -> str:
 
 
 def format_phrase(phrase: Phrase) -> str:
-    """Write a phrase the way the prompt asks for it: ``[body][action]...``."""
+    """Write a phrase in the prompt's format: ``[body][action]...``."""
     return "".join(f"[{slot}]" for slot in phrase)
 
 
 def parse_reply(text: str) -> Parsed:
-    """Read what a describer answered; never raises.
+    """Read a describer's answer; never raises.
 
     Bracketed slots (also inside prose, markdown or numbered lists), a JSON object, labelled
     lines, free prose and ``null`` are understood. ``parse_reply(format_phrase(p)).phrase == p``
@@ -103,7 +103,7 @@ def parse_reply(text: str) -> Parsed:
             return _from_slots(slots)
     if _NOTHING.search(flat):
         return Parsed(None, "null")
-    # Brackets that hold no slots are the question repeated, or mere punctuation.
+    # Brackets without slots repeat the prompt, or are mere punctuation.
     found = vocabulary.read_sentence(_BRACKET.sub(" ", flat))
     if found is None:
         return Parsed(None, "unreadable")
@@ -122,7 +122,7 @@ def _from_slots(slots: list[str]) -> Parsed:
 
 
 def _place(slots: list[str]) -> list[str]:
-    """Fit two to five slots into five: the last ones by what they look like."""
+    """Fit two to five slots into five: the third and later ones by their content."""
     if len(slots) >= len(SLOTS):
         return slots[: len(SLOTS)]
     placed = [slots[0], slots[1], "", "", ""]
@@ -138,9 +138,9 @@ def _place(slots: list[str]) -> list[str]:
 
 
 def _bracket_slots(lines: list[str]) -> list[str] | None:
-    """Slots of the first line that has at least two, else those of the whole reply."""
+    """Slots of the first line with at least two, otherwise those of the whole reply."""
     found = [_BRACKET.findall(line.translate(_WIDE)) for line in (*lines, " ".join(lines))]
-    # A model that repeats the question has not answered it.
+    # Slots that repeat the prompt are no answer.
     found = [[s for s in slots if s.strip().lower() not in vocabulary.TEMPLATE] for slots in found]
     slots = next((slots for slots in found if len(slots) >= 2), found[-1])
     if len(slots) == 1:

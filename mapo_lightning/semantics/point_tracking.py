@@ -1,7 +1,7 @@
-"""What points of the picture do in a window: a yardstick for what describers say.
+"""Motion in a window by tracked points: a reference to judge describers by.
 
-Corners are followed from frame to frame (Lucas and Kanade, pyramids) and back again; the flow
-describer uses another method (dense inverse search), so that the two can disagree.
+Corners are tracked from frame to frame (pyramidal Lucas-Kanade) and back again. The flow describer
+uses another method (dense inverse search), so that the two can disagree.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from mapo_lightning.semantics.motion import fit
 from mapo_lightning.types import Frames
 
-_WIDTH = 256  # pixels of the picture that points are followed in
+_WIDTH = 256  # pixels; frames are scaled to this width
 _POINTS = 400
 _CORNER = 0.002  # weakest corner, as a fraction of the strongest
-_RETURNS = 0.5  # pixels by which a point followed there and back may miss its start
+_RETURNS = 0.5  # pixels by which a point tracked there and back may miss its start
 _MOVES = 1.0  # percent of the frame width from which a point counts as moving
 _FEWEST = 5  # points that make a motion
 _CELLS = 6  # a camera's motion is seen in most cells of a grid this wide and high
@@ -33,8 +33,8 @@ def dominant_motion(clip: Frames) -> NDArray[np.float64] | None:
 
     Returns:
         (right, down) from the first frame to the last, (2,), in percent of the frame width; zeros
-        where nothing moves; None where too little can be followed, or parts move to different
-        sides (their sum has less than 0.7 of the length of their paths).
+        if nothing moves; None if too few points can be tracked, or parts move in different
+        directions (the length of their sum is below 0.7 of the sum of their lengths).
     """
     points, shifts = _follow(clip)
     if len(points) < _FEWEST:
@@ -52,7 +52,7 @@ def dominant_motion(clip: Frames) -> NDArray[np.float64] | None:
 
 
 def _fills_the_picture(points_N2: NDArray[np.float64], agree_N: NDArray[np.bool_]) -> bool:
-    """Whether a motion is that of the camera: an object alone does not reach most of the frame."""
+    """Whether a motion is the camera's: a single object does not cover most of the frame."""
     cell_N = (points_N2 / points_N2.max() * _CELLS).clip(0, _CELLS - 1).astype(int) @ [1, _CELLS]
     seen = np.bincount(cell_N, minlength=_CELLS**2)
     shares = np.bincount(cell_N, agree_N, minlength=_CELLS**2)[seen > 0] / seen[seen > 0]
@@ -84,7 +84,7 @@ def _follow(clip: Frames) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _steps(greys: list[NDArray[np.uint8]], points: Any) -> tuple[Any, NDArray[np.bool_]]:
-    """Follow points (N, 1, 2) through pictures: where they end, and which were lost, (N,)."""
+    """Track points (N, 1, 2) through frames: where they end, and which were lost, (N,)."""
     lost = np.zeros(len(points), bool)
     for before, after in itertools.pairwise(greys):
         points, found, _ = cv2.calcOpticalFlowPyrLK(

@@ -1,8 +1,8 @@
 """A vision-language model in this process: Qwen2.5-VL or Qwen3-VL through transformers.
 
-Frames go through the model's own image processor and are joined to a video here. The processor
-class of transformers would do the same, but it needs torchvision, which has no build for a CPU-only
-torch; with this, one path serves every machine.
+Frames go through the model's own image processor and are joined to a video here. The video
+processor of transformers does the same, but it needs torchvision, which this package does not
+install.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FPS = 2.0  # at which windows are said to be filmed: Qwen's own sampling rate
+_FPS = 2.0  # frame rate that the model is told: Qwen's own sampling rate
 _loading_lock = threading.Lock()
 _HASHED = 65536  # bytes at either end of a weight file that name it
 
 
 class QwenDescriber:
-    """Asks a vision-language model, greedily, in batches of windows of one size.
+    """Queries a vision-language model, decoding greedily, in batches of windows of one size.
 
-    Only windows of the same size share a batch, so that nothing is padded: padding changes what
-    these models answer.
+    Only windows of the same size share a batch, so that nothing is padded: padding changes the
+    answers of these models.
 
     Args:
-        cfg: Which model, where it runs, how many windows at once.
+        cfg: Model, device and batch size.
     """
 
     in_worker = False  # one copy of the weights per training process, not one per worker
@@ -55,18 +55,18 @@ class QwenDescriber:
         self.name = f"transformers {weights} prompt {prompt} tokens {cfg.max_new_tokens}"
 
     def __getstate__(self) -> dict[str, object]:
-        """Travel without the weights."""
+        """Leave out the weights."""
         return {"cfg": self.cfg, "name": self.name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load the weights again when first asked."""
+        """Load the weights at the first query."""
         self.cfg, self.name = state["cfg"], state["name"]
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply]:
-        """Describe each clip; the hidden state is the mean of the last layer over the answer.
+        """Describe each window; the hidden state is the mean of the last layer over the answer.
 
         Raises:
-            DescriberError: The model is not there, or is none of this kind.
+            DescriberError: The model is not available, or is of another kind.
         """
         replies: dict[int, Reply] = {}
         by_size: dict[tuple[int, ...], list[int]] = {}
@@ -105,7 +105,7 @@ class LoadedModel:
         self.model = model.eval().requires_grad_(False).to(self.device)
         if not hasattr(model.config, "video_token_id") or not self.tokenizer.chat_template:
             raise DescriberError(
-                f"'{source}' is a {model.config.model_type}: asked for a Qwen2.5-VL or Qwen3-VL "
+                f"'{source}' is a {model.config.model_type}, not a Qwen2.5-VL or Qwen3-VL "
                 "with a chat template. Choose one with vlm.model=..., or serve it and use "
                 "vlm=openai_server"
             )
@@ -119,7 +119,7 @@ class LoadedModel:
 
     @torch.inference_mode()
     def answer(self, clips: Sequence[Frames], max_new_tokens: int) -> list[Reply]:
-        """Describe clips of one size, (T, H, W, 3) each."""
+        """Describe windows of one size, (T, H, W, 3) each."""
         videos = [self._patches(clip) for clip in clips]
         grid = videos[0][1]
         row = self.tokenizer(self._prompt(grid), return_tensors="pt", add_special_tokens=False)
@@ -143,7 +143,7 @@ class LoadedModel:
         ends = torch.tensor(_ends(self.model), device=self.device)
         alive_BN = (torch.isin(said_BN, ends).cumsum(1) == 0).cpu()
         texts = self.tokenizer.batch_decode(said_BN, skip_special_tokens=True)
-        # The first state is that of the prompt's end; each later one has read one answered token.
+        # The first state is that of the prompt's end; each later one has read one more token.
         read_BND = torch.stack(states[1:], 1) if len(states) > 1 else torch.zeros(len(clips), 0, 1)
         return [
             Reply(text, _mean(read_ND, alive_N))
@@ -156,7 +156,7 @@ class LoadedModel:
         frames = [*clip, *[clip[-1]] * (-len(clip) % deep)]
         made = self.images(images=frames, return_tensors="pt")
         _, high, wide = made["image_grid_thw"][0].tolist()
-        # The processor makes a still video of each frame: take the k-th frame's k-th time slice.
+        # The processor makes a still video of each frame: take time slice k of frame k.
         still = made["pixel_values"].view(len(frames) // deep, deep, high * wide, 3, deep, -1)
         moving = torch.stack([still[:, k, :, :, k] for k in range(deep)], dim=3)
         return moving.flatten(0, 1).flatten(1), [len(frames) // deep, high, wide]
@@ -171,7 +171,7 @@ class LoadedModel:
         merge = int(self.images.merge_size) ** 2
         if self.model.config.model_type == "qwen2_5_vl":
             return str(text).replace(pad, pad * (times * high * wide // merge), 1)
-        # Qwen3-VL reads when each slice was filmed as words before it.
+        # Qwen3-VL reads the time of each slice as words before it.
         start, end = (
             self.tokenizer.convert_ids_to_tokens(int(getattr(self.model.config, f"vision_{s}")))
             for s in ("start_token_id", "end_token_id")
@@ -197,7 +197,7 @@ def locate(source: str, revision: str | None) -> dict[str, Any]:
 
 @contextmanager
 def loading(source: str, field: str) -> Iterator[None]:
-    """Turn what transformers raises on a missing model into one sentence.
+    """Turn the errors of transformers about a missing model into one sentence.
 
     Raises:
         DescriberError: The model cannot be loaded.
@@ -207,9 +207,9 @@ def loading(source: str, field: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = (str(error) or type(error).__name__).split("\n")[0].strip()[:200]
         raise DescriberError(
-            f"cannot load '{source}': it is no folder with a model, and not to be had from the "
+            f"cannot load '{source}': it is not a folder with a model, and not available from the "
             f"hub or its cache ({reason}). Give a folder with {field}=DIR, or download it once "
-            "where there is a network"
+            "on a machine with a network"
         ) from error
 
 
@@ -228,7 +228,7 @@ def hidden_size(source: str, revision: str | None, field: str) -> int:
 
 
 def identity(source: str, revision: str | None) -> str:
-    """Name weights: hub id and revision, or a hash of a folder's files, wherever it lies."""
+    """Name weights by hub id and revision, or by a hash of a folder's files."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return f"{source}@{revision or 'main'}"
@@ -254,7 +254,7 @@ def _device(name: str) -> torch.device:
 
 @contextmanager
 def _states(model: Any) -> Iterator[list[Tensor]]:
-    """Collect what the output layer reads at every step: the last layer's state, (B, D)."""
+    """Collect the input of the output layer at every step: the last layer's state, (B, D)."""
     found: list[Tensor] = []
 
     def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:

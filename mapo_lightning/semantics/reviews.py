@@ -1,4 +1,4 @@
-"""What a person thinks of labels: accepted or rejected, as a file that the gallery writes."""
+"""A person's verdicts on labels, accepted or rejected, in a file that the gallery writes."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import NamedTuple
 from mapo_lightning.types import ConfigError
 
 FORMAT = "mapo-label-marks-1"
-"""First field of such a file."""
+"""First field of such a file. Its words ``marks`` and ``mark`` are those of version 0.1.0."""
 _MAX_BYTES = 64 << 20
 _KEY = re.compile(r"[0-9a-f]{32}")
 
 
-class Marks(NamedTuple):
-    """Keys of labels that somebody has looked at."""
+class Reviews(NamedTuple):
+    """Keys of labels that a person has accepted or rejected."""
 
     accepted: frozenset[str] = frozenset()
     rejected: frozenset[str] = frozenset()
-    """Count as null in training."""
+    """These count as null in training."""
 
 
-def read_marks(path: str) -> Marks:
-    """Read a file of marks.
+def read_reviews(path: str) -> Reviews:
+    """Read a file of reviews.
 
     Args:
-        path: The file; an empty text means that there are no marks.
+        path: The file; an empty text means no reviews.
 
     Raises:
-        ConfigError: The file is missing, too large, or not one of marks.
+        ConfigError: The file is missing, too large, or holds no reviews.
     """
     if not path:
-        return Marks()
+        return Reviews()
     try:
         if Path(path).stat().st_size > _MAX_BYTES:
             raise ValueError(f"it has more than {_MAX_BYTES >> 20} MiB")
@@ -47,10 +47,12 @@ def read_marks(path: str) -> Marks:
             found[row["mark"]].add(row["key"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"vlm.marks='{path}' cannot be read as marks ({type(error).__name__}: {error}): export "
-            "them from the gallery, mapo-gallery"
+            f"vlm.reviews='{path}' cannot be read as reviews ({type(error).__name__}: {error}): "
+            "export them from the gallery, mapo-gallery"
         ) from error
     both = found["accept"] & found["reject"]
     if both:
-        raise ConfigError(f"vlm.marks='{path}' accepts and rejects the label {min(both)}: keep one")
-    return Marks(frozenset(found["accept"]), frozenset(found["reject"]))
+        raise ConfigError(
+            f"vlm.reviews='{path}' accepts and rejects the label {min(both)}: keep one"
+        )
+    return Reviews(frozenset(found["accept"]), frozenset(found["reject"]))

@@ -1,9 +1,8 @@
-"""Several servers that do the same work: who is asked, and when; who is left alone for a while."""
+"""Shares queries among several servers, with a circuit breaker for those that fail."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import queue
 import threading
@@ -14,33 +13,35 @@ from concurrent.futures import thread as pools
 from pathlib import Path
 from typing import TypeVar
 
+from mapo_lightning.files import FileLock
+
 log = logging.getLogger(__name__)
 
-_PATIENCE = 2  # failures in a row, without a success between, after which a server is set aside
-_ASIDE_SECONDS = (0.5, 15.0)  # shortest and longest time for which it is
-_NOTE_SECONDS = 60.0
-_LOOK_SECONDS = 0.05  # between two looks at whether the program ends
+_PATIENCE = 2  # failures in a row after which a server's circuit opens: it gets no queries
+_OPEN_SECONDS = (0.5, 15.0)  # shortest and longest time for which it stays open
+_NOTE_SECONDS = 60.0  # between two log lines about an outage
+_LOOK_SECONDS = 0.05  # between two checks whether the program ends
 
 R = TypeVar("R")
 
 
 def is_ending() -> bool:
     """Tell whether the program is waiting for its threads to end."""
-    return bool(pools._shutdown)  # set first; no public sign is
+    return bool(pools._shutdown)  # set before the wait begins; nothing public is
 
 
 def as_they_come(
     pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], R]], stop: threading.Event
 ) -> Iterator[dict[int, R]]:
-    """Run jobs in ``pool`` and yield results as they come: number of the job -> result.
+    """Run jobs in ``pool`` and yield results as they arrive: number of the job -> result.
 
-    A thread takes up its next job when its result has been dealt with, that is, when the next one
-    is asked for. A process that is killed loses no more results than the pool has threads.
+    A thread starts its next job when its result has been consumed, that is, when the caller asks
+    for the next one. A killed process loses no more results than the pool has threads.
 
     Args:
         pool: Its threads; several callers may share them.
         jobs: A job that raises ends the iteration with what it raised.
-        stop: Set at the end of the iteration, for jobs that are still under way.
+        stop: Set at the end of the iteration, to tell jobs that still run.
     """
     arrived: queue.SimpleQueue[tuple[int, Future[R], threading.Event]] = queue.SimpleQueue()
 
@@ -48,7 +49,7 @@ def as_they_come(
         outcome: Future[R] = Future()
         try:
             outcome.set_result(jobs[number]())
-        except BaseException as error:  # the caller's to see
+        except BaseException as error:  # raised again in the caller
             outcome.set_exception(error)
         dealt_with = threading.Event()
         arrived.put((number, outcome, dealt_with))
@@ -73,18 +74,18 @@ def as_they_come(
 
 
 class Server:
-    """One address and how it has been doing; changed only by its pool."""
+    """One address and its recent failures; changed only by its pool."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.busy = 0
         self.failures = 0
-        self.aside_until = 0.0
+        self.open_until = 0.0
         self.reason = ""
 
 
 class ServerPool:
-    """Shares questions out among servers; for threads of one process.
+    """Shares queries among servers; for the threads of one process.
 
     Args:
         urls: Addresses.
@@ -96,11 +97,11 @@ class ServerPool:
         self._lock = threading.Lock()
 
     def pick(self) -> Server | None:
-        """Take the least busy server that is not set aside; None during an outage."""
+        """Take the least busy server whose circuit is closed; None if there is none."""
         with self._lock:
             now = time.monotonic()
-            free = [server for server in self.servers if server.aside_until <= now]
-            # One that has failed is tried by one question first, not by all that wait.
+            free = [server for server in self.servers if server.open_until <= now]
+            # A server that has failed gets one query first, not all that wait.
             free = [s for s in free if s.failures < _PATIENCE or not s.busy]
             if not free:
                 return None
@@ -109,49 +110,49 @@ class ServerPool:
             return chosen
 
     def succeeded(self, server: Server) -> None:
-        """Give a server back that has answered."""
+        """Give back a server that has answered."""
         with self._lock:
             server.busy -= 1
-            server.failures, server.aside_until = 0, 0.0
+            server.failures, server.open_until = 0, 0.0
             self.successes += 1
 
     def failed(self, server: Server, reason: str) -> None:
-        """Give a server back that has not; after a few times it is left alone for a while."""
+        """Give back a server that has failed; after a few failures its circuit opens."""
         with self._lock:
             server.busy -= 1
             server.failures += 1
             server.reason = reason
             if server.failures >= _PATIENCE:
-                least, most = _ASIDE_SECONDS
+                least, most = _OPEN_SECONDS
                 pause = min(most, least * 2.0 ** min(server.failures - _PATIENCE, 10))
-                server.aside_until = time.monotonic() + pause
+                server.open_until = time.monotonic() + pause
 
     def pause(self, server: Server, seconds: float) -> None:
-        """Give a server back that asked not to be asked for some seconds; it is not out."""
+        """Give back a server that wants no queries for some seconds; this is no failure."""
         with self._lock:
             server.busy -= 1
-            server.aside_until = max(server.aside_until, time.monotonic() + seconds)
+            server.open_until = max(server.open_until, time.monotonic() + seconds)
 
     def returned(self, server: Server) -> None:
-        """Give a server back of which nothing was learned."""
+        """Give back a server without a verdict."""
         with self._lock:
             server.busy -= 1
 
     @property
     def is_out(self) -> bool:
-        """True while every server has failed several times in a row."""
+        """True while the last queries to every server have failed."""
         return all(server.failures >= _PATIENCE for server in self.servers)
 
     def describe(self) -> str:
-        """Say what each server's last failure was."""
+        """Describe each server's last failure."""
         return "; ".join(f"{s.url}: {s.reason or 'no answer yet'}" for s in self.servers)
 
 
 class OutageLog:
-    """Says that nobody answers: one line a minute, whichever of many processes says it.
+    """Logs that no server answers: one line a minute for all processes together.
 
     Args:
-        stamp: File that exists during an outage; None speaks for this process alone.
+        stamp: File that exists during an outage; None: for this process alone.
     """
 
     def __init__(self, stamp: Path | None = None) -> None:
@@ -160,7 +161,7 @@ class OutageLog:
         self._noted = 0.0
 
     def waiting(self, what: str) -> None:
-        """Log ``what`` if nobody has within the last minute."""
+        """Log ``what`` unless a process has logged within the last minute."""
         now = time.time()
         if self._began is None:
             self._began = now
@@ -176,7 +177,7 @@ class OutageLog:
             log.warning("no answer for %.0f s: %s", now - self._began, what)
 
     def over(self) -> None:
-        """Log once that answers come again."""
+        """Log once that servers answer again."""
         if self._began is None:
             return
         took, self._began, self._noted = time.time() - self._began, None, 0.0
@@ -184,21 +185,19 @@ class OutageLog:
             if self.stamp is not None:
                 self.stamp.unlink(missing_ok=True)
             if self.stamp is None or began is not None:
-                log.warning("answers come again after %.0f s", took)
+                log.warning("servers answer again after %.0f s", took)
 
     @contextlib.contextmanager
     def _shared(self) -> Iterator[tuple[float | None, float | None]]:
-        """When the outage began and was last noted by any process, under a lock."""
+        """When the outage began and was last logged by any process, under a lock."""
         if self.stamp is None:
             yield self._began, self._noted
             return
-        self.stamp.parent.mkdir(parents=True, exist_ok=True)
-        with self.stamp.with_suffix(".lock").open("ab") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
+        with FileLock(self.stamp.with_suffix(".lock")):
             try:
                 began, noted = (float(word) for word in self.stamp.read_text().split())
             except (FileNotFoundError, ValueError):
                 yield None, None
-            else:  # a stamp that nobody has touched for long is that of a killed run
+            else:  # an old stamp was left over by a killed run
                 fresh = time.time() - noted < 2 * _NOTE_SECONDS
                 yield (began, noted) if fresh else (None, None)

@@ -1,13 +1,12 @@
-"""Where labels live: asked once, never twice, by however many processes.
+"""Label store: every window is labelled once, however many processes need its label.
 
-One SQLite file per writing process, all of them merged on read, so that nobody waits for another's
-lock. A label is committed before its claim is released; a killed process loses at most the labels
-it was still asking for. Everything stored is text, numbers or raw float16: nothing is executed.
+Each writing process has its own SQLite file, and reading merges them, so that no process waits for
+another's lock. A label is committed before its window is unlocked; a killed process loses at most
+the labels that it was still waiting for. Only text, numbers and raw float16 are stored, never code.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import heapq
 import itertools
@@ -19,12 +18,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Concatenate, NamedTuple, ParamSpec, TypeVar, cast, get_args
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mapo_lightning.semantics.locks import Claims
+from mapo_lightning.files import FileLock
+from mapo_lightning.semantics.locks import WindowLocks
 from mapo_lightning.semantics.phrase import SLOTS, Phrase, Status
 from mapo_lightning.types import DescriberError
 
@@ -32,12 +32,12 @@ _SCHEMA = """CREATE TABLE IF NOT EXISTS labels (
     key TEXT PRIMARY KEY, text TEXT NOT NULL, status TEXT NOT NULL, slots TEXT, hidden BLOB,
     describer TEXT NOT NULL, source TEXT NOT NULL) WITHOUT ROWID"""
 _COLUMNS = "key, text, status, slots, hidden, describer, source"
-_REMEMBERED = 65536  # labels kept in memory by one process
-_ASK_AT_ONCE = 500  # keys in one SQL statement; the library's limit is 999 in old versions
+_CACHED = 65536  # labels kept in memory by one process
+_KEYS_AT_ONCE = 500  # keys in one SQL statement; the library's limit is 999 in old versions
 
 
 class StoredLabel(NamedTuple):
-    """What is known about one window of frames."""
+    """Stored answer about one window of frames."""
 
     text: str
     """The describer's answer, cleaned, at most 256 characters."""
@@ -46,9 +46,9 @@ class StoredLabel(NamedTuple):
     phrase: Phrase | None
     """The five slots, None for null and unreadable answers."""
     hidden: NDArray[np.float16] | None
-    """(hidden_dim,) where the describer gave one."""
+    """(hidden_dim,), if the describer gave one."""
     describer: str
-    """Name of who answered."""
+    """Name of the describer that answered."""
     source: str
     """For people: which frames of which file."""
 
@@ -60,7 +60,7 @@ R = TypeVar("R")
 def _one_at_a_time(
     method: Callable[Concatenate[LabelStore, P], R],
 ) -> Callable[Concatenate[LabelStore, P], R]:
-    """Let one thread in, in the process that opened the files."""
+    """Let one thread at a time use the files, in the process that opened them."""
 
     @functools.wraps(method)
     def alone(store: LabelStore, *args: P.args, **words: P.kwargs) -> R:
@@ -91,37 +91,37 @@ class LabelStore:
     def __init__(self, root: Path, writer: str, durable: bool = True) -> None:
         self.root, self.durable = Path(root), durable
         self.writer = "".join(c if c.isalnum() or c in "-_" else "-" for c in writer)[:64] or "w"
-        self.claims = Claims(self.root / "claims")
+        self.locks = WindowLocks(self.root / "locks")
         self._forget()
 
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._files: dict[Path, sqlite3.Connection] = {}
         self._own: sqlite3.Connection | None = None
-        self._lock: IO[bytes] | None = None
+        self._lock: FileLock | None = None
         self._memory: OrderedDict[str, StoredLabel] = OrderedDict()
         self._one = threading.RLock()  # one thread at a time
 
     def __getstate__(self) -> dict[str, object]:
-        """Pickle what says where the store is, not what is open."""
+        """Pickle where the store is, not what is open."""
         return {"root": self.root, "writer": self.writer, "durable": self.durable}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Open nothing: the process that uses it will."""
+        """Open nothing yet: the first use does."""
         self.root, self.writer = cast(Path, state["root"]), cast(str, state["writer"])
         self.durable = bool(state["durable"])
-        self.claims = Claims(self.root / "claims")
+        self.locks = WindowLocks(self.root / "locks")
         self._forget()
 
     @_one_at_a_time
     def get(self, keys: Iterable[str]) -> dict[str, StoredLabel]:
-        """Look labels up, in memory first, then in every writer's file.
+        """Look labels up, first in memory, then in every writer's file.
 
         Args:
             keys: Content keys of windows.
 
         Returns:
-            Those that are known.
+            The labels that are known, by key.
 
         Raises:
             DescriberError: A file of the store is not a label store, or is damaged.
@@ -140,7 +140,7 @@ class LabelStore:
 
     @_one_at_a_time
     def put(self, labels: Mapping[str, StoredLabel]) -> None:
-        """Store labels; they are on disk, and visible to all, when this returns.
+        """Store labels; when this returns, they are on disk and visible to all processes.
 
         Raises:
             DescriberError: The file cannot be written (disk full, no permission).
@@ -180,34 +180,29 @@ class LabelStore:
             last = label_key
 
     def close(self) -> None:
-        """Close all files and give the writer's name back."""
+        """Close all files and free the writer's name."""
         if self._pid == os.getpid():
             for file in self._files.values():
                 file.close()
             if self._own is not None:
                 self._own.close()
             if self._lock is not None:
-                self._lock.close()
+                self._lock.release()
         self._forget()
 
     def _remember(self, key: str, label: StoredLabel) -> None:
         self._memory[key] = label
-        if len(self._memory) > _REMEMBERED:
+        if len(self._memory) > _CACHED:
             self._memory.popitem(last=False)
 
     def _writer_file(self) -> sqlite3.Connection:
         if self._own is None:
-            self.root.mkdir(parents=True, exist_ok=True)
             for number in itertools.count():
                 name = f"{self.writer}-{number}" if number else self.writer
-                lock = (self.root / f"{name}.lock").open("ab")
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    lock.close()
-                    continue
-                self._lock = lock
-                break
+                lock = FileLock(self.root / f"{name}.lock")
+                if lock.acquire(wait=False):
+                    self._lock = lock
+                    break
             self._own = _open(self.root / f"{name}.sqlite", create=True)
             self._own.execute(f"PRAGMA synchronous={'NORMAL' if self.durable else 'OFF'}")
             with self._own:
@@ -227,10 +222,10 @@ class LabelStore:
             if path not in self._files:
                 self._files[path] = _open(path)
             file = self._files[path]
-            for first in range(0, len(keys), _ASK_AT_ONCE):
-                batch = keys[first : first + _ASK_AT_ONCE]
-                marks = ",".join("?" * len(batch))
-                query = f"SELECT {_COLUMNS} FROM labels WHERE key IN ({marks})"
+            for first in range(0, len(keys), _KEYS_AT_ONCE):
+                batch = keys[first : first + _KEYS_AT_ONCE]
+                places = ",".join("?" * len(batch))
+                query = f"SELECT {_COLUMNS} FROM labels WHERE key IN ({places})"
                 with closing(file.execute(query, batch)) as cursor:
                     rows += cursor.fetchall()
             found = [_from_row(row) for row in rows]
@@ -239,19 +234,19 @@ class LabelStore:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Name the file of whatever goes wrong; a file whose writer is just being born is empty."""
+    """Name the file in errors; a file whose writer has just started may still be empty."""
     try:
         yield
     except (sqlite3.Error, ValueError) as error:
         if "no such table" not in str(error):
             raise DescriberError(
                 f"cannot read the label file '{path}': {error}. "
-                "Move it away; its labels will be asked for again."
+                "Move it away; its windows will be labelled again."
             ) from error
 
 
 def _open(path: Path, create: bool = False) -> sqlite3.Connection:
-    """Open read-write: whoever comes first after a kill rolls the unfinished commit back."""
+    """Open read-write: the first to open a file after a kill rolls the unfinished commit back."""
     mode = "rwc" if create else "rw"
     file = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}",
@@ -259,7 +254,7 @@ def _open(path: Path, create: bool = False) -> sqlite3.Connection:
         uri=True,
         check_same_thread=False,
     )
-    # Not the write-ahead log: that needs memory shared by all readers, which two machines lack.
+    # No write-ahead log: it needs memory shared by all readers, also those on other machines.
     file.execute("PRAGMA journal_mode=TRUNCATE")
     return file
 
@@ -271,7 +266,7 @@ def _to_row(label: StoredLabel) -> tuple[object, ...]:
 
 
 def _from_row(row: tuple[object, ...]) -> tuple[str, StoredLabel]:
-    """Check what was read: the file may come from anywhere.
+    """Check a row: the file may come from anywhere.
 
     Raises:
         ValueError: A row does not hold a label.

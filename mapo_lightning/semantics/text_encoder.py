@@ -1,6 +1,6 @@
-"""A frozen sentence encoder: phrases become vectors that know which words are alike.
+"""A frozen sentence encoder: similar phrases get similar vectors.
 
-Here too the choice between it, a model's hidden states and hashed words (facts O1).
+`build_encoder` chooses between it, a model's hidden states and hashed words (facts O1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.semantics.qwen import hidden_size, loading, locate
 from mapo_lightning.semantics.settings import VlmConfig
 
-_REMEMBERED = 65536  # phrases
+_CACHED = 65536  # phrases
 
 
 class TextEncoder:
@@ -42,11 +42,11 @@ class TextEncoder:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
-        """Travel without the weights."""
+        """Leave out the weights."""
         return {key: self.__dict__[key] for key in ("source", "revision", "semantic_dim")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """Load the weights again when first asked."""
+        """Load the weights at the first use."""
         self.__dict__ |= state
         self._start()
 
@@ -64,7 +64,7 @@ class TextEncoder:
         """
         with self._lock:
             if phrase not in self._memory:
-                if len(self._memory) >= _REMEMBERED:
+                if len(self._memory) >= _CACHED:
                     self._memory.clear()
                 self._memory[phrase] = self._embed(" ".join(slot for slot in phrase if slot))
             return self._memory[phrase].copy()
@@ -75,7 +75,7 @@ class TextEncoder:
         tokens = tokenizer(sentence, return_tensors="pt", truncation=True, max_length=64)
         tokens.pop("token_type_ids", None)
         state_LD = model(**tokens).last_hidden_state[0].float()
-        mean_D = state_LD.mean(0)  # one sentence at a time: nothing is padded
+        mean_D = state_LD.mean(0)  # one sentence at a time, so that nothing is padded
         return np.asarray((mean_D / mean_D.square().mean().sqrt().clamp(min=1e-6)).numpy())
 
 
@@ -91,7 +91,7 @@ def _load(source: str, revision: str | None) -> tuple[Any, Any]:
 
 
 def build_encoder(cfg: VlmConfig) -> Encoder:
-    """Build what turns answers into vectors: a sentence encoder, hidden states or hashed words."""
+    """Build the configured encoder: sentence encoder, hidden states or hashed words."""
     if cfg.text_encoder and cfg.kind != "none":
         return TextEncoder(cfg.text_encoder, cfg.text_encoder_revision)
     if cfg.kind == "transformers":

@@ -1,8 +1,11 @@
-"""The words of motion: verbs, directions and distances, and how to find them in a sentence."""
+"""Words of motion: verbs, directions and distances, and how to find them in a sentence."""
 
 from __future__ import annotations
 
 import re
+
+import numpy as np
+from numpy.typing import NDArray
 
 TEMPLATE = frozenset(
     {"executing body", "action", "target object", "moving direction", "displacement generated"}
@@ -37,6 +40,11 @@ DIRECTIONS: dict[str, tuple[float, float, float, float]] = {
     "anticlockwise": (0.0, 0.0, 0.0, -1.0),
 }
 """Direction word -> (right, up, towards the camera, clockwise), as the picture shows it."""
+
+COMPASS = ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right")
+"""Eight directions on the screen, 45 degrees apart, clockwise from the right."""
+
+_COUNTERCLOCKWISE = re.compile(r"\b(counter|anti)[- ]clock")
 
 _VERB_LIST = """approach bend bounce bring bring carry catch clean close cover cut dig dip drag draw
 drop enter expand fall fill flip fold grab grasp hit hold insert jump kick lean leave lift lower
@@ -83,13 +91,23 @@ VERBS: dict[str, str] = {
 """Inflected form -> base form of the verbs of motion and handling."""
 
 _STATES = frozenset({"left", "lower", "close", "open"})
-"""Forms that are more often a direction or a quality than a verb when a noun follows."""
+"""Forms that are more often a direction or an adjective than a verb."""
+
+
+def direction_words(text: str) -> list[str]:
+    """Return all words of the text that are keys of `DIRECTIONS`, in order."""
+    joined = _COUNTERCLOCKWISE.sub(r"\1clock", text.lower())
+    return [word for word in re.findall(r"[a-z]+", joined) if word in DIRECTIONS]
 
 
 def direction_of(text: str) -> str:
-    """Return the first direction word of the text, or '' where there is none."""
-    found = re.findall(r"[a-z]+", text.lower().replace("counter-clock", "counterclock"))
-    return next((word for word in found if word in DIRECTIONS), "")
+    """Return the first direction word of the text, or '' if there is none."""
+    return next(iter(direction_words(text)), "")
+
+
+def compass_word(shift: NDArray[np.float64]) -> str:
+    """Name the direction of a shift (right, down), (2,), by the nearest of `COMPASS`."""
+    return COMPASS[round(float(np.arctan2(shift[1], shift[0])) / (np.pi / 4)) % 8]
 
 
 def is_distance(text: str) -> bool:
@@ -105,7 +123,7 @@ def read_sentence(text: str) -> tuple[str, str, str, str, str] | None:
         text: One or a few sentences, one line.
 
     Returns:
-        (body, action, target, direction, displacement), '' for what is not said; None where
+        (body, action, target, direction, displacement), '' for what is not mentioned; None if
         neither a known verb nor a direction is found.
     """
     verb = _find_verb(text)

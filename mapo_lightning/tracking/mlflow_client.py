@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from mapo_lightning.config.redact import redact, redact_text
-from mapo_lightning.tracking.versions import git_state
+from mapo_lightning.files import FileLock
+from mapo_lightning.tracking.versions import own_git_state
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -88,10 +88,8 @@ def _first_use_lock(uri: str) -> Iterator[None]:
         yield
         return
     path = Path(uri.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
 
 
 def start_run(
@@ -107,7 +105,7 @@ def start_run(
         log.warning("this MLflow store has no run %s to go on with: a new one is started", run_id)
         run_id = None
     if run_id is None:
-        git = git_state(Path.cwd())
+        git = own_git_state()
         about = {"mlflow.runName": name, "mlflow.source.name": Path(sys.argv[0]).name or "python"}
         about |= {"mlflow.source.git.commit": git.commit} if git else {}
         run = mlflow.create_run(experiment, tags={**about, **_short_tags(ours)}, run_name=name)

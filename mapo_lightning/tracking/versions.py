@@ -78,6 +78,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def own_git_state() -> GitState | None:
+    """Read the state of the checkout that this package runs from; None if it was installed.
+
+    Never that of another checkout, such as the folder the program was started in or a repository
+    around the environment that the package is installed in.
+    """
+    root = Path(__file__).resolve().parents[2]
+    return git_state(root) if (root / ".git").exists() else None
+
+
 def git_state(root: Path) -> GitState | None:
     """Read the state of the git checkout that holds ``root``.
 

@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from mapo_lightning.training.cuda_graph import Captured, Recorder
+from mapo_lightning.training.log_due import log_due
 from mapo_lightning.training.settings import OptimizerConfig
 from mapo_lightning.types import Batch
 
@@ -100,8 +101,7 @@ class TrainedModule(L.LightningModule):
 
         Collecting twenty metrics costs as much as a fifth of a tiny update.
         """
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (self.trainer.global_step + 1) % every == 0
+        return log_due(self.trainer, counted=False)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any

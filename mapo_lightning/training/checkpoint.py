@@ -7,7 +7,6 @@ tracking run) that lets a file be used without the command that made it.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mapo_lightning.files import atomic_write
 from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.types import CheckpointError
 
@@ -49,16 +49,10 @@ def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: The disk is full or cannot be written.
     """
-    part = path.with_name(f"{path.name}.part")  # on the same disk, so that renaming is atomic
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with atomic_write(path, durable=True, sole_writer=True) as draft, draft.open("wb") as file:
             torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"cannot write the checkpoint '{path}': {reason}. Free some disk space; the checkpoint "

@@ -1,4 +1,4 @@
-"""LightningDataModules: clips from videos with their semantic actions, and chunks from replay."""
+"""Data modules: clips of videos with their semantic actions, and chunks from replay."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from mapo_lightning.data.clips import Clip, ClipDataset
-from mapo_lightning.data.prefetch import collate_clips, settle
 from mapo_lightning.data.replay import Replay
 from mapo_lightning.data.scan import VideoIndex, scan_videos
 from mapo_lightning.data.settings import VideoDataConfig
+from mapo_lightning.data.window_labels import collate_clips, label_pending
 from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.settings import VlmConfig
@@ -24,13 +24,13 @@ _HELD_OUT_CLIPS = 16
 
 
 class VideoDataModule(L.LightningDataModule):
-    """Decodes clips from video files and labels them online, inside the loader's workers.
+    """Decodes clips of video files and labels them during training, in the loader's workers.
 
     Args:
         data: Which videos, and how clips are cut.
-        vlm: Who describes them.
+        vlm: Describer and windows.
         batch_size: Clips per batch and rank.
-        root: Folder that keeps the scan's results and the label store.
+        root: Folder of the scan's results and of the label store.
         seed: Of the clip sampler.
     """
 
@@ -42,9 +42,10 @@ class VideoDataModule(L.LightningDataModule):
         self.root, self.seed = root, seed
         self.index: VideoIndex | None = None
         self._labeler: Labeler | None = None
+        self._holdout: ClipDataset | None = None
 
     def setup(self, stage: str) -> None:
-        """Scan the folder once; bad files go to the quarantine report."""
+        """Scan the folder once; unusable files are listed in the quarantine report."""
         if self.index is None:
             self.index = scan_videos(self.data, self.root)
 
@@ -60,13 +61,13 @@ class VideoDataModule(L.LightningDataModule):
             "holdout": index.holdout or index.train,
             "all": index.videos,
         }[split]
-        aside = self.root / "quarantine.jsonl"
+        quarantine = self.root / "quarantine.jsonl"
         return ClipDataset(
-            videos, self.data, self.vlm, self.root, self.seed, rank, world, split, aside
+            videos, self.data, self.vlm, self.root, self.seed, rank, world, split, quarantine
         )
 
     def train_dataloader(self) -> DataLoader[Clip]:
-        """Batches without end; the trainer's budget of updates stops them."""
+        """Endless batches; the trainer stops after its budget of updates."""
         workers = self.data.workers
         return DataLoader(
             self.clips("train"),
@@ -80,26 +81,32 @@ class VideoDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same held-out clips every time."""
-        clips = self.clips("holdout").fixed_clips(_HELD_OUT_CLIPS)
+        clips = self._held_out().fixed_clips(_HELD_OUT_CLIPS)
         return DataLoader(clips, batch_size=self.batch_size)  # type: ignore[arg-type]
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Label what the loader's workers could not: a model in this process answers in batches."""
+        """Label the windows that the loader's workers left to a model in this process."""
         if "pending" not in batch:
             return batch
         if self._labeler is None:
             rank = self.trainer.global_rank if self.trainer else 0
             self._labeler = build_labeler(self.vlm, self.root, f"train-rank{rank}-batch")
-        return settle(batch, self._labeler)
+        return label_pending(batch, self._labeler)
 
     def rollout_batch(self, count: int) -> Batch:
         """The first ``count`` held-out clips, for pictures."""
-        batch: Batch = default_collate(self.clips("holdout").fixed_clips(count))
+        batch: Batch = default_collate(self._held_out().fixed_clips(count))
         return {key: value for key, value in batch.items() if value.ndim > 1}  # no counts
+
+    def _held_out(self) -> ClipDataset:
+        """The held-out clips, with one labeler for the whole run."""
+        if self._holdout is None:
+            self._holdout = self.clips("holdout")
+        return self._holdout
 
 
 class _Chunks(IterableDataset[Batch]):
-    """Chunks drawn from replay, batch after batch without end."""
+    """Endless batches of chunks drawn from replay."""
 
     def __init__(
         self, replay: Replay, batch_size: int, length: int, rng: np.random.Generator
@@ -124,17 +131,17 @@ def chunk_batch(replay: Replay, rng: np.random.Generator, count: int, length: in
 class ReplayDataModule(L.LightningDataModule):
     """Chunks of the agent's own experience.
 
-    The loader has no workers: the collector writes between batches in the same process.
+    The loader has no workers, because the collector writes between batches in this process.
     """
 
     def __init__(self, replay: Replay, batch_size: int, length: int, seed: int) -> None:
         super().__init__()
         self.replay, self.batch_size, self.length, self.seed = replay, batch_size, length, seed
         self.rng = np.random.default_rng(seed)
-        """Draws the chunks; its state belongs into a checkpoint."""
+        """Draws the chunks; its state is part of a checkpoint."""
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Batches without end; the trainer's budget of updates stops them."""
+        """Endless batches; the trainer stops after its budget of updates."""
         chunks = _Chunks(self.replay, self.batch_size, self.length, self.rng)
         return DataLoader(chunks, batch_size=None, pin_memory=torch.cuda.is_available())
 

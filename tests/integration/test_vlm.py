@@ -51,7 +51,7 @@ def test_real_model_behind_a_server(videos: Path, qwen: Path, tmp_path: Path) ->
     assert "asked about 0 of" in said
     server_words[-1] = "vlm.frame_size=72"  # other pictures, other questions
     said = train(tmp_path, *words(videos, *server_words, "vlm.cached_only=true"), code=2)
-    assert "nobody has labelled" in said
+    assert "there is no label of" in said
     assert ".mp4 frames" in said
 
 
@@ -61,7 +61,7 @@ def test_model_in_the_process(videos: Path, qwen: Path, tmp_path: Path) -> None:
     said = train(tmp_path, *words(videos, *model, "data.workers=2", "work_dir=online"))
     assert "asked about 0 of" not in said
     said = train(tmp_path, *words(videos, *model, "stage=label"))
-    assert "30 of 30 windows: 30 asked, 0 known before" in said
+    assert "30 of 30 windows: 30 queried, 0 known before" in said
     said = train(tmp_path, *words(videos, *model, "vlm.cached_only=true", "data.workers=2"))
     assert "asked about 0 of" in said
     labels = LabelStore(tmp_path / "runs/cache/labels", "r").items().values()
@@ -98,9 +98,9 @@ def test_server_dies_for_three_seconds(policy: str, videos: Path, tmp_path: Path
     assert said, "training failed"
     assert said[0].count("no label server answers") == 1
     if policy == "wait":
-        assert said[0].count("answers come again after") == 1
+        assert said[0].count("servers answer again after") == 1
         assert calls > 0
     labels = LabelStore(tmp_path / "runs/cache/labels", "r").items()
     assert len(labels) > 0
     assert (tmp_path / "runs").is_dir()
-    assert not any((tmp_path / "runs/cache/labels/claims").glob("[0-9a-f]*"))
+    assert not any((tmp_path / "runs/cache/labels/locks").glob("[0-9a-f]*"))

@@ -90,10 +90,10 @@ def test_window_grid(counter: VideoInfo, tmp_path: Path, stride: int, offset: in
     for start in (0, 1, 5):
         clip = source.clip_at(0, start)
         assert frame_numbers(clip) == [start + t * stride for t in range(9)]
-        ends = {source._window_end(start + t * stride) for t in range(1, 9)} - {None}
+        ends = {source.grid.end_for(start + t * stride) for t in range(1, 9)} - {None}
         assert clip["vlm_windows"] == len(ends)
         for t in range(1, 9):
-            frame, end = start + t * stride, source._window_end(start + t * stride)
+            frame, end = start + t * stride, source.grid.end_for(start + t * stride)
             possible = [
                 e for e in range(3 * stride, 60, 4 * stride) if e + offset * stride <= frame
             ]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mapo_lightning.data.replay import Replay, ReplayError, ReplaySpec
 from mapo_lightning.data.settings import ReplayConfig
 from mapo_lightning.envs.collector import Collector, RandomPolicy, run_episodes
-from mapo_lightning.envs.live_labels import SemanticTracker, Step
+from mapo_lightning.envs.live_labels import LiveLabeler, Step
 from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.labeler import Labeler
@@ -65,10 +65,10 @@ class ReadsClocks:
         return [Reply(f"[clock][ticks][time][up][{t[-1]} ticks]") for t in times]
 
 
-def tracker(folder: Path, envs: int, **vlm: int) -> tuple[SemanticTracker, ReadsClocks]:
+def tracker(folder: Path, envs: int, **vlm: int) -> tuple[LiveLabeler, ReadsClocks]:
     describer = ReadsClocks()
     labeler = Labeler(describer, LabelStore(folder / "labels", "test"), HashedSlots())
-    return SemanticTracker(labeler, VlmConfig(**vlm), envs, "clock"), describer  # type: ignore[arg-type]
+    return LiveLabeler(labeler, VlmConfig(**vlm), envs, "clock"), describer  # type: ignore[arg-type]
 
 
 def clocks(count: int) -> SyncVectorEnv:
@@ -174,7 +174,7 @@ def test_evaluation_plays_every_seed_once(count: int, tmp_path: Path) -> None:
         seen.append(step["is_first"])
         return np.zeros((count, 2), np.float32)
 
-    episodes, films = run_episodes(clocks(count), watch, lambda seed: policy, [5, 6, 7], film=2)
+    episodes, films = run_episodes(clocks(count), watch, lambda seed: policy, [5, 6, 7], record=2)
     total = LENGTH * (LENGTH + 1) / 2
     assert [tuple(e) for e in episodes] == [(total, LENGTH, 1.0)] * 3
     assert [film[:, 0, 0, 0].tolist() for film in films] == [list(range(LENGTH + 1))] * 2

@@ -23,7 +23,7 @@ from mapo_lightning.data.video import fingerprint, probe_video, write_mp4
 from mapo_lightning.label_tools.gallery import draw, find_videos, main
 from mapo_lightning.label_tools.page import Sample, page
 from mapo_lightning.semantics.phrase import Phrase
-from mapo_lightning.semantics.reviews import FORMAT, Marks, read_marks
+from mapo_lightning.semantics.reviews import FORMAT, Reviews, read_reviews
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 
@@ -159,17 +159,17 @@ def test_the_script_writes_what_training_reads(shown: Reader, tmp_path: Path) ->
         part.strip() for part in fields[1].split(",")
     }
     row = {"key": shown.cards[0]["data-key"], "mark": "reject", "video": "v", "frames": "0..3"}
-    path = tmp_path / "marks.json"
+    path = tmp_path / "reviews.json"
     path.write_text(json.dumps({"format": FORMAT, "marks": [row]}))
-    assert read_marks(str(path)).rejected == {shown.cards[0]["data-key"]}
+    assert read_reviews(str(path)).rejected == {shown.cards[0]["data-key"]}
 
 
-def test_marks_come_back_and_those_not_shown_are_kept(corpus: Path) -> None:
+def test_reviews_come_back_and_those_not_shown_are_kept(corpus: Path) -> None:
     store, videos = LabelStore(corpus / "labels", "r"), find_videos([corpus / "videos"])
     everything = draw(store, videos, 10)
     key = everything.labels[0][0]
-    marks = Marks(accepted=frozenset(["0" * 32]), rejected=frozenset([key]))
-    text = page(everything, "t", marks)
+    reviews = Reviews(accepted=frozenset(["0" * 32]), rejected=frozenset([key]))
+    text = page(everything, "t", reviews)
     cards = {card["data-key"]: card for card in read(text).cards}
     assert cards[key]["data-mark"] == "reject"
     assert sum(bool(card["data-mark"]) for card in cards.values()) == 1
@@ -261,7 +261,7 @@ def test_without_arguments_it_takes_the_newest_run(
             "--max-items must lie in [1, 2000]",
         ),
         (["--store", ".", "--videos", "."], "none of the 0 labels in '.'"),
-        (["--store", ".", "--videos", ".", "--marks", "x"], "vlm.marks='x'"),
+        (["--store", ".", "--videos", ".", "--reviews", "x"], "vlm.reviews='x'"),
     ],
 )
 def test_wrong_words_get_one_sentence(

@@ -95,7 +95,7 @@ def test_what_is_no_human36m_gets_one_clear_sentence(tmp_path: Path) -> None:
     root = tmp_path / "h"
     write_mp4(root / "S1_Flying.54138969.mp4", numbered(30), 50)
     write_images(root / "S1" / "Videos" / "%06d.jpg", numbered(3))
-    with pytest.raises(VideoError, match=r"is no Human3\.6M: no file in it or its folders"):
+    with pytest.raises(VideoError, match=r"is not Human3\.6M: no file in it or its folders"):
         scan(root)
 
 
@@ -104,7 +104,7 @@ def test_labels_name_the_frames_that_the_file_has(human: Path, tmp_path: Path) -
     data = VideoDataConfig(kind="human36m", clip_length=5)
     source = ClipDataset(scan(human).train, data, VlmConfig(), tmp_path)
     names = [
-        source._requests(video, [3])[0].source.removeprefix(f"{video.path.name} ")
-        for video in source.videos
+        source.window_requests(number, [3])[0].source.removeprefix(f"{video.path.name} ")
+        for number, video in enumerate(source.videos)
     ]
     assert sorted(names) == ["frames 0..15 step 5", "frames 1..16 step 5"]

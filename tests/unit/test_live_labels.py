@@ -15,7 +15,7 @@ from test_collector import LENGTH, clocks
 from mapo_lightning.data.replay import Replay, ReplaySpec
 from mapo_lightning.data.settings import ReplayConfig
 from mapo_lightning.envs.collector import Collector, RandomPolicy
-from mapo_lightning.envs.live_labels import SemanticTracker, Step
+from mapo_lightning.envs.live_labels import LiveLabeler, Step
 from mapo_lightning.run.build import answers_late
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.describer import Reply
@@ -39,25 +39,28 @@ class SlowClockReader:
 
     name, in_worker = "slow clocks", True
 
-    def __init__(self, seconds: float, breaks: bool = False) -> None:
+    def __init__(self, seconds: float, breaks: Exception | None = None) -> None:
         self.seconds, self.breaks, self.calls = seconds, breaks, 0
         self.threads: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply]:
         time.sleep(self.seconds)
+        self.gate.wait()
         self.calls += 1
         self.threads.add(threading.current_thread().name)
-        if self.breaks:
-            raise DescriberError("the server at 127.0.0.1 is gone")
+        if self.breaks is not None:
+            raise self.breaks
         ends = [int(clip[-1, 0, 0, 0]) for clip in clips]
         return [Reply("".join(f"[{slot}]" for slot in phrase(end))) for end in ends]
 
 
 def collector(folder: Path, describer: SlowClockReader, **vlm: float) -> tuple[Collector, Replay]:
     labeler = Labeler(describer, LabelStore(folder / "labels", "test"), HashedSlots())
-    tracker = SemanticTracker(labeler, VlmConfig(**vlm), 2, "clock", late=True)  # type: ignore[arg-type]
+    live_labeler = LiveLabeler(labeler, VlmConfig(**vlm), 2, "clock", late=True)  # type: ignore[arg-type]
     replay = Replay(folder / "replay", ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
-    return Collector(clocks(2), tracker, replay, seed=0), replay
+    return Collector(clocks(2), live_labeler, replay, seed=0), replay
 
 
 def entries(replay: Replay) -> list[np.ndarray]:
@@ -81,7 +84,7 @@ def test_a_slow_describer_slows_no_environment_and_every_label_lands(tmp_path: P
     assert 6 * LENGTH / seconds > 200  # environment steps per second
     playing.close()
     assert describer.threads == {"labels"}
-    assert playing.tracker.skipped == 0
+    assert playing.live_labeler.skipped == 0
     episodes = entries(replay)
     assert len(episodes) == 6
     for episode in episodes:
@@ -98,9 +101,9 @@ def test_a_full_queue_skips_as_null_and_counts(tmp_path: Path) -> None:
     started = time.perf_counter()
     playing.collect(RandomPolicy(2, 0), 4 * LENGTH)
     assert time.perf_counter() - started < 4 * (LENGTH // 4) * 0.05
-    assert playing.tracker.waiting <= 3
+    assert playing.live_labeler.waiting <= 3
     playing.close()
-    skipped = playing.tracker.skipped
+    skipped = playing.live_labeler.skipped
     assert skipped > 0
     labelled = 0
     for episode in entries(replay):
@@ -117,30 +120,32 @@ def test_acting_uses_the_newest_finished_answer_and_replay_waits_for_its_own(
     tmp_path: Path,
 ) -> None:
     playing, _ = collector(tmp_path, SlowClockReader(0.0))
-    tracker, seen = playing.tracker, []
+    live_labeler, seen = playing.live_labeler, []
     for now in range(12):
         frame = {"image": np.full((2, 8, 8, 3), now, np.uint8)}
-        step = tracker.update(frame, np.full(2, now == 0))
-        seen.append((bool(step["has_semantic"][0]), bool(tracker.to_store()["has_semantic"][0])))
+        step = live_labeler.update(frame, np.full(2, now == 0))
+        seen.append(
+            (bool(step["has_semantic"][0]), bool(live_labeler.to_store()["has_semantic"][0]))
+        )
         held = step["semantic"][0]
         if now in (4, 8):
             expected = HashedSlots().encode(phrase(now - 1))
             np.testing.assert_array_equal(held, expected)
         if now == 7:  # still that of the first window, while its own is being asked about
             np.testing.assert_array_equal(held, HashedSlots().encode(phrase(3)))
-        _settle(tracker)
+        _settle(live_labeler)
     assert seen[:3] == [(False, False)] * 3
     assert seen[3] == (False, False)
     assert seen[4] == (True, True)
     assert seen[7] == (True, False)
     assert seen[8] == (True, True)
-    tracker.close()
+    live_labeler.close()
 
 
-def _settle(tracker: SemanticTracker) -> None:
-    assert tracker._late is not None
+def _settle(live_labeler: LiveLabeler) -> None:
+    assert live_labeler._late is not None
     for _ in range(500):
-        if len(tracker._late._answered) == tracker.waiting:
+        if len(live_labeler._late._answered) == live_labeler.waiting:
             return
         time.sleep(0.01)
     raise AssertionError("no answer in five seconds")
@@ -155,10 +160,38 @@ class _Unhurried(RandomPolicy):
 
 
 def test_what_breaks_in_the_thread_reaches_the_user(tmp_path: Path) -> None:
-    playing, _ = collector(tmp_path, SlowClockReader(0.0, breaks=True))
+    gone = DescriberError("the server at 127.0.0.1 is gone")
+    playing, _ = collector(tmp_path, SlowClockReader(0.0, breaks=gone))
     with pytest.raises(DescriberError, match=r"127\.0\.0\.1 is gone"):
         playing.collect(_Unhurried(2, 0), 10**6)
     playing.close()
+
+
+def collected_before_the_answer(folder: Path, describer: SlowClockReader) -> Collector:
+    """A collector with a window in each of two environments that is answered only now."""
+    describer.gate.clear()
+    playing, _ = collector(folder, describer)
+    playing.collect(RandomPolicy(2, 0), 2 * 4)
+    describer.gate.set()
+    return playing
+
+
+def test_a_describer_that_fails_at_the_end_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    describer = SlowClockReader(0.0, breaks=DescriberError("out of order"))
+    playing = collected_before_the_answer(tmp_path, describer)
+    playing.close()
+    assert "the labels still to come are lost: out of order" in caplog.text
+    assert playing.live_labeler.skipped == 2
+
+
+def test_an_error_of_the_program_is_raised_at_the_end_too(tmp_path: Path) -> None:
+    describer = SlowClockReader(0.0, breaks=IndexError("a mistake"))
+    playing = collected_before_the_answer(tmp_path, describer)
+    with pytest.raises(IndexError, match="a mistake"):
+        playing.close()
+    assert playing.envs.closed, "the environments' processes are ended all the same"
 
 
 def test_the_end_does_not_wait_for_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -168,7 +201,7 @@ def test_the_end_does_not_wait_for_ever(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         playing.close()
     assert time.perf_counter() - started < 5.0
-    assert playing.tracker.skipped == 2 * (LENGTH // 4)
+    assert playing.live_labeler.skipped == 2 * (LENGTH // 4)
     assert "14 windows of clock have no label and count as null" in caplog.text
     assert not any(episode["has_semantic"].any() for episode in entries(replay))
 

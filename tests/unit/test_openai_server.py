@@ -72,7 +72,7 @@ def test_schema_is_tried_once_and_what_works_is_remembered(schema: str, extra: i
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "503", "cut", "garbage", "empty", "slow"])
-def test_faults_are_asked_again(server: Running, fault: str) -> None:
+def test_queries_that_fail_are_sent_again(server: Running, fault: str) -> None:
     films = clips(6)
     asked = describer(server.url)
     right = asked.describe(films)
@@ -101,7 +101,7 @@ def test_window_that_only_fails_is_left_out(
         replies |= found
     assert [n for n, reply in replies.items() if reply is None] == [3]
     assert len(replies) == 13
-    assert "gave a window up after 2 attempts: HTTP 500" in caplog.text
+    assert "gave up on a window after 2 attempts: HTTP 500" in caplog.text
 
 
 @pytest.mark.parametrize("fault", ["400", "401", "404"])
@@ -110,7 +110,7 @@ def test_refusal_stops_with_a_sentence_and_without_the_key(
 ) -> None:
     monkeypatch.setenv("MAPO_VLM_API_KEY", "very-secret")
     server.break_next(*[fault] * 4)
-    with pytest.raises(DescriberError, match=rf"refuses the question \(HTTP {fault}") as caught:
+    with pytest.raises(DescriberError, match=rf"rejects the query \(HTTP {fault}") as caught:
         describer(server.url, concurrency=1).describe(clips(1))
     assert "very-secret" not in str(caught.value)
     assert server.stats()["keys"] == ["Bearer very-secret"]
@@ -123,7 +123,7 @@ def test_key_stays_out_of_name_and_pickle(monkeypatch: pytest.MonkeyPatch) -> No
     assert b"very-secret" not in pickle.dumps(asked)
 
 
-def test_pool_shares_work_and_sets_the_dead_aside(server: Running) -> None:
+def test_pool_shares_work_and_opens_the_circuit_of_the_dead(server: Running) -> None:
     with running(seconds=0.02, schema="ignored") as other:
         before = server.stats()["answered"]
         asked = describer(NOWHERE, server.url, other.url)
@@ -146,7 +146,7 @@ def test_outage_waits_for_the_server(caplog: pytest.LogCaptureFixture) -> None:
         assert [reply for _, reply in sorted(found)] == right
     lines = [record.getMessage() for record in caplog.records]
     assert sum("no label server answers" in line for line in lines) == 1
-    assert sum("answers come again after" in line for line in lines) == 1
+    assert sum("servers answer again after" in line for line in lines) == 1
 
 
 def test_outage_gives_none_at_once_and_recovers() -> None:
@@ -197,7 +197,7 @@ def test_one_line_a_minute_for_many_processes(
         "no answer for 0 s: nobody answers",
         "no answer for 60 s: nobody answers",
         "no answer for 120 s: nobody answers",
-        "answers come again after 130 s",
+        "servers answer again after 130 s",
     ]
 
 
@@ -227,7 +227,7 @@ def test_pool_tries_a_failed_server_with_one_question() -> None:
         pool.failed(server, "x")
     assert pool.is_out
     assert pool.pick() is None
-    server.aside_until = 0.0
+    server.open_until = 0.0
     assert pool.pick() is server
     assert pool.pick() is None  # others wait until this one has come back
     pool.succeeded(server)

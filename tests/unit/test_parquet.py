@@ -53,8 +53,8 @@ def test_every_window_is_labelled_once(videos: Path, tmp_path: Path) -> None:
     assert done.eta_seconds == 0.0
     assert seen[0].eta_seconds is None
     assert seen[-1] == done
-    assert re.fullmatch(r"0\.0 asked/s, known 0, null 0%, left 75 in \?", seen[0].brief)
-    assert re.fullmatch(r"\d+\.\d asked/s, known 0, null \d+%, left 0 in 0:00:00", seen[-1].brief)
+    assert re.fullmatch(r"0\.0 queried/s, known 0, null 0%, left 75 in \?", seen[0].brief)
+    assert re.fullmatch(r"\d+\.\d queried/s, known 0, null \d+%, left 0 in 0:00:00", seen[-1].brief)
     again = corpus(videos, tmp_path).run(seen.append)
     assert (again.missing, again.stats.asked, again.stats.hits) == (0, 0, WINDOWS)
     # Training asks about no window that labelling left out.
@@ -93,7 +93,7 @@ def test_lost_video_is_counted_and_the_rest_labelled(videos: Path, tmp_path: Pat
 
 
 def test_cached_only_names_the_window(videos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DescriberError, match=r"nobody has labelled 0\.mp4 frames 0\.\.3 step 1"):
+    with pytest.raises(DescriberError, match=r"there is no label of 0\.mp4 frames 0\.\.3 step 1"):
         corpus(videos, tmp_path, cached_only=True).run(lambda _: None)
 
 
@@ -114,7 +114,7 @@ def test_killed_again_and_again_asks_no_more_than_was_in_flight(
     assert kills == 4
     time.sleep(0.1)
     assert server.stats()["calls"] - before <= WINDOWS + 4 * kills
-    known = re.search(rf"^{WINDOWS} of {WINDOWS} windows: \d+ asked, (\d+) known before", said)
+    known = re.search(rf"^{WINDOWS} of {WINDOWS} windows: \d+ queried, (\d+) known before", said)
     assert known is not None
     assert int(known[1]) > 0  # what was answered before a kill is kept
     for name in ("calm", "wild"):
@@ -122,7 +122,7 @@ def test_killed_again_and_again_asks_no_more_than_was_in_flight(
     calm, wild = ((tmp_path / f"{name}.parquet").read_bytes() for name in ("calm", "wild"))
     assert calm == wild
     before = server.stats()["calls"]
-    assert " 0 asked" in Job(videos, tmp_path / "wild", **words).finish()
+    assert " 0 queried" in Job(videos, tmp_path / "wild", **words).finish()
     assert server.stats()["calls"] == before
 
 
@@ -208,7 +208,7 @@ def test_wrong_files_are_one_sentence(tmp_path: Path, caplog: pytest.LogCaptureF
     assert labels.main(["show", str(tmp_path / "gone.parquet")]) == 2
     said = [record.getMessage() for record in caplog.records]
     assert [line.startswith("error: ") for line in said] == [True] * 3
-    assert "is no label store" in said[1]
+    assert "is not a label store" in said[1]
     assert not (tmp_path / "s").exists()
 
 

@@ -10,30 +10,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from label_servers import running
 from scenes import moving_square
-from tiny_models import save_qwen
-from torch.utils.data import DataLoader
 
 from mapo_lightning.data.clips import ClipDataset
-from mapo_lightning.data.prefetch import collate_clips, run_ahead, settle
+from mapo_lightning.data.prefetch import prefetch
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import VideoInfo, probe_video, write_mp4
-from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import DescriberError
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> list[VideoInfo]:
-    folder, found = tmp_path_factory.mktemp("videos"), []
+def write_videos(folder: Path) -> list[VideoInfo]:
+    found = []
     for number in range(3):
         path = folder / f"{number}.mp4"
-        film = moving_square(np.random.default_rng(number), number, 40.0, 40, size=(64, 64))
-        write_mp4(path, film, 10.0)
+        frames = moving_square(np.random.default_rng(number), number, 40.0, 40, size=(64, 64))
+        write_mp4(path, frames, 10.0)
         found.append(probe_video(path))
     return found
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[VideoInfo]:
+    return write_videos(tmp_path_factory.mktemp("videos"))
 
 
 def dataset(videos: list[VideoInfo], root: Path, **vlm: object) -> ClipDataset:
@@ -41,8 +41,8 @@ def dataset(videos: list[VideoInfo], root: Path, **vlm: object) -> ClipDataset:
     return ClipDataset(videos, VideoDataConfig(clip_length=9, workers=0), cfg, root)
 
 
-@pytest.mark.parametrize("ahead", [1, 3, 10])
-def test_jobs_come_back_in_order_with_their_errors(ahead: int) -> None:
+@pytest.mark.parametrize("in_flight", [1, 3, 10])
+def test_jobs_come_back_in_order_with_their_errors(in_flight: int) -> None:
     def job(number: int) -> int:
         time.sleep(0.01 * (number % 3))
         if number == 4:
@@ -50,7 +50,7 @@ def test_jobs_come_back_in_order_with_their_errors(ahead: int) -> None:
         return number * number
 
     found = []
-    for name, result in run_ahead(((n, partial(job, n)) for n in range(8)), ahead):
+    for name, result in prefetch(((n, partial(job, n)) for n in range(8)), in_flight):
         try:
             found.append((name, result()))
         except ValueError as error:
@@ -69,36 +69,11 @@ def test_so_many_are_in_flight_and_no_more() -> None:
         with lock:
             now[0] -= 1
 
-    endless = run_ahead(((n, job) for n in itertools.count()), 4)
+    endless = prefetch(((n, job) for n in itertools.count()), 4)
     for _, result in itertools.islice(endless, 12):
         result()
     endless.close()
     assert most[0] == 4
-
-
-def test_model_in_the_training_process_labels_whole_batches(
-    videos: list[VideoInfo], tmp_path: Path
-) -> None:
-    model = str(save_qwen(tmp_path / "model"))
-    words = {"kind": "transformers", "model": model, "max_new_tokens": 8}
-    source = dataset(videos, tmp_path, **words)
-    loader = DataLoader(source, batch_size=4, num_workers=1, collate_fn=collate_clips)
-    batch = next(iter(loader))
-    assert len(batch["pending"]) > 4
-    assert not batch["has_semantic"].any()
-    labeler = build_labeler(source.vlm, tmp_path, "main")
-    settled = settle(batch, labeler)
-    assert "pending" not in settled
-    assert int(settled["vlm_asked"].sum()) == labeler.stats.asked > 0
-    assert torch.equal(settled["vlm_asked"] + settled["vlm_hits"], settled["vlm_windows"])
-    # The same clips drawn again, now that everything is known, are the same batch.
-    again = next(iter(loader))
-    assert again.pop("pending") == []
-    for key in ("obs", "semantic", "has_semantic", "position"):
-        assert torch.equal(again[key], settled[key]), key
-    assert again["has_semantic"].any()
-    offline = dataset(videos, tmp_path, **words, cached_only=True)
-    assert "pending" not in next(iter(offline))
 
 
 def test_clips_in_flight_do_not_change_what_is_drawn(
@@ -122,7 +97,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
 from mapo_lightning.data.video import probe_video
-from test_ahead import dataset
+from test_prefetch import dataset
 words = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"}
 source = dataset([probe_video(Path(sys.argv[1]))], Path(sys.argv[2]), **words)
 import threading

@@ -1,4 +1,4 @@
-"""Quality of labels: yardsticks on films whose motion is known, and the arithmetic by hand."""
+"""Quality of labels: videos whose motion is known, and the arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pytest
 from scenes import cases, moving_camera, moving_square, still
 
 from mapo_lightning.data.clips import LabelExample
-from mapo_lightning.data.ground_truth import FILE, Truth
+from mapo_lightning.data.ground_truth import FILE, GroundTruth
 from mapo_lightning.data.video import write_mp4
 from mapo_lightning.label_tools.quality_report import markdown, measure
 from mapo_lightning.run.quality import main
 from mapo_lightning.semantics.agreement import (
+    Agreement,
     Judged,
     agreement,
     clear_shift,
@@ -42,7 +43,7 @@ def says(direction: str, displacement: str = "5 cm") -> Phrase:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("film", [moving_square, moving_camera])
-def test_followed_points_find_the_direction_and_the_distance(film: object) -> None:
+def test_tracked_points_find_the_direction_and_the_distance(film: object) -> None:
     rng, found = np.random.default_rng(0), 0
     for way, percent in cases(24):
         if percent < 2.0:
@@ -56,7 +57,7 @@ def test_followed_points_find_the_direction_and_the_distance(film: object) -> No
     assert found >= 12
 
 
-def test_followed_points_stand_still_with_the_scene() -> None:
+def test_tracked_points_stand_still_with_the_scene() -> None:
     shift = dominant_motion(still(np.random.default_rng(0), 2.0))
     assert shift is not None
     assert np.linalg.norm(shift) < 0.5
@@ -105,17 +106,34 @@ def test_agreement_by_hand() -> None:
         (says("left"), None),
     ]
     judged = [Judged("slots" if p else "null", p, shift, None) for p, shift in windows]
-    found = agreement(judged, [one.by_flow for one in judged])
+    found = agreement(judged, [one.by_points for one in judged])
     assert (found.clear, found.told, found.agree, found.null) == (5, 3, 2, 1)
     assert found.share == pytest.approx(2 / 3)
     # Phrases right, right, up against motions right, up, up: of six mixed pairs two are right.
     assert found.chance == pytest.approx(2 / 6)
     assert found.magnitude == pytest.approx(0.866, abs=1e-3)  # distances 2, 3, 9 for 5, 8, 8
     assert found.interval == pytest.approx((0.208, 0.939), abs=1e-3)
-    nobody = agreement(judged, [one.by_truth for one in judged])
+    nobody = agreement(judged, [one.by_simulator for one in judged])
     assert nobody.clear == 0
     assert math.isnan(nobody.share)
     assert nobody.interval == (0.0, 1.0)
+
+
+def test_statistics_of_equal_and_of_few_windows() -> None:
+    shifts = [np.array([length, 0.0]) for length in (4.0, 4.0, 6.0, 9.0, 9.0)]
+
+    def measured(*distances: int) -> Agreement:
+        phrases = [says("right", f"{distance} cm") for distance in distances]
+        judged = [Judged("slots", phrase, None, None) for phrase in phrases]
+        return agreement(judged, shifts[: len(judged)])
+
+    # Ranks 1.5 1.5 3 4.5 4.5 of the motions against 2 1 3.5 3.5 5: 8.25 of the root of 9 times 9.5.
+    assert measured(2, 1, 5, 5, 8).magnitude == pytest.approx(8.25 / math.sqrt(9.0 * 9.5))
+    assert measured(2, 4, 6, 8, 8).magnitude == pytest.approx(9.0 / math.sqrt(9.0 * 9.5))
+    assert math.isnan(measured(3, 3, 3, 3, 3).magnitude)
+    assert math.isnan(measured(2, 4).magnitude)
+    low, high = measured(1, 1, 1, 1, 1).interval  # Wilson's lower end is n / (n + z^2)
+    assert (low, high) == pytest.approx((5 / (5 + 1.959964**2), 1.0), abs=1e-6)
 
 
 def test_jitter_changes_pixels_but_not_the_motion() -> None:
@@ -203,7 +221,7 @@ def test_truth_is_read_per_folder_and_checked(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     line = {"video": "a.mp4", "size": 200, "paths": {"hand": [[0, 0], [10, 4], [20, 8]]}}
     (tmp_path / FILE).write_text(json.dumps(line))
-    truth = Truth([tmp_path, tmp_path / "none"])
+    truth = GroundTruth([tmp_path, tmp_path / "none"])
     moved = truth.moved(tmp_path / "a.mp4", 0, 2)
     assert moved is not None
     assert moved.parts == ("hand",)
@@ -213,7 +231,7 @@ def test_truth_is_read_per_folder_and_checked(tmp_path: Path) -> None:
     for broken in ("{", "[1]", json.dumps(line | {"size": 0}), json.dumps(line | {"paths": 3})):
         (tmp_path / FILE).write_text(broken)
         with pytest.raises(VideoError, match="does not hold the true motion"):
-            Truth([tmp_path])
+            GroundTruth([tmp_path])
 
 
 def test_the_program_prints_and_writes_one_table(

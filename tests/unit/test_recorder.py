@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import mlflow
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from numpy.typing import NDArray
 from PIL import Image
 
 from callbacks.recorder import MLflowRecorder, contact_sheet, recorder_of
+from mapo_lightning.data.clips import LabelExample
 from mapo_lightning.tracking.logger import RunLogger, make_logger, open_store, store_uri
 from mapo_lightning.tracking.settings import TrackingConfig
+from mapo_lightning.tracking.versions import git_state
 
 
 class Line(L.LightningModule):
@@ -38,17 +40,9 @@ class Line(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-class Example(NamedTuple):
-    frames: NDArray[np.uint8]
-    video: Path
-    start: int
-    text: str
-    status: str
-
-
-def example(text: str, height: int = 30) -> Example:
-    frames = np.full((4, height, 40, 3), 90, np.uint8)
-    return Example(frames, Path("clips/<b>=cup.mp4"), 12, text, "slots")
+def example(text: str, height: int = 30) -> LabelExample:
+    frames, path = np.full((4, height, 40, 3), 90, np.uint8), Path("clips/<b>=cup.mp4")
+    return LabelExample(frames, path.name, 12, text, "slots", None, path, 15)
 
 
 def fit(run: Any, recorder: MLflowRecorder, place: Path, breaks_at: int = -1) -> L.Trainer:
@@ -110,6 +104,24 @@ def test_a_fit_leaves_everything_needed_to_repeat_it(
     assert figures["time/step_seconds"] > 0
     history = mlflow.MlflowClient(store_uri(cfg)).get_metric_history(run.active_run, "train/loss")
     assert len(history) == 20
+
+
+def test_the_git_state_is_that_of_the_package_wherever_a_run_starts(
+    cfg: TrackingConfig, run: RunLogger, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "another project"
+    elsewhere.mkdir()
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", *COMMIT]):
+        subprocess.run(["git", "-C", str(elsewhere), *words], check=True)
+    monkeypatch.chdir(elsewhere)
+    fit(run, MLflowRecorder(), tmp_path)
+    found, _ = stored(cfg, run)
+    own, other = git_state(root), git_state(elsewhere)
+    assert other is not None
+    assert found.data.tags.get("git.commit") == (own.commit if own else None) != other.commit
+
+
+COMMIT = ["commit", "-q", "--allow-empty", "-m", "x"]
 
 
 def test_a_fit_that_breaks_says_why(cfg: TrackingConfig, run: RunLogger, tmp_path: Path) -> None:

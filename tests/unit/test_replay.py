@@ -136,7 +136,7 @@ def test_a_label_for_an_evicted_episode_is_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (entry(0), "environment 0 has no episode under way"),
+        (entry(0), "environment 0 has no episode in progress"),
         (entry(0, first=True, action=np.zeros(3)), r"'action' must have the shape \(2,\), got"),
         ({k: v for k, v in entry(0, first=True).items() if k != "reward"}, "unknown: reward"),
         (entry(0, first=True, extra=1), "missing or unknown: extra"),

@@ -12,7 +12,7 @@ from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.labeler import Labeler, frames_identity, label_key
-from mapo_lightning.semantics.reviews import FORMAT, Marks, read_marks
+from mapo_lightning.semantics.reviews import FORMAT, Reviews, read_reviews
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.types import ConfigError, Frames
@@ -22,15 +22,15 @@ KEYS = ["0" * 31 + digit for digit in "123"]
 
 def write(folder: Path, *rows: tuple[str, str], **change: Any) -> str:
     marks = [{"key": key, "mark": mark, "video": "v.mp4"} for key, mark in rows]
-    path = folder / "marks.json"
+    path = folder / "reviews.json"
     path.write_text(json.dumps({"format": FORMAT, "marks": marks} | change))
     return str(path)
 
 
-def test_marks_are_read_as_written(tmp_path: Path) -> None:
+def test_reviews_are_read_as_written(tmp_path: Path) -> None:
     path = write(tmp_path, (KEYS[0], "accept"), (KEYS[1], "reject"), (KEYS[2], "reject"))
-    assert read_marks(path) == Marks(frozenset(KEYS[:1]), frozenset(KEYS[1:]))
-    assert read_marks("") == Marks()
+    assert read_reviews(path) == Reviews(frozenset(KEYS[:1]), frozenset(KEYS[1:]))
+    assert read_reviews("") == Reviews()
 
 
 @pytest.mark.parametrize(
@@ -46,18 +46,18 @@ def test_marks_are_read_as_written(tmp_path: Path) -> None:
         ("[" * 100_000, "RecursionError"),
     ],
 )
-def test_what_is_not_marks_is_refused(content: str | None, finding: str, tmp_path: Path) -> None:
-    path = tmp_path / "marks.json"
+def test_what_is_not_reviews_is_refused(content: str | None, finding: str, tmp_path: Path) -> None:
+    path = tmp_path / "reviews.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=r"marks\.json.*export them from the gallery") as raised:
-        read_marks(str(path))
+    with pytest.raises(ConfigError, match=r"reviews\.json.*export them from the gallery") as raised:
+        read_reviews(str(path))
     assert finding in str(raised.value)
 
 
 def test_a_label_cannot_be_both(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"accepts and rejects the label {KEYS[0]}"):
-        read_marks(write(tmp_path, (KEYS[0], "accept"), (KEYS[0], "reject")))
+        read_reviews(write(tmp_path, (KEYS[0], "accept"), (KEYS[0], "reject")))
 
 
 class Moves:
@@ -70,8 +70,8 @@ class Moves:
 def test_a_rejected_label_is_null_for_training_and_stays_in_the_store(tmp_path: Path) -> None:
     windows = [np.full((4, 8, 8, 3), value, np.uint8) for value in (1, 2, 3)]
     keys = [label_key("moves", frames_identity(window)) for window in windows]
-    marks = Marks(accepted=frozenset(keys[:1]), rejected=frozenset(keys[1:2]))
-    asking = Labeler(Moves(), LabelStore(tmp_path, "w"), HashedSlots(), marks)
+    reviews = Reviews(accepted=frozenset(keys[:1]), rejected=frozenset(keys[1:2]))
+    asking = Labeler(Moves(), LabelStore(tmp_path, "w"), HashedSlots(), reviews)
     for _ in range(2):  # fresh, and from the store
         labels = asking.label_frames(windows, "x")
         assert [label.known for label in labels] == [True, False, True]
@@ -85,8 +85,8 @@ def test_a_rejected_label_is_null_for_training_and_stays_in_the_store(tmp_path: 
     assert free.stats.asked == 0
 
 
-def test_a_run_reads_its_marks(tmp_path: Path) -> None:
+def test_a_run_reads_its_reviews(tmp_path: Path) -> None:
     path = write(tmp_path, (KEYS[0], "reject"))
-    assert build_labeler(VlmConfig(marks=path), tmp_path, "w").marks.rejected == {KEYS[0]}
+    assert build_labeler(VlmConfig(marks=path), tmp_path, "w").reviews.rejected == {KEYS[0]}
     with pytest.raises(ConfigError, match="nowhere"):
         build_labeler(VlmConfig(marks=str(tmp_path / "nowhere")), tmp_path, "w")

@@ -11,7 +11,7 @@ import pytest
 from scenes import damage, numbered, write_sound
 
 from mapo_lightning.data import scan as windows
-from mapo_lightning.data.reader import Footage
+from mapo_lightning.data.reader import FrameSource
 from mapo_lightning.data.scan import scan_videos
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import write_mp4
@@ -115,19 +115,19 @@ def test_an_interrupted_scan_keeps_what_it_found(
 ) -> None:
     for number in range(3):
         film(tmp_path / "v" / f"{number}.mp4", number)
-    examine, seen = Footage.examine, []
+    examine, seen = FrameSource.examine, []
 
-    def stop_at_the_third(self: Footage, max_undecodable: float) -> VideoInfo:
+    def stop_at_the_third(self: FrameSource, max_undecodable: float) -> VideoInfo:
         seen.append(self.path.name)
         if len(seen) == 3:
             raise KeyboardInterrupt
         return examine(self, max_undecodable)
 
     monkeypatch.setattr(windows, "_SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(Footage, "examine", stop_at_the_third)
+    monkeypatch.setattr(FrameSource, "examine", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         scan_videos(config(tmp_path / "v", workers=1), tmp_path / "cache")
-    monkeypatch.setattr(Footage, "examine", examine)
+    monkeypatch.setattr(FrameSource, "examine", examine)
     remembered = json.loads((tmp_path / "cache" / "videos.json").read_text())["videos"]
     assert len(remembered) == 2
     assert len(scan_videos(config(tmp_path / "v"), tmp_path / "cache").videos) == 3

@@ -147,4 +147,4 @@ def test_what_is_no_ssv2_gets_one_clear_sentence(ssv2: Path) -> None:
     shutil.move(ssv2 / WEBM, ssv2.parent / "elsewhere")
     refused(r"none of the 6 videos that the lists .* expected files like \d+\.webm")
     labels.unlink()
-    refused(r"is no Something-Something V2: there is no labels\.json")
+    refused(r"is not Something-Something V2: there is no labels\.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mapo_lightning.semantics.locks import Claims
+from mapo_lightning.semantics.locks import WindowLocks
 from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import DescriberError
@@ -126,10 +126,10 @@ from mapo_lightning.semantics.store import LabelStore, StoredLabel
 store = LabelStore(Path(sys.argv[1]), "victim")
 for i in range(10**6):
     keys = [f"{i}-{k}" for k in range(5)]
-    assert store.claims.take(keys) == keys
+    assert store.locks.take(keys) == keys
     store.put({k: StoredLabel("t" * 200, "null", None, None, "d", "s") for k in keys})
     print(i, flush=True)
-    store.claims.release(keys)
+    store.locks.release(keys)
 """
 
 
@@ -148,17 +148,17 @@ def test_killed_writer_loses_nothing_it_reported(tmp_path: Path) -> None:
         keys = [f"{i}-{k}" for i in range(last + 1) for k in range(5)]
         assert len(store.get(keys)) == len(keys)
         assert len(store.items()) % 5 == 0  # a commit is there as a whole or not at all
-        left = [p.name for p in (folder / "claims").glob("[0-9]*")]
+        left = [p.name for p in (folder / "locks").glob("[0-9]*")]
         for name in left:  # killed before it could sign: respected for five seconds
-            if not (folder / "claims" / name).read_text():
-                os.utime(folder / "claims" / name, (0, 0))
-        assert store.claims.take(left) == left  # the dead hold nothing
+            if not (folder / "locks" / name).read_text():
+                os.utime(folder / "locks" / name, (0, 0))
+        assert store.locks.take(left) == left  # the dead hold nothing
         store.put({"new": label()})
         assert LabelStore(folder, "third").get(["new"])["new"].text == "x"
 
 
 def test_claims_exclude_each_other(tmp_path: Path) -> None:
-    one, two = Claims(tmp_path), Claims(tmp_path)
+    one, two = WindowLocks(tmp_path), WindowLocks(tmp_path)
     assert one.take(["a", "b"]) == ["a", "b"]
     assert two.take(["a", "b", "c"]) == ["c"]
     one.release(["a"])
@@ -166,24 +166,24 @@ def test_claims_exclude_each_other(tmp_path: Path) -> None:
 
 
 def test_claim_of_a_recycled_process_number_is_stale(tmp_path: Path) -> None:
-    claims = Claims(tmp_path)
-    claims.take(["a"])
+    locks = WindowLocks(tmp_path)
+    locks.take(["a"])
     host, pid, _ = (tmp_path / "a").read_text().split()
     (tmp_path / "a").write_text(f"{host} {pid} 1")  # same number, started at another time
-    assert claims.take(["a"]) == ["a"]
+    assert locks.take(["a"]) == ["a"]
 
 
 def test_claim_without_a_name_is_respected_for_a_while(tmp_path: Path) -> None:
-    claims = Claims(tmp_path)
+    locks = WindowLocks(tmp_path)
     (tmp_path / "a").write_text("")
-    assert claims.take(["a"]) == []
+    assert locks.take(["a"]) == []
     os.utime(tmp_path / "a", (0, 0))
-    assert claims.take(["a"]) == ["a"]
+    assert locks.take(["a"]) == ["a"]
 
 
 def test_claim_of_another_machine_expires(tmp_path: Path) -> None:
-    claims = Claims(tmp_path)
+    locks = WindowLocks(tmp_path)
     (tmp_path / "a").write_text("elsewhere 1 5")
-    assert claims.take(["a"]) == []
+    assert locks.take(["a"]) == []
     os.utime(tmp_path / "a", (0, 0))
-    assert claims.take(["a"]) == ["a"]
+    assert locks.take(["a"]) == ["a"]

@@ -3,7 +3,10 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from mapo_lightning.tracking.versions import git_state, requirements, versions
+import pytest
+
+from mapo_lightning.tracking import versions as versions_module
+from mapo_lightning.tracking.versions import git_state, own_git_state, requirements, versions
 
 
 def git(folder: Path, *words: str) -> None:
@@ -43,3 +46,15 @@ def test_versions_cover_what_is_declared() -> None:
     found = versions()
     assert {"python", "mapo-lightning"} <= set(found)
     assert {requirement.name for requirement in requirements()} <= set(found)
+
+
+def test_an_installed_package_has_no_git_state_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the environment lies inside the repository of somebody's project."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    file = tmp_path / ".venv/lib/site-packages/mapo_lightning/tracking/versions.py"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(versions_module, "__file__", str(file))
+    assert git_state(file.parent) is not None
+    assert own_git_state() is None

@@ -1,11 +1,12 @@
 "use strict";
-// Everything shown is in the page already; this only hides, marks and plays.
+// Everything shown is in the page already; this hides cards, reviews labels and plays clips.
+// In files and in the browser's storage a review is a "mark", as in version 0.1.0.
 const cards = [...document.querySelectorAll("article")];
 const byId = (id) => document.getElementById(id);
 const place = "mapo-label-marks";
 
 const here = new Set(cards.map((card) => card.dataset.key));
-// Marks of labels that this page does not show: kept and exported again, never lost.
+// Reviews of labels that this page does not show: kept and exported again.
 const others = new Map(JSON.parse(document.querySelector("main").dataset.others).map((row) => [row.key, row]));
 
 function kept() {
@@ -13,9 +14,9 @@ function kept() {
 }
 
 function remember() {
-  const marks = kept();
-  for (const { dataset } of cards) marks[dataset.key] = dataset.mark;
-  try { localStorage.setItem(place, JSON.stringify(marks)); } catch { /* a browser may forbid it */ }
+  const reviews = kept();
+  for (const { dataset } of cards) reviews[dataset.key] = dataset.mark;
+  try { localStorage.setItem(place, JSON.stringify(reviews)); } catch { /* a browser may forbid it */ }
 }
 
 function setMark(card, mark) {
@@ -63,21 +64,21 @@ function play(on) {
 }
 
 function exported() {
-  const marks = cards.filter((card) => card.dataset.mark).map(({ dataset }) => ({
+  const reviews = cards.filter((card) => card.dataset.mark).map(({ dataset }) => ({
     key: dataset.key, mark: dataset.mark, video: dataset.video, frames: dataset.frames,
     describer: dataset.describer,
   }));
-  const all = [...marks, ...others.values()];
+  const all = [...reviews, ...others.values()];
   return JSON.stringify({ format: "mapo-label-marks-1", marks: all }, null, 1) + "\n";
 }
 
 function load(text) {
   const content = JSON.parse(text);
-  if (content.format !== "mapo-label-marks-1") throw new Error("this file holds no marks");
-  const marks = new Map(content.marks.map((row) => [row.key, row.mark]));
+  if (content.format !== "mapo-label-marks-1") throw new Error("this file holds no reviews");
+  const reviews = new Map(content.marks.map((row) => [row.key, row.mark]));
   for (const row of content.marks) if (!here.has(row.key)) others.set(row.key, row);
   for (const card of cards) {
-    const mark = marks.get(card.dataset.key);
+    const mark = reviews.get(card.dataset.key);
     if (mark === "accept" || mark === "reject") setMark(card, mark);
   }
 }
@@ -95,7 +96,7 @@ byId("play").addEventListener("click", () => play(byId("play").getAttribute("ari
 byId("export").addEventListener("click", () => {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([exported()], { type: "application/json" }));
-  link.download = "marks.json";
+  link.download = "reviews.json";
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 });
@@ -104,7 +105,7 @@ byId("load").addEventListener("change", async (event) => {
     load(await event.target.files[0].text());
     remember();
     filter();
-  } catch (error) { byId("count").textContent = "these marks cannot be read: " + error.message; }
+  } catch (error) { byId("count").textContent = "these reviews cannot be read: " + error.message; }
 });
 byId("filters").addEventListener("input", filter);
 byId("filters").addEventListener("submit", (event) => event.preventDefault());

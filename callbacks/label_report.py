@@ -1,4 +1,4 @@
-"""Watches the labels: how many were asked for, how good they are, and what they look like."""
+"""Reports on the labels: how many there were, how good they are, and what they look like."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mapo_lightning.label_tools.page import page
 from mapo_lightning.label_tools.quality_report import measure_clips
 from mapo_lightning.semantics.describer import NullDescriber
 from mapo_lightning.training.datamodule import VideoDataModule
+from mapo_lightning.training.log_due import log_due
 from mapo_lightning.types import Batch, MapoError
 
 log = logging.getLogger(__name__)
@@ -24,11 +25,11 @@ log = logging.getLogger(__name__)
 COUNTS = ("asked", "hits", "null", "rejected", "windows")
 
 
-class RecordLabels(L.Callback):
-    """Log ``vlm/...`` counts while training; phrases, their page and their quality at the end.
+class LabelReport(L.Callback):
+    """Log ``vlm/...`` counts while training; phrases, a page and the labels' quality at the end.
 
     Args:
-        cfg: How many windows each of them takes; 0 leaves it out.
+        cfg: Number of windows for each report at the end; 0 skips it.
     """
 
     def __init__(self, cfg: CallbacksConfig) -> None:
@@ -44,10 +45,10 @@ class RecordLabels(L.Callback):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Add up what the loader's workers counted; nothing is read back until a point is due."""
+        """Add up the counts of the batch on the device; they are read only when a log is due."""
         for name in COUNTS:
             self.total[name] = self.total[name].to(pl_module.device) + batch[f"vlm_{name}"].sum()
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if log_due(trainer):
             windows = self.total["windows"].clamp(min=1)
             pl_module.log_dict(
                 {
@@ -59,7 +60,7 @@ class RecordLabels(L.Callback):
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the picture and the page, and judge the labels; a failure is no one's loss."""
+        """Record phrases and the page, and judge the labels; a failure only logs a warning."""
         recorder = recorder_of(trainer)
         if recorder is None or trainer.logger is None or not trainer.is_global_zero:
             return
@@ -77,8 +78,8 @@ class RecordLabels(L.Callback):
                 }
                 known = {name: x for name, x in figures.items() if math.isfinite(x)}
                 recorder.log_metrics(trainer, known, trainer.global_step)
-        except MapoError as error:  # the model is trained; the report on its labels can be repeated
-            log.warning("the labels were not recorded in full: %s", error)
+        except MapoError as error:  # the model is trained; this report can be made again
+            log.warning("the report on the labels is incomplete: %s", error)
         finally:
             clips.labeler.close()
 
@@ -90,4 +91,4 @@ class RecordLabels(L.Callback):
         if self.cfg.gallery and store.root.is_dir():
             sample = draw(store, [video.path for video in clips.videos], self.cfg.gallery)
             title = ", ".join(sorted({video.path.parent.name for video in clips.videos})[:3])
-            recorder.log_page(trainer, "labels", page(sample, title, clips.labeler.marks), step)
+            recorder.log_page(trainer, "labels", page(sample, title, clips.labeler.reviews), step)

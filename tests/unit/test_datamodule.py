@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_prefetch import write_videos
+
+from mapo_lightning.data import clips
+from mapo_lightning.data.settings import VideoDataConfig
+from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.training.datamodule import VideoDataModule
+
+
+def test_rollouts_show_the_same_pictures_with_one_labeler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "videos").mkdir()
+    write_videos(tmp_path / "videos")
+    built, build = [], clips.build_labeler
+    monkeypatch.setattr(clips, "build_labeler", lambda *a: built.append(a) or build(*a))
+    data = VideoDataConfig(kind="folder", root=str(tmp_path / "videos"), clip_length=9, workers=0)
+    module = VideoDataModule(data, VlmConfig(), 2, tmp_path / "cache", seed=0)
+    first, again = module.rollout_batch(3), module.rollout_batch(3)
+    assert len(built) == 1
+    fresh = torch.utils.data.default_collate(module.clips("holdout").fixed_clips(3))
+    assert first.keys() == {"obs", "semantic", "has_semantic", "position", "is_first"}
+    for key in first:
+        assert torch.equal(first[key], again[key])
+        assert torch.equal(first[key], fresh[key])
+    module.val_dataloader()
+    assert len(built) == 2  # one for the rollouts and validation, one for the fresh clips
