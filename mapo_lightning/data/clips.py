@@ -111,8 +111,9 @@ class ClipDataset(IterableDataset[Clip]):
             worker = get_worker_info()
             number = "main" if worker is None else f"worker{worker.id}"
             writer = f"{self.split}-rank{self.rank}-{number}"
-            share = max(1, self.vlm.concurrency // (1 if worker is None else worker.num_workers))
-            vlm = replace(self.vlm, concurrency=share)
+            workers, server = 1 if worker is None else worker.num_workers, self.vlm.server
+            share = replace(server, concurrency=max(1, server.concurrency // workers))
+            vlm = replace(self.vlm, server=share)
             self._labeler = build_labeler(vlm, self.root, writer)
         return self._labeler
 
@@ -157,7 +158,7 @@ class ClipDataset(IterableDataset[Clip]):
         """Clips that wait for labels side by side: enough to keep a server busy."""
         describer, windows = (
             self.labeler.describer,
-            max(1, self.data.clip_length // self.vlm.stride),
+            max(1, self.data.clip_length // self.vlm.window.stride),
         )
         if self.vlm.cached_only or not isinstance(describer, StreamingDescriber):
             return 1
@@ -214,7 +215,7 @@ class ClipDataset(IterableDataset[Clip]):
     def window_ends(self, video: int) -> range:
         """Last frames of all windows of a video that clips may ask about."""
         step = self.data.frame_stride
-        first, grid = (self.vlm.window - 1) * step, self.vlm.stride * step
+        first, grid = (self.vlm.window.frames - 1) * step, self.vlm.window.stride * step
         return range(first, self.videos[video].frames, grid)
 
     def window_requests(self, video: int, ends: Sequence[int]) -> list[WindowRequest]:
@@ -241,10 +242,10 @@ class ClipDataset(IterableDataset[Clip]):
         Raises:
             VideoFileError: A video cannot be read any more.
         """
-        reach = (self.vlm.window - 1) * self.data.frame_stride
+        reach = (self.vlm.window.frames - 1) * self.data.frame_stride
         examples = []
         for video, start in self._fixed(count, reach + 1):
-            info, grid = self.videos[video], self.vlm.stride * self.data.frame_stride
+            info, grid = self.videos[video], self.vlm.window.stride * self.data.frame_stride
             request = self._requests(info, [reach + start // grid * grid])[0]
             label = self.labeler.label([request])[0]
             first = start // grid * grid
@@ -275,14 +276,14 @@ class ClipDataset(IterableDataset[Clip]):
 
     def _window_end(self, frame: int) -> int | None:
         """Last frame of the newest window that may label a frame; None before the first."""
-        step, grid = self.data.frame_stride, self.vlm.stride * self.data.frame_stride
-        first = (self.vlm.window - 1) * step
-        newest = (frame - self.vlm.offset * step - first) // grid
+        step, grid = self.data.frame_stride, self.vlm.window.stride * self.data.frame_stride
+        first = (self.vlm.window.frames - 1) * step
+        newest = (frame - self.vlm.window.offset * step - first) // grid
         return first + newest * grid if newest >= 0 else None
 
     def _requests(self, info: VideoInfo, ends: Sequence[int]) -> list[WindowRequest]:
-        step, size = self.data.frame_stride, self.vlm.frame_size
-        reach = (self.vlm.window - 1) * step
+        step, size = self.data.frame_stride, self.vlm.window.size
+        reach = (self.vlm.window.frames - 1) * step
         fetch = WindowFrames(info, ends, reach, step, size)
         requests = []
         for end in ends:

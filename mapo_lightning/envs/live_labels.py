@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import EntryId, Replay
 from mapo_lightning.semantics.labeler import Label, Labeler
-from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.settings import CollectConfig, WindowConfig
 from mapo_lightning.types import POSITIONS, Frames
 
 log = logging.getLogger(__name__)
@@ -130,21 +130,29 @@ class SemanticTracker:
 
     Args:
         labeler: Who is asked.
-        cfg: Window, grid and queue.
+        window: How many frames the describer sees, and which frame they label.
+        collect: How often it is asked, and how long answers are waited for.
         envs: Number N of environments.
         source: For people: where the windows come from.
         late: Ask in a thread of its own; otherwise every label is there at once.
     """
 
     def __init__(
-        self, labeler: Labeler, cfg: VlmConfig, envs: int, source: str, late: bool = False
+        self,
+        labeler: Labeler,
+        window: WindowConfig,
+        collect: CollectConfig,
+        envs: int,
+        source: str,
+        late: bool = False,
     ) -> None:
-        self.labeler, self.cfg, self.source = labeler, cfg, source
-        self.recent: list[deque[Frames]] = [deque(maxlen=cfg.window) for _ in range(envs)]
+        self.labeler, self.window, self.collect = labeler, window, collect
+        self.source = source
+        self.recent: list[deque[Frames]] = [deque(maxlen=window.frames) for _ in range(envs)]
         self.age = np.full(envs, -1, np.int64)
         self.skipped = 0
         """Windows that count as null because nobody could be asked, or answered, in time."""
-        self._late = LateAnswers(labeler, source, cfg.env_queue) if late else None
+        self._late = LateAnswers(labeler, source, collect.queue) if late else None
         self._nothing = Label(np.zeros(labeler.semantic_dim, np.float32), False, "", "null", None)
         # Of this episode, oldest first, from the newest one that has an answer.
         self._windows: list[list[Window]] = [[] for _ in range(envs)]
@@ -177,9 +185,9 @@ class SemanticTracker:
                 self.age[n] = -1
             self.age[n] += 1
             self.recent[n].append(frames[n].copy())
-            grid_age = self.age[n] - (self.cfg.window - 1)
-            if grid_age >= 0 and grid_age % self.cfg.env_every == 0:
-                window = Window(int(self.age[n]) + self.cfg.offset)
+            grid_age = self.age[n] - (self.window.frames - 1)
+            if grid_age >= 0 and grid_age % self.collect.every == 0:
+                window = Window(int(self.age[n]) + self.window.offset)
                 self._windows[n].append(window)
                 ended.append((window, np.stack(self.recent[n])))
         self._ask(ended)
@@ -209,11 +217,11 @@ class SemanticTracker:
         self._to_complete.clear()
 
     def close(self, replay: Replay | None = None) -> None:
-        """Wait ``env_drain`` seconds for the answers under way, then give up on the rest."""
+        """Wait ``drain`` seconds for the answers under way, then give up on the rest."""
         if self._late is None:
             self.labeler.close()
             return
-        self._late.stop(self.cfg.env_drain)
+        self._late.stop(self.collect.drain)
         try:
             self._to_complete += self._late.collect()
         except Exception as error:  # nothing is lost by it but these labels
@@ -224,7 +232,8 @@ class SemanticTracker:
         if self.skipped:
             log.warning(
                 "%d windows of %s have no label and count as null: the describer was slower than "
-                "the environments. Raise vlm.env_every or vlm.env_queue, or use more servers",
+                "the environments. Raise vlm.collect.every or vlm.collect.queue, or use more "
+                "servers",
                 self.skipped,
                 self.source,
             )

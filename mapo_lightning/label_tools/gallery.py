@@ -1,7 +1,7 @@
 """Shows labels beside their frames: ``mapo-gallery`` writes one HTML page.
 
 The page opens from disk, loads nothing from anywhere, and runs nothing but its own script. Labels
-can be accepted and rejected in it; ``vlm.marks=FILE`` makes training honour what it exports.
+can be accepted and rejected in it; ``vlm.reviews=FILE`` makes training honour what it exports.
 """
 
 from __future__ import annotations

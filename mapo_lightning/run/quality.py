@@ -19,6 +19,7 @@ from mapo_lightning.config.compose import compose
 from mapo_lightning.label_tools.quality_report import markdown, measure_clips
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.renamed import RENAMED
 from mapo_lightning.semantics.agreement import Agreement
 from mapo_lightning.types import MapoError
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        composed = compose(words, RunConfig, _conf())
+        composed = compose(words, RunConfig, _conf(), renamed=RENAMED)
         if composed.text is not None:
             sys.stdout.write((__doc__ or "") + "\n" + composed.text + "\n")
             return 0

@@ -47,10 +47,12 @@ def read_marks(path: str) -> Marks:
             found[row["mark"]].add(row["key"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"vlm.marks='{path}' cannot be read as marks ({type(error).__name__}: {error}): export "
-            "them from the gallery, mapo-gallery"
+            f"vlm.reviews='{path}' cannot be read as reviews ({type(error).__name__}: {error}): "
+            "export them from the gallery, mapo-gallery"
         ) from error
     both = found["accept"] & found["reject"]
     if both:
-        raise ConfigError(f"vlm.marks='{path}' accepts and rejects the label {min(both)}: keep one")
+        raise ConfigError(
+            f"vlm.reviews='{path}' accepts and rejects the label {min(both)}: keep one"
+        )
     return Marks(frozenset(found["accept"]), frozenset(found["reject"]))

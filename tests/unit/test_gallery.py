@@ -261,7 +261,7 @@ def test_without_arguments_it_takes_the_newest_run(
             "--max-items must lie in [1, 2000]",
         ),
         (["--store", ".", "--videos", "."], "none of the 0 labels in '.'"),
-        (["--store", ".", "--videos", ".", "--marks", "x"], "vlm.marks='x'"),
+        (["--store", ".", "--videos", ".", "--marks", "x"], "vlm.reviews='x'"),
     ],
 )
 def test_wrong_words_get_one_sentence(

@@ -129,7 +129,7 @@ def test_every_shipped_file_composes_and_says_what_it_is(path: Path) -> None:
     if words == ["stage=evaluate"]:
         words.append("checkpoint=some.ckpt")
     if words == ["vlm=openai_server"]:
-        words.append("vlm.base_url=http://127.0.0.1:8000/v1")
+        words.append("vlm.server.base_url=http://127.0.0.1:8000/v1")
     cfg = configured(*words)
     assert cfg.finetune.updates(1) > 0
     assert path.read_text().startswith("# ")

@@ -5,8 +5,10 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from mapo_lightning.data.prefetch import collate_clips, run_ahead, settle
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import VideoInfo, probe_video, write_mp4
 from mapo_lightning.semantics.factory import build_labeler
-from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.settings import ServerConfig, VlmConfig, WindowConfig
 from mapo_lightning.types import DescriberError
 
 
@@ -36,8 +38,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[VideoInfo]:
     return found
 
 
-def dataset(videos: list[VideoInfo], root: Path, **vlm: object) -> ClipDataset:
-    cfg = VlmConfig(**({"frame_size": 32} | vlm))
+def dataset(videos: list[VideoInfo], root: Path, size: int = 32, **vlm: Any) -> ClipDataset:
+    cfg = VlmConfig(window=WindowConfig(size=size), **vlm)
     return ClipDataset(videos, VideoDataConfig(clip_length=9, workers=0), cfg, root)
 
 
@@ -105,12 +107,12 @@ def test_clips_in_flight_do_not_change_what_is_drawn(
     videos: list[VideoInfo], tmp_path: Path
 ) -> None:
     with running(seconds=0.05, schema="ignored") as server:
-        words = {"kind": "openai", "base_url": server.url, "structured": "brackets"}
-        busy = dataset(videos, tmp_path, **words, concurrency=8)
+        settings = ServerConfig(server.url, concurrency=8, structured="brackets")
+        busy = dataset(videos, tmp_path, kind="openai", server=settings)
         assert busy._clips_in_flight() > 4
         found = list(itertools.islice(busy, 8))
         assert sum(int(clip["vlm_asked"]) for clip in found) > 0
-        calm = dataset(videos, tmp_path, **words, cached_only=True)
+        calm = dataset(videos, tmp_path, kind="openai", server=settings, cached_only=True)
         for clip, same in zip(found, calm, strict=False):
             np.testing.assert_array_equal(clip["obs"], same["obs"])
             np.testing.assert_array_equal(clip["semantic"], same["semantic"])
@@ -122,9 +124,11 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
 from mapo_lightning.data.video import probe_video
-from test_ahead import dataset
-words = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"}
-source = dataset([probe_video(Path(sys.argv[1]))], Path(sys.argv[2]), **words)
+from test_prefetch import dataset
+from mapo_lightning.semantics.settings import ServerConfig
+server = ServerConfig("http://127.0.0.1:9/v1")
+video, work = probe_video(Path(sys.argv[1])), Path(sys.argv[2])
+source = dataset([video], work, kind="openai", server=server)
 import threading
 threading.Thread(target=lambda: next(iter(source)), daemon=True).start()
 time.sleep(2.0)
@@ -141,8 +145,8 @@ def test_windows_without_an_answer_are_null_now_and_asked_later(
     videos: list[VideoInfo], tmp_path: Path
 ) -> None:
     with running(schema="ignored") as server:
-        words = {"kind": "openai", "base_url": server.url, "on_outage": "skip"}
-        source = dataset(videos, tmp_path, **words)
+        settings = ServerConfig(server.url, on_outage="skip")
+        source = dataset(videos, tmp_path, kind="openai", server=settings)
         server.kill()
         clip = source.clip_at(0, 4)
         assert not clip["has_semantic"].any()
@@ -151,7 +155,8 @@ def test_windows_without_an_answer_are_null_now_and_asked_later(
         assert source.labeler.store.items() == {}
         server.start(server.port)
         time.sleep(1.1)
-        assert dataset(videos, tmp_path, **words).clip_at(0, 4)["vlm_asked"] == 3
-    words |= {"on_outage": "error", "timeout_seconds": 0.2, "frame_size": 48}
+        later = dataset(videos, tmp_path, kind="openai", server=settings)
+        assert later.clip_at(0, 4)["vlm_asked"] == 3
+    settings = replace(settings, on_outage="error", timeout_seconds=0.2)
     with pytest.raises(DescriberError, match="no label server answers"):
-        dataset(videos, tmp_path, **words).clip_at(0, 4)
+        dataset(videos, tmp_path, 48, kind="openai", server=settings).clip_at(0, 4)
