@@ -153,9 +153,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close}'?" if close else ""
 
 
-def unknown_key(
-    schema: type, key: str, known_part: str, where: str, groups: Iterable[str]
-) -> str:
+def unknown_key(schema: type, key: str, known_part: str, where: str, groups: Iterable[str]) -> str:
     """Write the message for a key that does not exist.
 
     Args:
