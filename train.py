@@ -3,7 +3,7 @@
 python train.py                                    the demo: pre-train, fine-tune, evaluate
 python train.py env=toy                            a small world that needs no renderer
 python train.py stage=pretrain data=folder data.root=DIR
-python train.py stage=finetune env=dmc_walker_run init_from=runs/NAME/pretrain/last.ckpt
+python train.py stage=finetune env=dmc/walker_run init_from=runs/NAME/pretrain/last.ckpt
 python train.py stage=evaluate checkpoint=runs/NAME/finetune/last.ckpt
 python train.py resume=runs/NAME                   go on where a run was interrupted
 python train.py --help                             every group, file and field

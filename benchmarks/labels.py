@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/unit"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from label_job import Job, corpus
+from label_job import Job, at, corpus
 from label_servers import running
 from scenes import moving_square
 
@@ -59,8 +59,7 @@ def cold(folder: Path) -> None:
     for size, flying in ((64, AT_ONCE), (224, AT_ONCE), (224, 2 * AT_ONCE)):
         with running(seconds=SECONDS, at_once=AT_ONCE, schema="ignored") as server:
             work = folder / f"cold{size}-{flying}"
-            words = {"kind": "openai", "base_url": server.url, "concurrency": flying}
-            done = corpus(videos, work, frame_size=size, **words).run(lambda _: None)
+            done = corpus(videos, work, size=size, **at(server, flying)).run(lambda _: None)
             assert server.stats()["calls"] == done.windows
         share = done.rate / limit
         print(
@@ -73,9 +72,9 @@ def warm(folder: Path, rounds: int = 8, updates: int = 8) -> None:
     videos = make_videos(folder / "videos", 8, 203)
     torch.set_num_threads(1)
     with running(schema="ignored") as server:
-        known = ["vlm=openai_server", f"vlm.base_url={server.url}", "vlm.frame_size=64"]
-        known += ["vlm.structured=brackets"]
-        corpus(videos, folder, kind="openai", base_url=server.url).run(lambda _: None)
+        known = ["vlm=openai_server", f"vlm.server.base_url={server.url}", "vlm.window.size=64"]
+        known += ["vlm.server.structured=brackets"]
+        corpus(videos, folder, **at(server, 16)).run(lambda _: None)
         kinds = {"none": ["vlm=none"], "warm store": [*known, "vlm.cached_only=true"]}
         steps = {name: training(videos, folder, words) for name, words in kinds.items()}
         calls = server.stats()["calls"]
@@ -123,7 +122,7 @@ def kills(folder: Path, count: int = 20) -> None:
     videos = make_videos(folder / "videos", 8, 303)
     rng, killed = random.Random(0), 0
     with running(seconds=SECONDS, at_once=AT_ONCE, schema="ignored") as server:
-        words = {"kind": "openai", "base_url": server.url, "concurrency": AT_ONCE}
+        words = at(server, AT_ONCE)
         Job(videos, folder / "calm", **words).finish()
         windows = server.stats()["calls"]
         for _ in range(count):
@@ -152,13 +151,14 @@ def outage(folder: Path, seconds: float = 60.0) -> None:
     """The server dies in the middle of pre-training and comes back."""
     videos = make_videos(folder / "videos", 8, 203)
     print(f"\n## The server dies for {seconds:.0f} s while pre-training\n")
-    print("| vlm.on_outage | seconds until training ended | updates | labels | log |")
+    print("| vlm.server.on_outage | seconds until training ended | updates | labels | log |")
     print("|---|---|---|---|---|")
     for policy in ("wait", "skip"):
         with running(seconds=SECONDS, at_once=AT_ONCE, schema="ignored") as server:
             words = ["env=toy", "trainer=debug", "stage=pretrain", "data=folder", "data.workers=1"]
             words += ["world_model.image.channels=[4,8,16]", f"data.root={videos}"]
-            words += ["vlm=openai_server", f"vlm.base_url={server.url}", f"vlm.on_outage={policy}"]
+            words += ["vlm=openai_server", f"vlm.server.base_url={server.url}"]
+            words += [f"vlm.server.on_outage={policy}"]
             words += ["pretrain.updates=60", "pretrain.validate_every=60", f"run_dir={policy}"]
             words += [f"work_dir={policy}-work", "callbacks.rollout_every=100"]
             job = subprocess.Popen(

@@ -3,7 +3,7 @@
 Two questions: what does the agent reach, and how well does its world model foresee rewards?
 
     python benchmarks/learning.py env=toy                    six methods, three seeds
-    python benchmarks/learning.py env=dmc_cartpole_swingup --seeds 5 --jobs 4
+    python benchmarks/learning.py env=dmc/cartpole_swingup --seeds 5 --jobs 4
     python benchmarks/learning.py env=toy --methods mapo,apv finetune.agent_steps=5000
 
 Each (method, seed) is one run of `train.py`: pre-train on the task's videos, fine-tune, evaluate.
@@ -76,17 +76,18 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     task = next((w.removeprefix("env=") for w in overrides if w.startswith("env=")), None)
     if task is None or any("=" not in word for word in overrides):
-        parser.error(f"give the task as env=NAME and overrides as key=value, got {overrides}")
+        parser.error(f"give the task as env=NAME, and overrides as key=value, got {overrides}")
     methods = options.methods.split(",")
     if unknown := set(methods) - set(METHODS):
         parser.error(f"no such method: {', '.join(unknown)}")
-    folder = options.runs / task
+    slug = task.replace("/", "_")
+    folder = options.runs / slug
     wanted = [(method, seed) for seed in range(options.seeds) for method in methods]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda pair: play(folder, *pair, overrides), wanted))
     results = [result(folder, *pair) for pair in wanted]
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"learning_{task}"
+    name = f"learning_{slug}"
     command = "python benchmarks/learning.py " + " ".join(sys.argv[1:])
     (options.out / f"{name}.md").write_text(report(task, command, results, methods))
     draw(options.out / f"{name}.png", task, results, methods)
@@ -214,7 +215,7 @@ def report(task: str, command: str, results: list[Result], methods: list[str]) -
             "|---|---|---|---|---|---|---|",
             *rows,
             "",
-            f"![Return over simulator frames](learning_{task}.png)",
+            f"![Return over simulator frames](learning_{task.replace('/', '_')}.png)",
             "",
         ]
     )

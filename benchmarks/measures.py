@@ -89,7 +89,7 @@ class Work:
     def __init__(self, case: str, bf16: bool = False, words: Sequence[str] = ()) -> None:
         stage, chosen = CASES[case]
         torch.manual_seed(0)
-        cfg = compose(["env=dmc_walker_run", *chosen.split(), *words], RunConfig, CONF).config
+        cfg = compose(["env=dmc/walker_run", *chosen.split(), *words], RunConfig, CONF).config
         self.module: Any
         if stage == "pretrain":
             self.module, self.agent = build_pretrain(cfg), None

@@ -191,7 +191,7 @@ def data_table(batches: int) -> str:
 
 def envs_table(qualities: Sequence[str], seconds: int) -> str:
     rows = []
-    for env, target in (("dmc_walker_run", 900), ("metaworld_door_open", 250)):
+    for env, target in (("dmc/walker_run", 900), ("metaworld/door-open", 250)):
         for quality in qualities:
             rate = alone("envs", 1, case=env, variant=quality, steps=seconds)["frames/s"]
             rows.append([env, quality, f"{rate:.0f}", target if quality == "fast" else ""])

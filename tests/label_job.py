@@ -8,20 +8,36 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from label_servers import Running
+
 from mapo_lightning.data.clips import ClipDataset
 from mapo_lightning.data.label_corpus import CorpusLabelling
 from mapo_lightning.data.scan import scan_videos
 from mapo_lightning.data.settings import VideoDataConfig
-from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.settings import ServerConfig, VlmConfig, WindowConfig
 
 BEGUN = "begun"
 
 
+def at(server: Running, concurrency: int) -> dict[str, Any]:
+    """Settings that ask a test server, so many questions at a time."""
+    return {
+        "kind": "openai",
+        "server": ServerConfig(server.url, concurrency, structured="brackets"),
+    }
+
+
 def corpus(
-    videos: Path, work: Path, shard: tuple[int, int] = (0, 1), **vlm: Any
+    videos: Path,
+    work: Path,
+    shard: tuple[int, int] = (0, 1),
+    size: int = 64,
+    server: ServerConfig | None = None,
+    **vlm: Any,
 ) -> CorpusLabelling:
     data = VideoDataConfig(kind="folder", root=str(videos), workers=1, clip_length=9)
-    cfg = VlmConfig(**({"frame_size": 64, "structured": "brackets"} | vlm))
+    server = server or ServerConfig()
+    cfg = VlmConfig(window=WindowConfig(size=size), server=server, **vlm)
     return CorpusLabelling(ClipDataset(scan_videos(data, work).videos, data, cfg, work), shard)
 
 

@@ -1,8 +1,9 @@
 """Composes a run from dataclasses, YAML files and ``key=value`` words: the only door to OmegaConf.
 
 Order, later wins: dataclass defaults < ``conf/config.yaml`` < chosen group files in the order of
-its ``defaults`` < experiment file < overrides on the command line. Every file holds keys from the
-root, so a group file may also set keys outside its own section. Lists are replaced whole.
+its ``defaults`` < experiment file < overrides on the command line; a variant comes right after its
+file. Every file holds keys from the root, so a group file may also set keys outside its own
+section. Lists are replaced whole.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mapo_lightning.config.command_line import CommandLine
-from mapo_lightning.config.groups import Groups, help_text, unknown_key
+from mapo_lightning.config.groups import Groups, Keys
+from mapo_lightning.config.help_page import help_text
 from mapo_lightning.config.redact import redact
+from mapo_lightning.config.renamed import Renamed
 from mapo_lightning.config.schema import (
     as_integers,
     did_you_mean,
@@ -29,6 +32,7 @@ from mapo_lightning.config.schema import (
     only_keys,
     section,
     type_name,
+    unknown_key,
     unwrap,
 )
 from mapo_lightning.files import atomic_write
@@ -47,7 +51,7 @@ class Composed(Generic[T]):
             between keys are resolved, references to the environment are not.
         redacted_yaml: The same without secrets: the one to print, log and track.
         flat: Dotted key -> value, without secrets: what trackers call parameters.
-        groups: Group -> chosen file, None where none was.
+        groups: Group -> chosen file or file/variant, None where none was.
         overrides: The ``key=value`` words of the command line, in their order.
         text: What to print instead of running (``--help``, ``--show``); None for a run.
     """
@@ -66,34 +70,42 @@ class Composed(Generic[T]):
             draft.write_text(self.yaml, encoding="utf-8")
 
 
-Base = tuple[str, Mapping[str, Any]]
+Base = Keys
 """Origin, for messages, and the keys of a run that another one builds upon."""
 
 
 def compose(
-    argv: Sequence[str], schema: type[T], conf_dir: Path, base: Base | None = None
+    argv: Sequence[str],
+    schema: type[T],
+    conf_dir: Path,
+    base: Base | None = None,
+    renamed: Renamed | None = None,
 ) -> Composed[T]:
     """Compose a run from the words of a command line.
 
     Args:
-        argv: Words without the program's name: ``group=file``, ``a.b=value``, ``experiment=name``,
-            ``config=FILE`` (a saved run as the base), ``--show``, ``--help [PREFIX]``.
+        argv: Words without the program's name: ``group=file``, ``group=file/variant``,
+            ``a.b=value``, ``experiment=name``, ``config=FILE`` (a saved run as the base),
+            ``--show``, ``--help [PREFIX]``.
         schema: Root dataclass; every field has a default.
         conf_dir: Folder with ``config.yaml`` and one folder per group.
         base: An earlier run, in place of ``config.yaml``; ``config=FILE`` wins over it.
+        renamed: Words that have a new name.
 
     Returns:
         The run, with :attr:`Composed.text` set where the words ask to print rather than to run.
 
     Raises:
-        ConfigError: In one sentence: an unknown key or file, a wrong type, a value out of range, or
-            a word that is none of the above.
+        ConfigError: In one sentence: an unknown or renamed key or file, a wrong type, a value out
+            of range, or a word that is none of the above.
     """
     words = CommandLine.parse(argv)
-    groups = Groups(conf_dir, load_yaml)
-    chosen, leaves, base = _sort_words(words.overrides, groups, schema, base)
+    renamed = renamed or Renamed()
+    groups = Groups(conf_dir, load_yaml, renamed, hints(schema))
+    chosen, leaves, base = _sort_words(words.overrides, groups, schema, base, renamed)
     tree = OmegaConf.structured(schema)
     for origin, content in _sources(groups, chosen, base):
+        renamed.check_file(content, origin)
         for key, value in _leaves(schema, content, origin):
             _set(tree, schema, key, value, origin)
     for key, raw in leaves:
@@ -147,7 +159,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def _sort_words(
-    overrides: Sequence[str], groups: Groups, schema: type, base: Base | None
+    overrides: Sequence[str],
+    groups: Groups,
+    schema: type,
+    base: Base | None,
+    renamed: Renamed,
 ) -> tuple[dict[str, str | None], list[tuple[str, str]], Base | None]:
     """Tell group choices, leaf overrides and the base file apart; refuse unknown keys."""
     picked: dict[str, str | None] = {}
@@ -160,6 +176,7 @@ def _sort_words(
             picked[key] = None if value == "null" else value
             groups.check(key, picked[key])
         else:
+            renamed.check_word(key, value)
             _check_key(schema, key, "", groups.files)
             leaves.append((key, value))
     # `group=null` also empties the section of that name, where the schema lets it be empty.
@@ -169,15 +186,12 @@ def _sort_words(
 
 def _sources(groups: Groups, chosen: Mapping[str, str | None], base: Base | None) -> Iterator[Base]:
     """Yield (name for messages, content) of every file, in the order of merging."""
-    root = groups.folder / "config.yaml"
-    if base is not None:
-        yield base
-    elif root.is_file():
-        yield f"{groups.folder.name}/{root.name}", groups.values(root)
+    first = base or groups.root()
+    if first is not None:
+        yield first
     for group, name in chosen.items():
         if name is not None:
-            path = groups.path(group, name)
-            yield f"{groups.folder.name}/{group}/{path.name}", groups.values(path)
+            yield from groups.values(group, name)
 
 
 def _leaves(
@@ -241,29 +255,27 @@ def _wake_parents(tree: DictConfig, schema: type, key: str) -> None:
             OmegaConf.update(tree, parent, OmegaConf.structured(cls))
 
 
-def _build(tree: DictConfig, schema: type[T]) -> T:
+def _build(tree: DictConfig, schema: type[T], prefix: str = "") -> T:
     """Make the dataclasses, innermost first, so that a range error can be told its section."""
-    _check_ranges(tree, schema, "")
-    config = OmegaConf.to_object(tree)
-    assert isinstance(config, schema)  # OmegaConf.structured keeps the class
-    return config
-
-
-def _check_ranges(tree: DictConfig, schema: type, prefix: str) -> None:
-    for name, hint in hints(schema).items():
-        cls = section(hint)
-        if cls is not None and OmegaConf.select(tree, f"{prefix}{name}") is not None:
-            _check_ranges(tree, cls, f"{prefix}{name}.")
-    here = OmegaConf.select(tree, prefix.rstrip(".")) if prefix else tree
+    values: dict[str, Any] = {}
     try:
-        OmegaConf.to_object(here)
+        for name, hint in hints(schema).items():
+            key, cls = f"{prefix}{name}", section(hint)
+            value = OmegaConf.select(tree, key, throw_on_missing=True)
+            if cls is not None and value is not None:
+                values[name] = _build(tree, cls, f"{key}.")
+            elif OmegaConf.is_config(value):
+                values[name] = OmegaConf.to_container(value, resolve=True)
+            else:
+                values[name] = value
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0].rpartition("interpolation: ")[2].strip('"')
+        raise ConfigError(f"cannot resolve '{error.full_key or key}': {reason}.") from error
+    try:
+        return schema(**values)
     except ConfigError as error:
         first = str(error).partition(" ")[0].strip("'\"`").partition(".")[0]
         raise ConfigError(f"{prefix}{error}" if first in hints(schema) else str(error)) from error
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0].rpartition("interpolation: ")[2].strip('"')
-        named = getattr(error, "full_key", None) or prefix.rstrip(".")
-        raise ConfigError(f"cannot resolve '{named}': {reason}.") from error
 
 
 def _resolved(tree: DictConfig) -> Any:

@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+_LAST_PART = re.compile(r"[./]")  # of a dotted key, or of file/variant
 
 
 class Field(NamedTuple):
@@ -48,9 +49,13 @@ def section(hint: Any) -> type | None:
     return inner if isinstance(inner, type) and is_dataclass(inner) else None
 
 
-@cache
 def hints(cls: type) -> dict[str, Any]:
     """Return the evaluated annotations of a dataclass, in the order of its fields."""
+    return _hints(cls)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
     resolved = get_type_hints(cls)
     return {f.name: resolved[f.name] for f in fields(cls)}
 
@@ -134,12 +139,12 @@ def type_name(hint: Any) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known key most like ``word``, by its whole path or by its last part."""
-    tail = word.rpartition(".")[2]
+    """Return the known word most like ``word``, by its whole path or by its last part."""
+    tail = _LAST_PART.split(word)[-1]
 
     def likeness(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, word, candidate).ratio()
-        last = difflib.SequenceMatcher(None, tail, candidate.rpartition(".")[2]).ratio()
+        last = difflib.SequenceMatcher(None, tail, _LAST_PART.split(candidate)[-1]).ratio()
         return max(whole, 0.95 * last)
 
     best = max(known, key=likeness, default=None)
@@ -150,6 +155,32 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` with a leading space, or nothing."""
     close = nearest(word, known)
     return f" Did you mean '{close}'?" if close else ""
+
+
+def unknown_key(schema: type, key: str, known_part: str, where: str, groups: Iterable[str]) -> str:
+    """Write the message for a key that does not exist.
+
+    Args:
+        schema: Root dataclass.
+        key: The dotted key.
+        known_part: Its longest part that exists; may be empty.
+        where: File that sets it; empty for the command line.
+        groups: Group names, which count as near words at the root.
+
+    Returns:
+        One sentence with the nearest known key and the keys next to it.
+    """
+    owner = section(lookup(schema, known_part)) if known_part else schema
+    prefix = f"{known_part}." if known_part else ""
+    siblings = [f"{prefix}{name}" for name in hints(owner)] if owner else []
+    known = {*(f.key for f in walk(schema)), *siblings, *(() if known_part else groups)}
+    close = nearest(key, siblings) or nearest(key, known)
+    hint = f" Did you mean '{close}'?" if close else ""
+    beside = f" Keys next to it: {', '.join(siblings)}." if siblings else ""
+    if known_part and not owner:
+        beside = f" '{known_part}' is a single value and has no keys below it."
+    place = f"{where}: " if where else ""
+    return f"{place}unknown configuration key '{key}'.{hint}{beside}"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -100,7 +100,8 @@ class ClipDataset(IterableDataset[Clip]):
         self.videos, self.data, self.vlm = list(videos), data, vlm
         self.root, self.seed, self.rank, self.world = Path(root), seed, rank, world
         self.split, self.quarantine = split, quarantine
-        self.grid = WindowGrid(vlm.window, vlm.stride, vlm.offset, data.frame_stride)
+        window = vlm.window
+        self.grid = WindowGrid(window.frames, window.stride, window.offset, data.frame_stride)
         self.semantic_dim = semantic_dim(vlm)
         self._labeler: Labeler | None = None
 
@@ -115,8 +116,9 @@ class ClipDataset(IterableDataset[Clip]):
             worker = get_worker_info()
             number = "main" if worker is None else f"worker{worker.id}"
             writer = f"{self.split}-rank{self.rank}-{number}"
-            share = max(1, self.vlm.concurrency // (1 if worker is None else worker.num_workers))
-            vlm = replace(self.vlm, concurrency=share)
+            workers, server = 1 if worker is None else worker.num_workers, self.vlm.server
+            share = replace(server, concurrency=max(1, server.concurrency // workers))
+            vlm = replace(self.vlm, server=share)
             self._labeler = build_labeler(vlm, self.root, writer)
         return self._labeler
 
@@ -217,7 +219,7 @@ class ClipDataset(IterableDataset[Clip]):
 
     def window_requests(self, video: int, ends: Sequence[int]) -> list[WindowRequest]:
         """Questions about windows of a video; their frames are decoded together."""
-        return WindowFrames(self.videos[video], self.grid, ends, self.vlm.frame_size).requests()
+        return WindowFrames(self.videos[video], self.grid, ends, self.vlm.window.size).requests()
 
     def fixed_clips(self, count: int) -> list[Clip]:
         """Return the same clips on every call, spread over the videos; for validation.

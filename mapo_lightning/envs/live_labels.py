@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mapo_lightning.data.replay import EntryId, Replay
 from mapo_lightning.data.window_labels import WindowGrid
 from mapo_lightning.semantics.labeler import Label, Labeler
-from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.settings import CollectConfig, WindowConfig
 from mapo_lightning.types import POSITIONS, DescriberError, Frames
 
 log = logging.getLogger(__name__)
@@ -131,22 +131,29 @@ class LiveLabeler:
 
     Args:
         labeler: Labels the windows.
-        cfg: Windows and queue.
+        window: How many frames the describer sees, and which frame they label.
+        collect: How often it is queried, and how long answers are waited for.
         envs: Number N of environments.
         source: For people: where the windows come from.
         late: Label in a background thread; otherwise every step waits for its labels.
     """
 
     def __init__(
-        self, labeler: Labeler, cfg: VlmConfig, envs: int, source: str, late: bool = False
+        self,
+        labeler: Labeler,
+        window: WindowConfig,
+        collect: CollectConfig,
+        envs: int,
+        source: str,
+        late: bool = False,
     ) -> None:
-        self.labeler, self.cfg, self.source = labeler, cfg, source
-        self.grid = WindowGrid(cfg.window, cfg.env_every, cfg.offset)
+        self.labeler, self.collect, self.source = labeler, collect, source
+        self.grid = WindowGrid(window.frames, collect.every, window.offset)
         self.recent: list[deque[Frames]] = [deque(maxlen=self.grid.frames) for _ in range(envs)]
         self.age = np.full(envs, -1, np.int64)
         self.skipped = 0
         """Windows whose label is null because the queue was full or no answer came in time."""
-        self._late = LateAnswers(labeler, source, cfg.env_queue) if late else None
+        self._late = LateAnswers(labeler, source, collect.queue) if late else None
         self._nothing = Label(np.zeros(labeler.semantic_dim, np.float32), False, "", "null", None)
         # Windows of the current episode, oldest first, from the newest one that has an answer.
         self._windows: list[list[Window]] = [[] for _ in range(envs)]
@@ -211,14 +218,14 @@ class LiveLabeler:
         self._to_complete.clear()
 
     def close(self, replay: Replay | None = None) -> None:
-        """Wait ``env_drain`` seconds for the answers still to come, then give up on the rest.
+        """Wait ``collect.drain`` seconds for the answers still to come, then give up on the rest.
 
         A describer that fails now costs a warning and these labels; any other error is raised.
         """
         if self._late is None:
             self.labeler.close()
             return
-        self._late.stop(self.cfg.env_drain)
+        self._late.stop(self.collect.drain)
         try:
             self._to_complete += self._late.collect()
         except DescriberError as error:  # costs nothing but these labels
@@ -229,7 +236,8 @@ class LiveLabeler:
         if self.skipped:
             log.warning(
                 "%d windows of %s have no label and count as null: the describer was slower than "
-                "the environments. Raise vlm.env_every or vlm.env_queue, or use more servers",
+                "the environments. Raise vlm.collect.every or vlm.collect.queue, or use more "
+                "servers",
                 self.skipped,
                 self.source,
             )

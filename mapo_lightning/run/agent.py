@@ -105,7 +105,7 @@ class Agent:
         Args:
             obs: RGB, (H, W, 3) uint8, or (N, H, W, 3) from N environments.
             label_obs: The same moment in the size that the describer was shown in training, where
-                ``env.label_size`` or ``vlm.env_frame_size`` of the run ask for one of their own.
+                ``env.label_size`` or ``vlm.collect.size`` of the run ask for one of their own.
             is_first: (N,), for N environments: which of them have just begun an episode. None:
                 all of them after `reset`, then none.
 
@@ -172,7 +172,7 @@ class Agent:
         self, label_obs: NDArray[np.uint8] | None, single: bool
     ) -> dict[str, NDArray[np.uint8]]:
         """The describer's own view, if it has one."""
-        size = self.cfg.vlm.env_frame_size or self.cfg.env.label_size
+        size = self.cfg.vlm.collect.size or self.cfg.env.label_size
         if size is None or self.cfg.vlm.kind == "none":
             return {}
         if label_obs is None:

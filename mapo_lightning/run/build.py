@@ -22,6 +22,7 @@ from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.reviews import read_reviews
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.training.checkpoint import (
     LoadReport,
     check_fit,
@@ -60,7 +61,7 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
         raise ConfigError(
             f"data={cfg.data.kind} needs data.root=DIR, the folder that holds your videos"
         )
-    read_reviews(cfg.vlm.marks)  # here, where its complaint is one sentence and not a worker's
+    read_reviews(cfg.vlm.reviews)  # here, where its complaint is one sentence and not a worker's
     corpus = hashlib.blake2b(str(Path(cfg.data.root).absolute()).encode(), digest_size=4)
     name = f"{Path(cfg.data.root).name}-{corpus.hexdigest()}"
     work = Path(cfg.work_dir).absolute()
@@ -73,13 +74,14 @@ def build_labelling(cfg: RunConfig, rank: int, world: int) -> CorpusLabelling:
     """Everything that labels this process's part of all videos."""
     module = build_videos(cfg)
     # A corpus is labelled to the end: nulls for want of a server are of no use here.
-    if cfg.vlm.on_outage == "skip":
-        module.vlm = replace(module.vlm, on_outage="wait")
+    if cfg.vlm.server.on_outage == "skip":
+        server = replace(module.vlm.server, on_outage="wait")
+        module.vlm = replace(module.vlm, server=server)
     number, count = cfg.label.part()
     return CorpusLabelling(module.clips("all"), (number * world + rank, count * world))
 
 
-def shared_store(cfg: RunConfig) -> Any:
+def shared_store(cfg: RunConfig) -> VlmConfig:
     """The describer's settings, with the label store where every run finds it."""
     return replace(cfg.vlm, store=str(Path(cfg.work_dir).absolute() / cfg.vlm.store))
 
@@ -166,19 +168,19 @@ def build_collection(cfg: RunConfig, folder: Path, rank: int) -> Stage2:
 
 def labelled_env(cfg: RunConfig) -> EnvConfig:
     """The task, with a second picture for the describer if it wants one of another size (O10)."""
-    return replace(cfg.env, label_size=cfg.vlm.env_frame_size or cfg.env.label_size)
+    return replace(cfg.env, label_size=cfg.vlm.collect.size or cfg.env.label_size)
 
 
 def answers_late(cfg: RunConfig) -> bool:
     """Whether collecting goes on without waiting for the describer."""
-    if cfg.vlm.env_late is not None:
-        return cfg.vlm.env_late
+    if cfg.vlm.collect.late is not None:
+        return cfg.vlm.collect.late
     # These two answer within a frame, and a run that waits for them repeats exactly.
     return cfg.vlm.kind not in ("flow", "none") and not cfg.trainer.deterministic
 
 
 def build_live_labeler(cfg: RunConfig, envs: int, writer: str, late: bool = False) -> LiveLabeler:
     """Labels of what ``envs`` environments show; ``late``: without waiting for them."""
-    vlm = shared_store(cfg)
+    vlm, task = shared_store(cfg), f"{cfg.env.kind}/{cfg.env.name}"
     labeler = build_labeler(vlm, Path(cfg.work_dir).absolute(), writer)
-    return LiveLabeler(labeler, vlm, envs, f"{cfg.env.kind}/{cfg.env.name}", late)
+    return LiveLabeler(labeler, vlm.window, vlm.collect, envs, task, late)

@@ -14,6 +14,7 @@ from mapo_lightning.config.command_line import CommandLine
 from mapo_lightning.config.compose import Base, Composed, compose, load_yaml
 from mapo_lightning.config.redact import HIDDEN
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.renamed import RENAMED
 from mapo_lightning.types import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -65,10 +66,10 @@ def configure(argv: Sequence[str], conf_dir: Path) -> Composed[RunConfig]:
 
             path = newest_checkpoint(path)
         argv = [f"resume={path}" if word.startswith("resume=") else word for word in argv]
-        return compose(argv, RunConfig, conf_dir, _run_of(path))
+        return compose(argv, RunConfig, conf_dir, _run_of(path), RENAMED)
     if words.get("stage") == "evaluate" and played != "null":
-        return compose(argv, RunConfig, conf_dir, agent_settings(Path(played)))
-    return compose(argv, RunConfig, conf_dir)
+        return compose(argv, RunConfig, conf_dir, agent_settings(Path(played)), RENAMED)
+    return compose(argv, RunConfig, conf_dir, renamed=RENAMED)
 
 
 def agent_settings(path: Path) -> Base:
@@ -115,7 +116,7 @@ def _run_of(path: Path) -> Base:
     folder = path.absolute().parent.parent
     saved = folder / "config.yaml"
     # The file holds secrets that the checkpoint hides.
-    base = load_yaml(saved) if saved.is_file() else _settings(path, metadata)
+    base = _current(load_yaml(saved)) if saved.is_file() else _settings(path, metadata)
     base["run_dir"] = str(folder) if saved.is_file() else ""
     return f"the settings of '{path}'", base | {"checkpoint": None, "resume": None}
 
@@ -136,7 +137,12 @@ def _settings(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
             "the config.yaml of its run"
         )
     shown: dict[str, Any] = _without_hidden(content)
-    return shown
+    return _current(shown)
+
+
+def _current(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version saved, under the names of this one."""
+    return RENAMED.translate(settings)
 
 
 def _without_hidden(tree: Any) -> Any:

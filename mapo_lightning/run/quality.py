@@ -17,6 +17,7 @@ from typing import Any
 
 from mapo_lightning.config.compose import compose
 from mapo_lightning.run.config import RunConfig, conf_folder
+from mapo_lightning.run.renamed import RENAMED
 from mapo_lightning.types import MapoError
 
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        composed = compose(words, RunConfig, conf_folder())
+        composed = compose(words, RunConfig, conf_folder(), renamed=RENAMED)
         if composed.text is not None:
             sys.stdout.write((__doc__ or "") + "\n" + composed.text + "\n")
             return 0

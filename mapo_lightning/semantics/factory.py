@@ -48,4 +48,4 @@ def build_labeler(cfg: VlmConfig, root: Path, writer: str) -> Labeler:
     describer = build_describer(cfg)
     if isinstance(describer, OpenAIDescriber):
         describer.outage = OutageLog(store.root / "outage")
-    return Labeler(describer, store, build_encoder(cfg), read_reviews(cfg.marks), cfg.cached_only)
+    return Labeler(describer, store, build_encoder(cfg), read_reviews(cfg.reviews), cfg.cached_only)

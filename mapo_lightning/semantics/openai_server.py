@@ -78,19 +78,20 @@ class OpenAIDescriber:
     in_worker = True
 
     def __init__(self, cfg: VlmConfig) -> None:
-        self.cfg = cfg
+        self.cfg, self.server = cfg, cfg.server
         self.outage = OutageLog()
         prompt = hashlib.blake2b(PROMPT.encode(), digest_size=4).hexdigest()
         model = f"{cfg.model}@{cfg.revision}" if cfg.revision else cfg.model
-        self.name = f"openai {model} prompt {prompt} tokens {cfg.max_new_tokens} {cfg.structured}"
+        tokens, structured = cfg.max_new_tokens, cfg.server.structured
+        self.name = f"openai {model} prompt {prompt} tokens {tokens} {structured}"
         self._forget()
 
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._pool: ThreadPoolExecutor | None = None
         self._clients: dict[str, openai.OpenAI] = {}
-        self._servers = ServerPool(self.cfg.base_urls)
-        self._json: bool | None = None if self.cfg.structured == "auto" else False
+        self._servers = ServerPool(self.server.base_urls)
+        self._json: bool | None = None if self.server.structured == "auto" else False
         self._probing = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
@@ -100,12 +101,13 @@ class OpenAIDescriber:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Connect at the first query."""
         self.cfg, self.name, self.outage = state["cfg"], state["name"], state["outage"]
+        self.server = self.cfg.server
         self._forget()
 
     @property
     def concurrency(self) -> int:
         """Queries in flight; see `StreamingDescriber`."""
-        return self.cfg.concurrency
+        return self.server.concurrency
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply]:
         """Describe each window.
@@ -130,7 +132,7 @@ class OpenAIDescriber:
         if self._pid != os.getpid():
             self._forget()
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.cfg.concurrency, "vlm")
+            self._pool = ThreadPoolExecutor(self.server.concurrency, "vlm")
         stop = threading.Event()
         # Images are encoded here, so that the threads of the pool only wait for answers.
         queries = [partial(self._answer, _messages(clip), stop) for clip in clips]
@@ -157,7 +159,7 @@ class OpenAIDescriber:
                     continue
                 self._servers.failed(server, str(error))
                 attempts += 1
-                if attempts > self.cfg.retries and self._servers.successes > others:
+                if attempts > self.server.retries and self._servers.successes > others:
                     log.warning("gave up on a window after %d attempts: %s", attempts, error)
                     return None  # the servers answer other queries
                 pause = min(_LONGEST_PAUSE, 0.1 * 2.0 ** min(attempts, 10))
@@ -176,17 +178,19 @@ class OpenAIDescriber:
         if not self._servers.is_out:
             return False
         self.outage.waiting(self._silence())
-        if self.cfg.on_outage == "error" and out_seconds > self.cfg.timeout_seconds:
+        if self.server.on_outage == "error" and out_seconds > self.server.timeout_seconds:
             raise DescriberError(self._silence())
-        return self.cfg.on_outage == "skip"
+        return self.server.on_outage == "skip"
 
     def _silence(self) -> str:
         what = {
             "wait": "waiting; training continues when one answers",
             "skip": "labels are null meanwhile and not stored",
             "error": "stopping soon",
-        }[self.cfg.on_outage]
-        return f"no label server answers ({self._servers.describe()}); {what} (vlm.on_outage)"
+        }[self.server.on_outage]
+        return (
+            f"no label server answers ({self._servers.describe()}); {what} (vlm.server.on_outage)"
+        )
 
     def _once(self, server: Server, messages: list[dict[str, Any]]) -> Reply:
         if self._json is None:
@@ -221,8 +225,8 @@ class OpenAIDescriber:
 
         create: Any = self._client(server.url).chat.completions.create
         extra: dict[str, Any] = {"response_format": _FORMAT} if as_json else {}
-        if server.failures and self.cfg.on_outage == "skip":
-            extra["timeout"] = min(_PROBE_SECONDS, self.cfg.timeout_seconds)
+        if server.failures and self.server.on_outage == "skip":
+            extra["timeout"] = min(_PROBE_SECONDS, self.server.timeout_seconds)
         try:
             answer = create(
                 model=self.cfg.model, messages=messages, temperature=0.0,
@@ -230,7 +234,7 @@ class OpenAIDescriber:
             )  # fmt: skip
             text = answer.choices[0].message.content
         except openai.APITimeoutError as error:
-            raise _FailedError(f"no answer within {self.cfg.timeout_seconds:g} s") from error
+            raise _FailedError(f"no answer within {self.server.timeout_seconds:g} s") from error
         except openai.APIConnectionError as error:
             raise _FailedError(f"connection failed: {_short(error.__cause__ or error)}") from error
         except openai.APIStatusError as error:
@@ -254,7 +258,7 @@ class OpenAIDescriber:
             for chatty in ("httpx", "httpx2", "openai"):  # otherwise a line per query
                 logging.getLogger(chatty).setLevel(logging.WARNING)
             self._clients[url] = openai.OpenAI(
-                base_url=url, api_key=_key(), timeout=self.cfg.timeout_seconds, max_retries=0
+                base_url=url, api_key=_key(), timeout=self.server.timeout_seconds, max_retries=0
             )
         return self._clients[url]
 

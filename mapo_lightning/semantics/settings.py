@@ -1,6 +1,8 @@
-"""Who describes which frames, and where the answers are kept."""
+"""Who describes which frames, and where the answers are kept; free of torch."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -8,52 +10,28 @@ from mapo_lightning.types import ConfigError
 
 
 @dataclass
-class VlmConfig:
-    """Who describes which frames, and where its answers are kept (O1, O2, O5-O7, O10)."""
+class WindowConfig:
+    """Which frames of a video the describer sees together, and which frame they label (O2, O5)."""
 
-    kind: Literal["flow", "none", "transformers", "openai"] = "flow"
-    """flow: optical flow, no weights and no network. none: nobody is asked, all labels null.
-    transformers: a vision-language model in this process. openai: a server that speaks OpenAI's
-    API, such as vLLM."""
-    window: int = 4
-    """Frames in one window shown to the describer."""
+    frames: int = 4
+    """Frames in one window (O2)."""
     stride: int = 4
-    """Frames from one window of a video to the next; a label is held until the next one."""
+    """Frames from one window of a video to the next; a label is held until the next one (O5)."""
     offset: int = 0
-    """Frames between a window's last frame and the frame it labels: 0 counts the frame itself,
+    """Frames between a window's last frame and the frame it labels (O2): 0 counts the frame itself,
     1 ends the window one frame earlier, so that a label never shows what is to be predicted."""
-    frame_size: int = 128
-    """Short side of the video frames shown to the describer, in pixels."""
-    env_every: int = 4
-    """Agent steps from one question about an environment to the next."""
-    env_frame_size: int | None = None
-    """Side of the environment frames shown to the describer, in pixels; null: the 64 px image."""
-    store: str = "labels"
-    """Folder of the label store; a relative path lies inside the run's work folder."""
-    cached_only: bool = False
-    """Ask nobody: a window that is not in the store stops the run and is named."""
-    flow_min_percent: float = 0.7
-    """Smallest motion over one window that counts, in percent of the frame width."""
-    env_late: bool | None = None
-    """While collecting, act on the newest answer there is, and complete replay when an entry's own
-    answer arrives. null: yes, but no for flow and none and where trainer.deterministic is on."""
-    env_queue: int = 64
-    """Windows of environments that may wait for a late answer at once. Where the queue is full, a
-    window is skipped as null and counted in labels/skipped: no environment waits."""
-    env_drain: float = 30.0
-    """Seconds that the end of fine-tuning waits for answers under way; the rest stay null."""
-    marks: str = ""
-    """File of accepted and rejected labels, from the gallery; rejected ones count as null."""
-    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """Hub id or folder of a Qwen2.5-VL or Qwen3-VL; with kind=openai its name at the server."""
-    revision: str | None = None
-    """Commit hash of the hub's model, so that its weights never change; not used for a folder."""
-    device: str = "auto"
-    """Where the model of kind=transformers runs: auto, cpu, cuda, cuda:1 ..."""
-    batch_size: int = 16
-    """Windows that a model in this process describes at once."""
-    max_new_tokens: int = 64
-    """Longest answer, in tokens."""
+    size: int = 128
+    """Short side of the video frames shown to the describer, in pixels (O10)."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, frames=2, stride=1, offset=0)
+        _check_size(self.size)
+
+
+@dataclass
+class ServerConfig:
+    """Servers that speak OpenAI's API, and how patiently they are asked; for kind=openai."""
+
     base_url: str = ""
     """Address of the server, such as http://127.0.0.1:8000/v1; several, separated by commas, share
     the work. The key comes from the environment: MAPO_VLM_API_KEY or OPENAI_API_KEY."""
@@ -68,57 +46,11 @@ class VlmConfig:
     stored; or stop with an error."""
     structured: Literal["auto", "brackets"] = "auto"
     """auto: ask for the five slots as JSON where the server can; brackets: never."""
-    text_encoder: str = ""
-    """Hub id or folder of a sentence encoder that turns phrases into vectors; empty: the hidden
-    state of kind=transformers, and hashed words for the others."""
-    text_encoder_revision: str | None = None
-    """Commit hash of the hub's sentence encoder; not used for a folder."""
-    hidden_dim: int | None = None
-    """Width of the model's hidden state; null reads it from the model's configuration."""
 
     def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: A value is out of range.
-        """
-        least = {"window": 2, "stride": 1, "offset": 0, "env_every": 1, "env_queue": 1}
-        least |= {"batch_size": 1, "max_new_tokens": 1, "concurrency": 1, "retries": 0}
-        least |= {"hidden_dim": 1}
-        for field, low in least.items():
-            if getattr(self, field) is not None and getattr(self, field) < low:
-                raise ConfigError(f"{field} must be at least {low}, got {getattr(self, field)}")
-        for field in ("frame_size", "env_frame_size"):
-            size = getattr(self, field)
-            if size is not None and not 16 <= size <= 2048:
-                raise ConfigError(f"{field} must lie in [16, 2048] pixels, got {size}")
-        if not 0.0 < self.flow_min_percent <= 50.0:
-            raise ConfigError(
-                f"flow_min_percent must lie in (0, 50] percent, got {self.flow_min_percent}"
-            )
-        if not 0.0 <= self.env_drain <= 3600.0:
-            raise ConfigError(f"env_drain must lie in [0, 3600] seconds, got {self.env_drain}")
+        _at_least(self, concurrency=1, retries=0)
         if self.timeout_seconds <= 0.0:
             raise ConfigError(f"timeout_seconds must be positive, got {self.timeout_seconds}")
-        for field in ("store", "model"):
-            if not getattr(self, field):
-                raise ConfigError(
-                    f"{field} must name a {'folder' if field == 'store' else 'model'}"
-                    ", got an empty text"
-                )
-        if self.kind == "openai":
-            self._check_addresses()
-
-    @property
-    def base_urls(self) -> tuple[str, ...]:
-        """The servers' addresses."""
-        return tuple(url.strip().rstrip("/") for url in self.base_url.split(",") if url.strip())
-
-    def _check_addresses(self) -> None:
-        if not self.base_urls and not self.cached_only:
-            raise ConfigError(
-                "base_url must name a server, such as base_url=http://127.0.0.1:8000/v1"
-            )
         for url in self.base_urls:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -128,3 +60,116 @@ class VlmConfig:
                     f"base_url must not hold a password or a key ({parts.hostname}): give the key "
                     "in the environment variable MAPO_VLM_API_KEY"
                 )
+
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """The servers' addresses."""
+        return tuple(url.strip().rstrip("/") for url in self.base_url.split(",") if url.strip())
+
+
+@dataclass
+class CollectConfig:
+    """How the frames of environments are described while an agent collects experience."""
+
+    every: int = 4
+    """Agent steps from one question about an environment to the next (O6)."""
+    size: int | None = None
+    """Side of the environment frames shown to the describer, in pixels; null: the 64 px image
+    (O10)."""
+    late: bool | None = None
+    """Act on the newest answer there is, and complete replay when an entry's own answer arrives.
+    null: yes, but no for flow and none and where trainer.deterministic is on."""
+    queue: int = 64
+    """Windows of environments that may wait for a late answer at once. Where the queue is full, a
+    window is skipped as null and counted in labels/skipped: no environment waits."""
+    drain: float = 30.0
+    """Seconds that the end of fine-tuning waits for answers under way; the rest stay null."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, every=1, queue=1)
+        if self.size is not None:
+            _check_size(self.size)
+        if not 0.0 <= self.drain <= 3600.0:
+            raise ConfigError(f"drain must lie in [0, 3600] seconds, got {self.drain}")
+
+
+@dataclass
+class EmbedConfig:
+    """How a phrase becomes a vector (O1)."""
+
+    encoder: str = ""
+    """Hub id or folder of a sentence encoder that turns phrases into vectors; empty: the hidden
+    state of kind=transformers, and hashed words for the others."""
+    revision: str | None = None
+    """Commit hash of the hub's sentence encoder; not used for a folder."""
+
+
+@dataclass
+class VlmConfig:
+    """Who describes the frames, and where the answers are kept (O1, O7)."""
+
+    kind: Literal["flow", "none", "transformers", "openai"] = "flow"
+    """flow: optical flow, no weights and no network. none: no describer, all labels are null.
+    transformers: a vision-language model in this process. openai: a server that speaks OpenAI's
+    API, such as vLLM."""
+    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    """Hub id or folder of a Qwen2.5-VL or Qwen3-VL; with kind=openai its name at the server."""
+    revision: str | None = None
+    """Commit hash of the hub's model, so that its weights never change; not used for a folder."""
+    device: str = "auto"
+    """Where the model of kind=transformers runs: auto, cpu, cuda, cuda:1 ..."""
+    batch_size: int = 16
+    """Windows that a model in this process describes at once."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    hidden_dim: int | None = None
+    """Width of the model's hidden state; null reads it from the model's configuration."""
+    cached_only: bool = False
+    """Use stored labels only: a window that is not in the store stops the run and is named."""
+    flow_min_percent: float = 0.7
+    """Smallest motion over one window that counts, in percent of the frame width."""
+    store: str = "labels"
+    """Folder of the label store; a relative path lies inside the run's work folder."""
+    reviews: str = ""
+    """File of accepted and rejected labels, from the gallery; rejected ones count as null."""
+    window: WindowConfig = field(default_factory=WindowConfig)
+    """What the describer sees."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """Where it runs, for kind=openai."""
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    """How environments are described."""
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    """How phrases become vectors."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        _at_least(self, batch_size=1, max_new_tokens=1, hidden_dim=1)
+        if not 0.0 < self.flow_min_percent <= 50.0:
+            raise ConfigError(
+                f"flow_min_percent must lie in (0, 50] percent, got {self.flow_min_percent}"
+            )
+        if not self.store:
+            raise ConfigError("store must name a folder, got an empty text")
+        if not self.model:
+            raise ConfigError("model must name a model, got an empty text")
+        if self.kind == "openai" and not self.server.base_urls and not self.cached_only:
+            raise ConfigError(
+                "server.base_url must name a server, such as "
+                "vlm.server.base_url=http://127.0.0.1:8000/v1"
+            )
+
+
+def _at_least(section: object, **least: int) -> None:
+    for name, low in least.items():
+        value = getattr(section, name)
+        if value is not None and value < low:
+            raise ConfigError(f"{name} must be at least {low}, got {value}")
+
+
+def _check_size(size: int) -> None:
+    if not 16 <= size <= 2048:
+        raise ConfigError(f"size must lie in [16, 2048] pixels, got {size}")

@@ -34,7 +34,7 @@ class TextEncoder:
 
     def __init__(self, source: str, revision: str | None = None) -> None:
         self.source, self.revision = source, revision
-        self.semantic_dim = hidden_size(source, revision, "vlm.text_encoder")
+        self.semantic_dim = hidden_size(source, revision, "vlm.embed.encoder")
         self._start()
 
     def _start(self) -> None:
@@ -83,7 +83,7 @@ class TextEncoder:
 def _load(source: str, revision: str | None) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
-    with loading(source, "vlm.text_encoder"):
+    with loading(source, "vlm.embed.encoder"):
         where = locate(source, revision)
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModel.from_pretrained(**where, dtype=torch.float32, use_safetensors=True)
@@ -92,8 +92,8 @@ def _load(source: str, revision: str | None) -> tuple[Any, Any]:
 
 def build_encoder(cfg: VlmConfig) -> Encoder:
     """Build the configured encoder: sentence encoder, hidden states or hashed words."""
-    if cfg.text_encoder and cfg.kind != "none":
-        return TextEncoder(cfg.text_encoder, cfg.text_encoder_revision)
+    if cfg.embed.encoder and cfg.kind != "none":
+        return TextEncoder(cfg.embed.encoder, cfg.embed.revision)
     if cfg.kind == "transformers":
         width = cfg.hidden_dim or hidden_size(cfg.model, cfg.revision, "vlm.model")
         return HiddenState(width)

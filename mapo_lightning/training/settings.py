@@ -175,14 +175,14 @@ class EvaluateConfig:
 class TrainerConfig:
     """Hardware, and what Lightning's Trainer is told of it."""
 
-    accelerator: str = "auto"
-    """cpu, gpu, or auto."""
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one; gpu and cuda are the same."""
     devices: int = 1
     """Processes per node: one per device."""
     num_nodes: int = 1
     """Machines."""
-    strategy: str = "auto"
-    """auto, or ddp."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """ddp: several processes train together; auto: ddp where there are several."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Numbers in the networks; KL terms, returns and distributions stay in float32.
     Deviation: bf16. The published code has fp16 with a loss scaler; bf16 needs none."""

@@ -135,8 +135,8 @@ def test_the_reward_of_a_repeated_action_is_the_sum_of_its_frames() -> None:
 def test_the_tasks_of_the_paper_have_the_protocol_of_their_suite(name: str, root: Path) -> None:
     """Facts 6.1, line by line."""
     dmc = name in DMC
-    choice = f"dmc_{name}" if dmc else f"metaworld_{name.replace('-', '_')}"
-    cfg = compose([f"env={choice}", "size=paper", "vlm=none"], RunConfig, root / "conf").config
+    words = [f"env={'dmc' if dmc else 'metaworld'}/{name}", "size=paper", "vlm=none"]
+    cfg = compose(words, RunConfig, root / "conf").config
     assert (cfg.env.kind, cfg.env.name) == ("dmc" if dmc else "metaworld", name)
     assert (cfg.env.size, cfg.env.camera, cfg.env.time_limit) == (64, None, None)
     assert cfg.env.frames_per_step == (2 if dmc else 1)

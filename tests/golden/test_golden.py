@@ -25,7 +25,7 @@ METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 def losses(method: str) -> dict[str, float]:
     """Loss terms of the first two updates on the same synthetic experience."""
     torch.set_num_threads(1)  # sums in another order may draw another one-hot
-    cfg = compose([f"method={method}", "env=dmc_walker_run"], RunConfig, CONF).config
+    cfg = compose([f"method={method}", "env=dmc/walker_run"], RunConfig, CONF).config
     torch.manual_seed(0)
     module, _ = build_finetune(cfg, 3, None)
     shape = (2, 8)

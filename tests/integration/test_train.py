@@ -82,7 +82,7 @@ def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path:
 
 def test_evaluate_plays_a_checkpoint(toy_videos: Path, tmp_path: Path) -> None:
     words = with_videos(toy_videos)
-    train(tmp_path, *words, "stage=finetune", "run_dir=run", "vlm.env_late=true")
+    train(tmp_path, *words, "stage=finetune", "run_dir=run", "vlm.collect.late=true")
     checkpoint = "checkpoint=run/finetune/last.ckpt"
     said = [train(tmp_path, *words, "stage=evaluate", checkpoint) for _ in range(2)]
     scores = [[line for line in text.splitlines() if line.startswith("  mapo")] for text in said]
@@ -177,7 +177,7 @@ def test_something_something_is_learned_from_as_it_lies_on_disk(tmp_path: Path) 
         (["--amp"], "--amp"),
         (["data=folder", "stage=pretrain"], "data.root=DIR"),
         (["data=folder", "stage=pretrain", "data.root=nowhere"], "nowhere"),
-        (["stage=pretrain", "vlm.marks=nowhere.json"], "vlm.marks='nowhere.json'"),
+        (["stage=pretrain", "vlm.reviews=nowhere.json"], "vlm.reviews='nowhere.json'"),
         (["data=ssv2", "stage=pretrain", "data.root=."], "is no Something-Something V2"),
         (["data=human36m", "stage=pretrain", "data.root=."], "is no Human3.6M"),
         (["trainer.capture=true"], "records the work of one GPU"),

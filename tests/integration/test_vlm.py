@@ -40,7 +40,11 @@ def words(videos: Path, *more: str) -> list[str]:
 @pytest.mark.slow
 def test_real_model_behind_a_server(videos: Path, qwen: Path, tmp_path: Path) -> None:
     with running(model=str(qwen)) as server:
-        server_words = ["vlm=openai_server", f"vlm.base_url={server.url}", "vlm.frame_size=64"]
+        server_words = [
+            "vlm=openai_server",
+            f"vlm.server.base_url={server.url}",
+            "vlm.window.size=64",
+        ]
         said = train(tmp_path, *words(videos, *server_words, "data.workers=2", "run_dir=one"))
         assert "asked about 0 of" not in said
     labels = LabelStore(tmp_path / "runs/cache/labels", "r").items().values()
@@ -49,7 +53,7 @@ def test_real_model_behind_a_server(videos: Path, qwen: Path, tmp_path: Path) ->
     # The server is gone: what it said is enough, and proof of it is that nobody is asked.
     said = train(tmp_path, *words(videos, *server_words, "vlm.cached_only=true", "data.workers=2"))
     assert "asked about 0 of" in said
-    server_words[-1] = "vlm.frame_size=72"  # other pictures, other questions
+    server_words[-1] = "vlm.window.size=72"  # other pictures, other questions
     said = train(tmp_path, *words(videos, *server_words, "vlm.cached_only=true"), code=2)
     assert "there is no label of" in said
     assert ".mp4 frames" in said
@@ -57,7 +61,7 @@ def test_real_model_behind_a_server(videos: Path, qwen: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_model_in_the_process(videos: Path, qwen: Path, tmp_path: Path) -> None:
-    model = ["vlm=qwen2_5_vl_7b", f"vlm.model={qwen}", "vlm.max_new_tokens=8", "vlm.frame_size=64"]
+    model = ["vlm=qwen2_5_vl_7b", f"vlm.model={qwen}", "vlm.max_new_tokens=8", "vlm.window.size=64"]
     said = train(tmp_path, *words(videos, *model, "data.workers=2", "work_dir=online"))
     assert "asked about 0 of" not in said
     said = train(tmp_path, *words(videos, *model, "stage=label"))
@@ -76,7 +80,7 @@ def test_absent_model_is_one_sentence(videos: Path, tmp_path: Path) -> None:
 
 def test_sentence_encoder(videos: Path, tmp_path: Path) -> None:
     bert = save_bert(tmp_path / "bert")
-    train(tmp_path, *words(videos, f"vlm.text_encoder={bert}", "data.workers=1"))
+    train(tmp_path, *words(videos, f"vlm.embed.encoder={bert}", "data.workers=1"))
 
 
 @pytest.mark.slow
@@ -84,9 +88,15 @@ def test_sentence_encoder(videos: Path, tmp_path: Path) -> None:
 def test_server_dies_for_three_seconds(policy: str, videos: Path, tmp_path: Path) -> None:
     with running(seconds=0.1, at_once=2, schema="ignored") as server:
         said: list[str] = []
-        run = words(videos, "vlm=openai_server", f"vlm.base_url={server.url}", "data.workers=1")
-        run += ["pretrain.updates=30", "pretrain.validate_every=30", "vlm.concurrency=2"]
-        run += ["callbacks.rollout_every=100", f"vlm.on_outage={policy}", "vlm.frame_size=64"]
+        run = words(
+            videos, "vlm=openai_server", f"vlm.server.base_url={server.url}", "data.workers=1"
+        )
+        run += ["pretrain.updates=30", "pretrain.validate_every=30", "vlm.server.concurrency=2"]
+        run += [
+            "callbacks.rollout_every=100",
+            f"vlm.server.on_outage={policy}",
+            "vlm.window.size=64",
+        ]
         training = threading.Thread(target=lambda: said.append(train(tmp_path, *run)))
         training.start()
         server.wait_for(3)

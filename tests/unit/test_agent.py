@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [(), ("vlm.env_frame_size=96",), ("method=apv",), ("method=dreamerv2",)], ids=str
+    "words", [(), ("vlm.collect.size=96",), ("method=apv",), ("method=dreamerv2",)], ids=str
 )
 def test_an_episode_goes_as_in_evaluation(words: tuple[str, ...], tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
@@ -117,7 +117,7 @@ def test_other_observations_are_refused(obs: object, sentence: str, saved: Path)
 
 
 def test_the_describers_frames_are_asked_for(tmp_path: Path) -> None:
-    save(tmp_path / "a.ckpt", "vlm.env_frame_size=96")
+    save(tmp_path / "a.ckpt", "vlm.collect.size=96")
     agent = mapo_lightning.load_agent(tmp_path / "a.ckpt")
     frame = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(ObservationError, match="shown frames of 96 pixels: give them as label_obs"):

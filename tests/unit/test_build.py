@@ -12,7 +12,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def test_the_describer_gets_pictures_of_the_size_it_wants(tmp_path: Path) -> None:
-    words = ["env=toy", "vlm.env_frame_size=96", f"work_dir={tmp_path}/work"]
+    words = ["env=toy", "vlm.collect.size=96", f"work_dir={tmp_path}/work"]
     cfg = compose(words, RunConfig, CONF).config
     assert labelled_env(cfg).label_size == 96
     stage = build_collection(cfg, tmp_path / "replay", rank=0)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from mapo_lightning.data.clips import Clip, ClipDataset
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import VideoInfo, probe_video, write_mp4
-from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.settings import VlmConfig, WindowConfig
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.types import VideoError
 
@@ -86,7 +86,7 @@ def test_labels_name_what_moves(videos: list[VideoInfo], tmp_path: Path) -> None
 def test_window_grid(counter: VideoInfo, tmp_path: Path, stride: int, offset: int) -> None:
     """The newest complete window that ends in time, and nothing before the first."""
     data = VideoDataConfig(clip_length=9, frame_stride=stride)
-    source = ClipDataset([counter], data, VlmConfig(offset=offset), tmp_path)
+    source = ClipDataset([counter], data, VlmConfig(window=WindowConfig(offset=offset)), tmp_path)
     for start in (0, 1, 5):
         clip = source.clip_at(0, start)
         assert frame_numbers(clip) == [start + t * stride for t in range(9)]

@@ -20,7 +20,7 @@ from mapo_lightning.envs.live_labels import LiveLabeler, Step
 from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.labeler import Labeler
-from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.settings import CollectConfig, WindowConfig
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.training.datamodule import chunk_batch
 from mapo_lightning.types import POSITIONS
@@ -65,10 +65,11 @@ class ReadsClocks:
         return [Reply(f"[clock][ticks][time][up][{t[-1]} ticks]") for t in times]
 
 
-def tracker(folder: Path, envs: int, **vlm: int) -> tuple[LiveLabeler, ReadsClocks]:
+def tracker(folder: Path, envs: int, offset: int = 0) -> tuple[LiveLabeler, ReadsClocks]:
     describer = ReadsClocks()
     labeler = Labeler(describer, LabelStore(folder / "labels", "test"), HashedSlots())
-    return LiveLabeler(labeler, VlmConfig(**vlm), envs, "clock"), describer  # type: ignore[arg-type]
+    window = WindowConfig(offset=offset)
+    return LiveLabeler(labeler, window, CollectConfig(), envs, "clock"), describer
 
 
 def clocks(count: int) -> SyncVectorEnv:

@@ -15,7 +15,12 @@ from mapo_lightning.semantics.describer import NullDescriber, Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.labeler import Labeler, LabelStats, WindowRequest, frames_identity
-from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.settings import (
+    CollectConfig,
+    ServerConfig,
+    VlmConfig,
+    WindowConfig,
+)
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.types import ConfigError, DescriberError, Frames
 
@@ -171,17 +176,24 @@ def test_two_processes_never_ask_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("section", "field", "value", "message"),
     [
-        ("window", 1, "window must be at least 2, got 1"),
-        ("stride", 0, "stride must be at least 1, got 0"),
-        ("offset", -1, "offset must be at least 0, got -1"),
-        ("frame_size", 4, r"frame_size must lie in \[16, 2048\] pixels, got 4"),
-        ("env_frame_size", 4, r"env_frame_size must lie in \[16, 2048\] pixels, got 4"),
-        ("flow_min_percent", 0.0, r"flow_min_percent must lie in \(0, 50\] percent, got 0.0"),
-        ("store", "", "store must name a folder"),
+        (WindowConfig, "frames", 1, "frames must be at least 2, got 1"),
+        (WindowConfig, "stride", 0, "stride must be at least 1, got 0"),
+        (WindowConfig, "offset", -1, "offset must be at least 0, got -1"),
+        (WindowConfig, "size", 4, r"size must lie in \[16, 2048\] pixels, got 4"),
+        (CollectConfig, "size", 4, r"size must lie in \[16, 2048\] pixels, got 4"),
+        (ServerConfig, "concurrency", 0, "concurrency must be at least 1, got 0"),
+        (ServerConfig, "timeout_seconds", 0.0, "timeout_seconds must be positive, got 0.0"),
+        (
+            VlmConfig,
+            "flow_min_percent",
+            0.0,
+            r"must lie in \(0, 50\] percent, got 0.0",
+        ),
+        (VlmConfig, "store", "", "store must name a folder"),
     ],
 )
-def test_config_ranges(field: str, value: object, message: str) -> None:
+def test_config_ranges(section: type, field: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        VlmConfig(**{field: value})
+        section(**{field: value})

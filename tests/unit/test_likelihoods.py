@@ -41,7 +41,7 @@ def test_terms_of_the_loss_against_their_formulas_in_float64(method: str) -> Non
         if method == "dreamerv2"
         else ["world_model.aux_reward=true", "finetune.objective.scales.aux_reward=0.5"]
     )
-    words = [f"method={method}", "env=dmc_walker_run", "finetune.objective.kl=0.3", *WORDS, *extra]
+    words = [f"method={method}", "env=dmc/walker_run", "finetune.objective.kl=0.3", *WORDS, *extra]
     cfg = compose(words, RunConfig, CONF).config
     model = build_finetune(cfg, 3, None)[0].world_model
     batch, bonus = experience(), copy.deepcopy(model.bonus)
@@ -79,7 +79,7 @@ def test_terms_of_the_loss_against_their_formulas_in_float64(method: str) -> Non
 @pytest.mark.parametrize("free", [0.0, 1.0, 50.0])
 def test_kl_terms_are_balanced_and_averaged_before_the_free_nats(free: float) -> None:
     torch.manual_seed(0)
-    words = ["method=apv", "env=dmc_walker_run", f"finetune.objective.free_nats={free}", *WORDS]
+    words = ["method=apv", "env=dmc/walker_run", f"finetune.objective.free_nats={free}", *WORDS]
     model = build_finetune(compose(words, RunConfig, CONF).config, 3, None)[0].world_model
     batch = experience()
     torch.manual_seed(3)

@@ -22,7 +22,7 @@ from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.phrase import Phrase
-from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.settings import CollectConfig, VlmConfig, WindowConfig
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.training.settings import TrainerConfig
 from mapo_lightning.types import ConfigError, DescriberError, Frames
@@ -56,9 +56,12 @@ class SlowClockReader:
         return [Reply("".join(f"[{slot}]" for slot in phrase(end))) for end in ends]
 
 
-def collector(folder: Path, describer: SlowClockReader, **vlm: float) -> tuple[Collector, Replay]:
+def collector(
+    folder: Path, describer: SlowClockReader, **collect: float
+) -> tuple[Collector, Replay]:
     labeler = Labeler(describer, LabelStore(folder / "labels", "test"), HashedSlots())
-    live_labeler = LiveLabeler(labeler, VlmConfig(**vlm), 2, "clock", late=True)  # type: ignore[arg-type]
+    settings = CollectConfig(**collect)  # type: ignore[arg-type]
+    live_labeler = LiveLabeler(labeler, WindowConfig(), settings, 2, "clock", late=True)
     replay = Replay(folder / "replay", ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
     return Collector(clocks(2), live_labeler, replay, seed=0), replay
 
@@ -75,7 +78,7 @@ def window_of(time: int) -> int | None:
 
 def test_a_slow_describer_slows_no_environment_and_every_label_lands(tmp_path: Path) -> None:
     describer = SlowClockReader(SECONDS)
-    playing, replay = collector(tmp_path, describer, env_queue=1000)
+    playing, replay = collector(tmp_path, describer, queue=1000)
     started = time.perf_counter()
     playing.collect(RandomPolicy(2, 0), 6 * LENGTH)
     seconds = time.perf_counter() - started
@@ -97,7 +100,7 @@ def test_a_slow_describer_slows_no_environment_and_every_label_lands(tmp_path: P
 
 
 def test_a_full_queue_skips_as_null_and_counts(tmp_path: Path) -> None:
-    playing, replay = collector(tmp_path, SlowClockReader(0.05), env_queue=3)
+    playing, replay = collector(tmp_path, SlowClockReader(0.05), queue=3)
     started = time.perf_counter()
     playing.collect(RandomPolicy(2, 0), 4 * LENGTH)
     assert time.perf_counter() - started < 4 * (LENGTH // 4) * 0.05
@@ -195,7 +198,7 @@ def test_an_error_of_the_program_is_raised_at_the_end_too(tmp_path: Path) -> Non
 
 
 def test_the_end_does_not_wait_for_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    playing, replay = collector(tmp_path, SlowClockReader(30.0), env_drain=0.1)
+    playing, replay = collector(tmp_path, SlowClockReader(30.0), drain=0.1)
     playing.collect(RandomPolicy(2, 0), 2 * LENGTH)
     started = time.perf_counter()
     with caplog.at_level(logging.WARNING):
@@ -220,11 +223,12 @@ def test_runs_that_can_repeat_exactly_wait_for_their_labels() -> None:
     assert not answers_late(RunConfig())  # flow
     assert answers_late(RunConfig(vlm=slow))
     assert not answers_late(RunConfig(vlm=slow, trainer=exact))
-    assert answers_late(RunConfig(vlm=VlmConfig(env_late=True), trainer=exact))
-    assert not answers_late(RunConfig(vlm=VlmConfig(kind="server", env_late=False)))  # type: ignore[arg-type]
+    assert answers_late(RunConfig(vlm=VlmConfig(collect=CollectConfig(late=True)), trainer=exact))
+    slow.collect.late = False
+    assert not answers_late(RunConfig(vlm=slow))
 
 
-@pytest.mark.parametrize(("field", "value"), [("env_queue", 0), ("env_drain", -1.0)])
+@pytest.mark.parametrize(("field", "value"), [("queue", 0), ("drain", -1.0), ("every", 0)])
 def test_config_ranges(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{field} must .*got {value}"):
-        VlmConfig(**{field: value})  # type: ignore[arg-type]
+        CollectConfig(**{field: value})  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mapo_lightning.config.compose import compose
+from mapo_lightning.config.compose import compose, load_yaml
+from mapo_lightning.config.groups import Groups
 from mapo_lightning.run.build import build_finetune, build_pretrain
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import semantic_dim
@@ -16,7 +17,7 @@ from mapo_lightning.types import Batch
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-ENVS = ["toy", "dmc_walker_run", "metaworld_door_open"]
+ENVS = ["toy", "dmc/walker_run", "metaworld/door-open"]
 SMALL = ["world_model.image.channels=[4,8,16]", "world_model.bonus.neighbours=4"]
 
 
@@ -102,7 +103,7 @@ def test_dreams_have_the_shape_of_the_truth(method: str) -> None:
 
 def test_the_published_sizes_in_both_stages() -> None:
     """Every part has as many parameters as the published one (facts 2.1 and 3)."""
-    cfg = configured("method=mapo", "size=paper", "env=dmc_walker_run")
+    cfg = configured("method=mapo", "size=paper", "env=dmc/walker_run")
     module, _ = build_finetune(cfg, 6, None)
     counts = {
         name: sum(p.numel() for p in part.parameters())
@@ -115,18 +116,21 @@ def test_the_published_sizes_in_both_stages() -> None:
     assert counts["heads"] == 2 * 1_301_201
 
 
-@pytest.mark.parametrize(
-    "path", sorted(CONF.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}"
-)
-def test_every_shipped_file_composes_and_says_what_it_is(path: Path) -> None:
-    words = [f"{path.parent.name}={path.stem}"]
-    if words == ["stage=evaluate"]:
-        words.append("checkpoint=some.ckpt")
+SHIPPED = Groups(CONF, load_yaml)
+CHOICES = [(g, n) for g in SHIPPED.files if g != "experiment" for n in SHIPPED.names(g)]
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{g}={n}" for g, n in CHOICES])
+def test_every_choice_composes_and_says_what_it_is(group: str, name: str) -> None:
+    words = [f"{group}={name}"]
     if words == ["vlm=openai_server"]:
-        words.append("vlm.base_url=http://127.0.0.1:8000/v1")
+        words.append("vlm.server.base_url=http://127.0.0.1:8000/v1")
     cfg = configured(*words)
     assert cfg.finetune.updates(1) > 0
-    assert path.read_text().startswith("# ")
+    file, _, variant = name.partition("/")
+    assert SHIPPED.file(group, file).doc
+    if variant:
+        assert SHIPPED.file(group, file).variants[variant].doc
 
 
 @pytest.mark.slow

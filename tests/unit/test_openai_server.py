@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mapo_lightning.semantics.describer import StreamingDescriber
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.phrase import parse_reply
 from mapo_lightning.semantics.server_pool import OutageLog, ServerPool, as_they_come
-from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.settings import ServerConfig, VlmConfig
 from mapo_lightning.types import ConfigError, DescriberError, Frames
 
 NOWHERE = "http://127.0.0.1:9/v1"  # the discard port: nobody listens
@@ -41,9 +42,10 @@ def server(shared: Running) -> Running:
     return shared
 
 
-def describer(*urls: str, **words: object) -> OpenAIDescriber:
+def describer(*urls: str, **words: Any) -> OpenAIDescriber:
     settings = {"timeout_seconds": 2.0, "retries": 3} | words
-    return OpenAIDescriber(VlmConfig(kind="openai", base_url=",".join(urls), **settings))
+    server = ServerConfig(",".join(urls), **settings)
+    return OpenAIDescriber(VlmConfig(kind="openai", server=server))
 
 
 def test_answers_come_in_order_and_repeat(server: Running) -> None:
@@ -244,4 +246,4 @@ def test_pool_tries_a_failed_server_with_one_question() -> None:
 )
 def test_addresses_are_checked(url: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        VlmConfig(kind="openai", base_url=url)
+        VlmConfig(kind="openai", server=ServerConfig(url))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from label_job import Job, corpus
+from label_job import Job, at, corpus
 from label_servers import Running, running
 from scenes import cases, moving_square
 
@@ -73,7 +73,7 @@ def test_shards_are_the_whole(videos: Path, tmp_path: Path) -> None:
 
 def test_estimate_asks_only_its_probe(videos: Path, tmp_path: Path, server: Running) -> None:
     before = server.stats()["calls"]
-    vlm = {"kind": "openai", "base_url": server.url, "concurrency": 4}
+    vlm = at(server, 4)
     estimate = corpus(videos, tmp_path, **vlm).estimate(16)
     assert server.stats()["calls"] - before == 17
     assert (estimate.windows, estimate.missing) == (WINDOWS, WINDOWS - 17)
@@ -100,7 +100,7 @@ def test_cached_only_names_the_window(videos: Path, tmp_path: Path) -> None:
 def test_killed_again_and_again_asks_no_more_than_was_in_flight(
     videos: Path, tmp_path: Path, server: Running
 ) -> None:
-    words = {"kind": "openai", "base_url": server.url, "concurrency": 4}
+    words = at(server, 4)
     Job(videos, tmp_path / "calm", **words).finish()
     before, kills, rng = server.stats()["calls"], 0, random.Random(0)
     for _ in range(4):
@@ -128,7 +128,7 @@ def test_killed_again_and_again_asks_no_more_than_was_in_flight(
 
 def test_two_jobs_at_once_share_the_work(videos: Path, tmp_path: Path, server: Running) -> None:
     before = server.stats()["calls"]
-    words = {"kind": "openai", "base_url": server.url, "concurrency": 2}
+    words = at(server, 2)
     corpus(videos, tmp_path)  # scanned once
     jobs = [Job(videos, tmp_path, **words) for _ in range(2)]
     assert all(f"{WINDOWS} of {WINDOWS}" in job.finish() for job in jobs)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mapo_lightning.data.clips import ClipDataset
 from mapo_lightning.data.prefetch import prefetch
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import VideoInfo, probe_video, write_mp4
-from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.settings import ServerConfig, VlmConfig
 from mapo_lightning.types import DescriberError
 
 
@@ -80,12 +81,12 @@ def test_clips_in_flight_do_not_change_what_is_drawn(
     videos: list[VideoInfo], tmp_path: Path
 ) -> None:
     with running(seconds=0.05, schema="ignored") as server:
-        words = {"kind": "openai", "base_url": server.url, "structured": "brackets"}
-        busy = dataset(videos, tmp_path, **words, concurrency=8)
+        settings = ServerConfig(server.url, concurrency=8, structured="brackets")
+        busy = dataset(videos, tmp_path, kind="openai", server=settings)
         assert busy._clips_in_flight() > 4
         found = list(itertools.islice(busy, 8))
         assert sum(int(clip["vlm_asked"]) for clip in found) > 0
-        calm = dataset(videos, tmp_path, **words, cached_only=True)
+        calm = dataset(videos, tmp_path, kind="openai", server=settings, cached_only=True)
         for clip, same in zip(found, calm, strict=False):
             np.testing.assert_array_equal(clip["obs"], same["obs"])
             np.testing.assert_array_equal(clip["semantic"], same["semantic"])
@@ -116,8 +117,8 @@ def test_windows_without_an_answer_are_null_now_and_asked_later(
     videos: list[VideoInfo], tmp_path: Path
 ) -> None:
     with running(schema="ignored") as server:
-        words = {"kind": "openai", "base_url": server.url, "on_outage": "skip"}
-        source = dataset(videos, tmp_path, **words)
+        settings = ServerConfig(server.url, on_outage="skip")
+        source = dataset(videos, tmp_path, kind="openai", server=settings)
         server.kill()
         clip = source.clip_at(0, 4)
         assert not clip["has_semantic"].any()
@@ -126,7 +127,8 @@ def test_windows_without_an_answer_are_null_now_and_asked_later(
         assert source.labeler.store.items() == {}
         server.start(server.port)
         time.sleep(1.1)
-        assert dataset(videos, tmp_path, **words).clip_at(0, 4)["vlm_asked"] == 3
-    words |= {"on_outage": "error", "timeout_seconds": 0.2, "frame_size": 48}
+        later = dataset(videos, tmp_path, kind="openai", server=settings)
+        assert later.clip_at(0, 4)["vlm_asked"] == 3
+    settings = replace(settings, on_outage="error", timeout_seconds=0.2)
     with pytest.raises(DescriberError, match="no label server answers"):
-        dataset(videos, tmp_path, **words).clip_at(0, 4)
+        dataset(videos, tmp_path, 48, kind="openai", server=settings).clip_at(0, 4)

@@ -63,7 +63,7 @@ def pretrained(path: Path, *words: str) -> Path:
         (["data=ssv2", "data.root=.."], "is no Something-Something V2"),
         (["demo.scenes=[toy]"], "demo.scenes must hold kind/name, got 'toy'"),
         (["demo.scenes=[toy/dsic]"], "toy has no task 'dsic'"),
-        (["vlm.marks=nowhere.json"], "vlm.marks='nowhere.json'"),
+        (["vlm.reviews=nowhere.json"], "vlm.reviews='nowhere.json'"),
         (["stage=label", "vlm=none"], "stage=label needs a describer"),
         (["finetune.objective.scales.kl_uper=1"], "kl_uper"),
         (["pretrain.objective.scales.imag=1"], "imag"),

@@ -38,10 +38,10 @@ MAPO = {
 
 # method, environment, dimensions of its action -> parts of the fine-tuning model
 PUBLISHED = {
-    ("mapo", "dmc_walker_run", 6): MAPO,
-    ("mapo_no_cvq", "dmc_walker_run", 6): MAPO,
-    ("mapo", "metaworld_door_open", 4): {"lower": LOWER_64, "upper": UPPER},
-    ("contextwm", "metaworld_door_open", 4): {
+    ("mapo", "dmc/walker_run", 6): MAPO,
+    ("mapo_no_cvq", "dmc/walker_run", 6): MAPO,
+    ("mapo", "metaworld/door-open", 4): {"lower": LOWER_64, "upper": UPPER},
+    ("contextwm", "metaworld/door-open", 4): {
         "encoder": RESNET,
         "context": RESNET,
         "source": 0,
@@ -50,7 +50,7 @@ PUBLISHED = {
         "decoder": DECODER_CONTEXT,
         "heads": 2 * HEAD,
     },
-    ("apv", "dmc_quadruped_run", 12): {
+    ("apv", "dmc/quadruped_run", 12): {
         "encoder": RESNET,
         "source": 0,
         "lower": LOWER_NULL,
@@ -58,14 +58,14 @@ PUBLISHED = {
         "decoder": DECODER,
         "heads": HEAD,
     },
-    ("prelar", "metaworld_door_open", 4): {
+    ("prelar", "metaworld/door-open", 4): {
         "encoder": RESNET,
         "source": 70_720,
         "lower": LOWER_64,
         "decoder": DECODER,
         "heads": 2 * HEAD,
     },
-    ("dreamerv2", "dmc_walker_run", 6): {
+    ("dreamerv2", "dmc/walker_run", 6): {
         "encoder": 1_551_312,
         "decoder": 11_152_275,
         "heads": HEAD,
@@ -97,7 +97,7 @@ def test_parts_have_the_published_parameter_counts(method: str, env: str, action
 
 
 def test_the_official_dreamerv2_has_its_counts() -> None:
-    cfg = configured("method=dreamerv2", "size=dreamerv2_official", "env=dmc_walker_run")
+    cfg = configured("method=dreamerv2", "size=dreamerv2_official", "env=dmc/walker_run")
     with torch.device("meta"):
         module, _ = build_finetune(cfg, 6, None)
     found = counts(module.world_model)
@@ -132,7 +132,7 @@ def test_the_world_model_has_two_groups_with_learning_rates_and_clip_norms_of_th
     method: str, groups: dict[str, list[str]]
 ) -> None:
     """Facts 2.5: "enc_model" and "model", each clipped to 100; Adam as in facts 4."""
-    cfg = configured(f"method={method}", "env=metaworld_door_open", "size=tiny")
+    cfg = configured(f"method={method}", "env=metaworld/door-open", "size=tiny")
     module, _ = build_finetune(cfg, 4, None)
     made = module.configure_optimizers()
     optimizer = made["optimizer"] if isinstance(made, dict) else made
@@ -159,10 +159,10 @@ def test_the_world_model_has_two_groups_with_learning_rates_and_clip_norms_of_th
 @pytest.mark.parametrize(
     ("words", "held"),
     [
-        (["method=contextwm", "env=metaworld_door_open"], 100),
-        (["method=prelar", "env=metaworld_door_open"], 100),
-        (["method=prelar", "env=dmc_walker_run"], 100),
-        (["method=contextwm", "env=dmc_walker_run"], 0),
+        (["method=contextwm", "env=metaworld/door-open"], 100),
+        (["method=prelar", "env=metaworld/door-open"], 100),
+        (["method=prelar", "env=dmc/walker_run"], 100),
+        (["method=contextwm", "env=dmc/walker_run"], 0),
     ],
 )
 def test_the_lower_learning_rate_is_zero_for_the_first_updates(words: list[str], held: int) -> None:

@@ -15,7 +15,7 @@ from mapo_lightning.semantics.describer import Describer, StreamingDescriber
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.phrase import Phrase, parse_reply
 from mapo_lightning.semantics.qwen import QwenDescriber, identity
-from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.settings import EmbedConfig, VlmConfig
 from mapo_lightning.semantics.text_encoder import TextEncoder, _load
 from mapo_lightning.types import DescriberError, Frames
 
@@ -172,7 +172,7 @@ def test_text_encoder_tells_phrases_apart(bert: Path, tmp_path: Path) -> None:
     assert np.sqrt(np.mean(one**2)) == pytest.approx(1.0, abs=1e-4)
     np.testing.assert_allclose(one, same, atol=1e-5)
     assert np.abs(one - other).max() > 0.05
-    cfg = VlmConfig(kind="flow", text_encoder=str(bert))
+    cfg = VlmConfig(kind="flow", embed=EmbedConfig(str(bert)))
     assert semantic_dim(cfg) == 32
     assert build_labeler(cfg, tmp_path, "w").encoder.semantic_dim == 32
 
@@ -188,5 +188,5 @@ def test_text_encoder_is_the_mean_over_its_words(bert: Path) -> None:
 
 
 def test_absent_text_encoder_is_one_sentence() -> None:
-    with pytest.raises(DescriberError, match=r"cannot load 'no/where'.*vlm.text_encoder=DIR"):
-        semantic_dim(VlmConfig(text_encoder="no/where"))
+    with pytest.raises(DescriberError, match=r"cannot load 'no/where'.*vlm.embed.encoder=DIR"):
+        semantic_dim(VlmConfig(embed=EmbedConfig("no/where")))

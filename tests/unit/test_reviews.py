@@ -89,4 +89,4 @@ def test_a_run_reads_its_reviews(tmp_path: Path) -> None:
     path = write(tmp_path, (KEYS[0], "reject"))
     assert build_labeler(VlmConfig(marks=path), tmp_path, "w").reviews.rejected == {KEYS[0]}
     with pytest.raises(ConfigError, match="nowhere"):
-        build_labeler(VlmConfig(marks=str(tmp_path / "nowhere")), tmp_path, "w")
+        build_labeler(VlmConfig(reviews=str(tmp_path / "nowhere")), tmp_path, "w")

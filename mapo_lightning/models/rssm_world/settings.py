@@ -38,7 +38,7 @@ class QuantizerConfig:
 
     codes: int = 512
     """Number M of codes in each codebook (O12)."""
-    shape: str = "spatial"
+    shape: Literal["spatial", "global"] = "spatial"
     """``spatial``: every location of the 16x16 and of the 8x8 map has its code, one codebook a
     scale; ``global``: one code a frame, nearest to the pooled features of both scales (O11)."""
     decay: float = 0.99
@@ -51,8 +51,6 @@ class QuantizerConfig:
     def __post_init__(self) -> None:
         if self.codes < 2:
             raise ConfigError(f"codes must be at least 2, got {self.codes}")
-        if self.shape not in ("spatial", "global"):
-            raise ConfigError(f"shape must be 'spatial' or 'global', got '{self.shape}'")
         if not 0.0 < self.decay < 1.0:
             raise ConfigError(f"decay must lie in (0, 1), got {self.decay}")
         if self.dead_below < 0.0:

@@ -1,0 +1,90 @@
+"""Words that have a new name: they are refused with their successor, or translated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mapo_lightning.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Old names and their successors."""
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Old dotted key -> new dotted key. An old key may be the name of a new section."""
+    choices: Mapping[str, str] = field(default_factory=dict)
+    """Old ``group=file`` -> new ``group=file/variant``."""
+
+    def check_word(self, key: str, value: str) -> None:
+        """Refuse an old key on the command line.
+
+        Raises:
+            ConfigError: Names the successor.
+        """
+        new = self.keys.get(key)
+        if new is not None and not (_is_section(key, new) and value.lstrip().startswith("{")):
+            raise ConfigError(f"{key} is now {new}: write {new}={value}")
+
+    def check_choice(self, group: str, name: str) -> None:
+        """Refuse an old choice.
+
+        Raises:
+            ConfigError: Names the successor.
+        """
+        new = self.choices.get(f"{group}={name}")
+        if new is not None:
+            raise ConfigError(f"'{group}={name}' is now '{new}': write {new}")
+
+    def check_file(self, content: Mapping[str, Any], origin: str) -> None:
+        """Refuse a file with old keys.
+
+        Raises:
+            ConfigError: Names all of them with their successors.
+        """
+        found = list(self._found(content))
+        if found:
+            pairs = ", ".join(f"{old} is now {self.keys[old]}" for old in found)
+            raise ConfigError(f"{origin}: renamed keys: {pairs}")
+
+    def translate(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Copy nested keys with the old ones moved to their successors; new ones stay."""
+        tree: dict[str, Any] = _copy(content)
+        moved = {self.keys[old]: _take(tree, old) for old in self._found(content)}
+        for key, value in moved.items():
+            *parents, name = key.split(".")
+            owner = tree
+            for parent in parents:
+                owner = owner.setdefault(parent, {})
+            owner.setdefault(name, value)
+        return tree
+
+    def _found(self, content: Mapping[str, Any]) -> Iterator[str]:
+        for old, new in self.keys.items():
+            *parents, name = old.split(".")
+            owner: Any = content
+            for parent in parents:
+                owner = owner.get(parent) if isinstance(owner, Mapping) else None
+            if not isinstance(owner, Mapping) or name not in owner:
+                continue
+            if not (_is_section(old, new) and isinstance(owner[name], Mapping)):
+                yield old
+
+
+def _is_section(old: str, new: str) -> bool:
+    return new.startswith(f"{old}.")
+
+
+def _copy(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {name: _copy(item) for name, item in content.items()}
+    return content
+
+
+def _take(tree: dict[str, Any], key: str) -> Any:
+    *parents, name = key.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    return tree.pop(name)
