@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -38,10 +39,10 @@ def page(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def write(
-    axes: Axes, x: float, y: float, text: str, size: float = 12, color: str = INK, **how: object
+    axes: Axes, x: float, y: float, text: str, size: float = 12, color: str = INK, **how: Any
 ) -> None:
     """Text of a height in pixels, centred unless told otherwise."""
-    how = {"ha": "center", "va": "center", "linespacing": 1.25} | how
+    how = {"ha": "center", "va": "center"} | how
     axes.text(x, y, text, fontsize=size * 0.72, color=color, zorder=4, **how)
 
 
@@ -56,7 +57,7 @@ def box(
     font: float = 12,
     width: float = 1.2,
     round_: float = 5,
-    **how: object,
+    **how: Any,
 ) -> None:
     """A box with rounded corners, from its lower left corner, with text in the middle."""
     axes.add_patch(
@@ -73,7 +74,11 @@ def box(
 
 
 def arrow(
-    axes: Axes, *points: Point, color: str = INK, width: float = 1.4, style: str | tuple[float, tuple[float, float]] = "-"
+    axes: Axes,
+    *points: Point,
+    color: str = INK,
+    width: float = 1.4,
+    style: str | tuple[float, tuple[float, float]] = "-",
 ) -> None:
     """An arrow along straight lines, with its head at the last point."""
     for (x0, y0), (x1, y1) in itertools.pairwise(points[:-1]):
@@ -102,7 +107,7 @@ def frame(axes: Axes, x: float, y: float, at: Point, size: float = 40) -> None:
     axes.add_patch(Rectangle((x, y), size, size, fill=False, edgecolor=INK, linewidth=1))
     left, low = x + at[0] * size, y + at[1] * size
     axes.add_patch(Rectangle((left, low), 0.3 * size, 0.24 * size, facecolor="#333333"))
-    finger = {"facecolor": "#e3a98c", "edgecolor": "#8a5a44", "linewidth": 0.6}
+    finger: dict[str, Any] = {"facecolor": "#e3a98c", "edgecolor": "#8a5a44", "linewidth": 0.6}
     for shift in (-0.07, 0.3):
         axes.add_patch(Rectangle((left + shift * size, low + 0.06 * size), 0.07 * size, 0.3 * size,
                                  **finger))  # fmt: skip
@@ -238,7 +243,10 @@ FLOORS: list[dict[str, str]] = [
     {"data": "videos, clips, replay"},
     {"envs": "simulators, the collector, live labels, rendering without a display"},
     {"tracking": "runs, curves and videos in MLflow"},
-    {"training": "Lightning modules, data modules,\ncheckpoints", "label_tools": "gallery, Parquet"},
+    {
+        "training": "Lightning modules, data modules,\ncheckpoints",
+        "label_tools": "gallery, Parquet",
+    },
     {"callbacks": "what happens around an update: collect, evaluate, look at the dream"},
     {"run": "composes a run, builds its objects, plays its stages; load_agent; doctor"},
 ]
@@ -278,17 +286,17 @@ PATHS: list[tuple[str, str, list[tuple[str, str]]]] = [
 
 def architecture() -> Figure:
     """The rooms on their floors, and the files that the two data paths go through."""
-    figure, axes = page(900, 500)
+    figure, axes = page(900, 508)
     left, wide, high = 34, 530, 60
     for floor, rooms in enumerate(FLOORS):
-        low, each = 10 + high * floor, (wide - 8 * (len(rooms) - 1)) / len(rooms)
+        low, each = 16 + high * floor, (wide - 8 * (len(rooms) - 1)) / len(rooms)
         for i, (room, what) in enumerate(rooms.items()):
             corner = (left + i * (each + 8), low)
             box(axes, corner, (each, high - 8), face="#f6f6f6", edge=GREY)
             _room(axes, corner, room, what)
-    arrow(axes, (18, 484), (18, 14), color=GREY)
+    arrow(axes, (18, 488), (18, 16), color=GREY)
     write(axes, 10, 250, "a room knows only the rooms below it", 11, GREY, rotation=90)
-    top = 475.0
+    top = 482.0
     for title, color, files in PATHS:
         write(axes, 586, top, title, 14, color, ha="left", va="baseline", weight="bold")
         for number, (name, what) in enumerate(files, 1):
@@ -305,7 +313,8 @@ def _room(axes: Axes, corner: Point, room: str, what: str) -> None:
     x, y = corner
     write(axes, x + 10, y + 34, room, 13.5, ha="left", va="baseline", weight="bold")
     for i, line in enumerate(what.split("\n")):
-        write(axes, x + 10, y + 19 - 13 * i, line, 11, GREY, ha="left", va="baseline")
+        down = (19 if "\n" in what else 15) - 13 * i
+        write(axes, x + 10, y + down, line, 11, GREY, ha="left", va="baseline")
     stops = [
         (number, color)
         for _, color, files in PATHS
