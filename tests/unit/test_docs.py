@@ -1,0 +1,232 @@
+"""The documentation: links, commands, settings, and what is made from the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mapo_lightning.config.compose import compose
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.doctor import CHECKS
+from mapo_lightning.run.renamed import RENAMED
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+OTHERS = [p for p in sorted(ROOT.glob("*.md")) if p != README]
+PAGES = [README, *OTHERS, *sorted((ROOT / "docs").glob("*.md"))]
+MEASURED = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+# These have words of earlier versions, or of other programs.
+HISTORY = {"CHANGELOG.md", "renamed.md", "facts.md"}
+NO_SETTINGS = {"name=value", "weights_only=True", "describe=False"}  # of Python, or an example
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines outside blocks of code."""
+    inside = False
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            inside = not inside
+        elif not inside and not line.startswith("    "):
+            yield number, line
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of headings, as GitHub makes them, and those written out."""
+    titles = [line.lstrip("#").strip() for _, line in prose(path) if re.match(r"#+ ", line)]
+    plain = [re.sub(r"[`*]|\]\([^)]*\)|\[", "", title).lower() for title in titles]
+    made = {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
+    return made | set(re.findall(r'(?:id|name)="([^"]+)"', path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", [*PAGES, *MEASURED], ids=name)
+def test_links_and_pictures_lead_somewhere(path: Path) -> None:
+    text = "\n".join(line for _, line in prose(path))
+    for target in re.findall(r"\]\(([^()\s]+)\)", text):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), f"{name(path)}: {target}"
+        if anchor:
+            assert anchor in anchors(there), f"{name(path)}: {target} has no such heading"
+
+
+@pytest.mark.parametrize("path", [*PAGES, *MEASURED], ids=name)
+def test_lines_are_short(path: Path) -> None:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        table = line.startswith("|") and path != README  # a row cannot be broken
+        assert len(line) <= 120 or table, f"{name(path)}:{number} has {len(line)} characters"
+
+
+def blocks(path: Path) -> Iterator[tuple[str, str]]:
+    """(language, text) of every block of code; indented ones are of the shell."""
+    language, held = None, ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            if language is not None:
+                yield language, held
+            language, held = (line[3:], "") if language is None else (None, "")
+        elif language is not None:
+            held += line + "\n"
+        elif line.startswith("    "):
+            held += line + "\n"
+        elif held:
+            yield "sh", held
+            held = ""
+
+
+def code(path: Path) -> Iterator[str]:
+    """Lines typed into a shell, with continued ones joined, and code within the text."""
+    for language, block in blocks(path):
+        if language in ("", "sh"):
+            whole = re.sub(r"\\\n\s*", "", block)
+            yield from (line.strip() for line in whole.splitlines())
+    for _, line in prose(path):
+        yield from re.findall(r"`([^`]+)`", line)
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(where and what, words) of every start of a training in README and docs."""
+    start = re.compile(
+        r"(?:\$ )?(?:mapo-train|mapo-quality|(?:python |torchrun .*)train\.py)( .*)?"
+    )
+    for path in [README, *(p for p in PAGES if p.parent.name == "docs")]:
+        for line in dict.fromkeys(code(path)):
+            found = start.fullmatch(line)
+            if found and path.name not in HISTORY:
+                yield f"{name(path)}: {line}", shlex.split(found[1] or "", comments=True)
+
+
+def composed(words: list[str]) -> dict[str, Any]:
+    """The run that words describe, with placeholders filled in; no file is read."""
+    filled = [re.sub(r"\$\w+", "0", word) for word in words]
+    open_ = ("...", "vlm=NAME", "method=NAME")  # any file of a group
+    return compose([w for w in filled if w not in open_], RunConfig, ROOT / "conf").flat
+
+
+COMMANDS = list(commands())
+
+
+def test_commands_are_found_at_all() -> None:
+    pages = {where.partition(":")[0] for where, _ in COMMANDS}
+    wanted = ("README.md", *(f"docs/{p}.md" for p in ("tutorial", "vlm", "evaluate", "reproduce")))
+    assert set(wanted) <= pages
+    assert len(COMMANDS) > 50
+
+
+@pytest.mark.parametrize(("where", "words"), COMMANDS, ids=[where for where, _ in COMMANDS])
+def test_every_documented_command_composes(where: str, words: list[str]) -> None:
+    options = [word for word in words if word.startswith("--")]
+    assert set(options) <= {"--help", "--show"}, where
+    if "--help" not in words:
+        composed([word for word in words if word not in options])
+
+
+def settings() -> Iterator[tuple[str, list[str]]]:
+    """(where and what, words) of settings within the text, such as ``data.rate=10``."""
+    for path in PAGES:
+        if path.name in HISTORY or path.name == "api.md":
+            continue
+        for span in dict.fromkeys(code(path)):
+            words = span.split()
+            if words and all(re.fullmatch(r"[a-z_][\w.]*=\S+", word) for word in words):
+                whole = [w for w in words if not w.endswith(("...", "i/n", "A,B,C"))]
+                whole = [w for w in whole if w not in NO_SETTINGS]
+                if whole:
+                    yield f"{name(path)}: {span}", whole
+
+
+@pytest.mark.parametrize(("where", "words"), list(settings()), ids=lambda x: x)
+def test_every_setting_in_the_text_exists(where: str, words: list[str]) -> None:
+    # Some are one half of a pair that the sentence has completely.
+    needed = {"stage": ["checkpoint=PATH"], "vlm": ["vlm.server.base_url=http://HOST:8000/v1"]}
+    keys = {word.partition("=")[0] for word in words}
+    extra = [w for key, more in needed.items() if key in keys for w in more]
+    composed([*words, *(w for w in extra if w.partition("=")[0] not in keys)])
+
+
+def test_scripts_and_make_targets_exist() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    scripts = set(declared["project"]["scripts"])
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in PAGES:
+        for line in code(path):
+            if found := re.match(r"(?:\$ )?(mapo-[a-z]+)\b", line):
+                assert found[1] in scripts, f"{name(path)}: {line}"
+            if found := re.match(r"(?:\$ )?make ([a-z-]+)", line):
+                assert found[1] in targets, f"{name(path)}: {line}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_python_in_the_pages_can_be_read(path: Path) -> None:
+    for language, block in blocks(path):
+        if language == "python" and path.name != "api.md":  # which has signatures
+            ast.parse(block)
+
+
+def test_the_api_reference_is_that_of_the_code() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "api.py"))
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert text == made["page"](), "type: python docs/api.py"
+    for title in ("load_agent", "WorldModel", "Describer", "FinetuneModule", "CollectExperience"):
+        assert f"### {title}\n" in text
+
+
+def test_the_picture_of_the_architecture_is_that_of_the_code() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    rules = runpy.run_path(str(Path(__file__).with_name("test_architecture.py")))
+    aliases = {"doctor", "gallery", "labels", "quality"}
+    floors = [set(floor) - aliases for floor in rules["FLOORS"]]
+    assert [set(rooms) for rooms in drawn["FLOORS"]] == [floor for floor in floors if floor]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for title, _, files in drawn["PATHS"]:
+        listed = page.partition(f"## {title}\n")[2].partition("\n## ")[0]
+        assert re.findall(r"^\| \d+ \| `([^`]+)`", listed, re.MULTILINE) == [f for f, _ in files]
+        assert len(files) < 10
+        for file, _ in files:
+            inside = ROOT / "mapo_lightning" / file
+            assert inside.is_file() or (ROOT / file).is_file(), file
+
+
+def test_troubleshooting_has_every_check_of_the_doctor() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    for check, _ in CHECKS:
+        assert re.search(rf"^\| `{check}` \|", page, re.MULTILINE), check
+
+
+def test_renamed_words_are_those_of_the_program() -> None:
+    page = (ROOT / "docs" / "renamed.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", page, re.MULTILINE))
+    commands = {old for old in rows if old.startswith(("python", "--"))}
+    assert {old: new for old, new in rows.items() if old not in commands} == {
+        **RENAMED.keys,
+        **RENAMED.choices,
+    }
+
+
+def test_the_readme_cites_what_the_citation_file_cites() -> None:
+    entry = re.search(r"```bibtex\n(@article\{.*?\n\})", README.read_text("utf-8"), re.DOTALL)
+    assert entry
+    assert entry[1] in (ROOT / "docs" / "citation.md").read_text(encoding="utf-8")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["references"][0]
+    field = dict(re.findall(r"^  (\w+) += \{(.*)\},?$", entry[1], re.MULTILINE))
+    assert re.sub(r"[{}]", "", field["title"]) == cited["title"]
+    assert field["journal"] == cited["journal"]
+    assert [field["volume"], field["number"]] == [str(cited["volume"]), str(cited["issue"])]
+    assert field["pages"] == f"{cited['start']}--{cited['end']}"
+    assert field["year"] == str(cited["year"])
+    authors = [person["family-names"] for person in cited["authors"]]
+    assert field["author"] == " and ".join(authors)
