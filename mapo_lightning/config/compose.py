@@ -84,9 +84,8 @@ def compose(
     """Compose a run from the words of a command line.
 
     Args:
-        argv: Words without the program's name: ``group=file``, ``group=file/variant``,
-            ``a.b=value``, ``experiment=name``, ``config=FILE`` (a saved run as the base),
-            ``--show``, ``--help [PREFIX]``.
+        argv: Words without the program's name: ``group=file[/variant]``, ``a.b=value``,
+            ``config=FILE`` (a saved run as the base), ``--show``, ``--help [PREFIX]``.
         schema: Root dataclass; every field has a default.
         conf_dir: Folder with ``config.yaml`` and one folder per group.
         base: An earlier run, in place of ``config.yaml``; ``config=FILE`` wins over it.
@@ -96,11 +95,10 @@ def compose(
         The run, with :attr:`Composed.text` set where the words ask to print rather than to run.
 
     Raises:
-        ConfigError: In one sentence: an unknown or renamed key or file, a wrong type, a value out
-            of range, or a word that is none of the above.
+        ConfigError: An unknown or renamed key or file, a wrong type, a value out of range, or a
+            word that is none of these; in one sentence.
     """
-    words = CommandLine.parse(argv)
-    renamed = renamed or Renamed()
+    words, renamed = CommandLine.parse(argv), renamed or Renamed()
     groups = Groups(conf_dir, load_yaml, renamed, hints(schema))
     chosen, leaves, base = _sort_words(words.overrides, groups, schema, base, renamed)
     tree = OmegaConf.structured(schema)

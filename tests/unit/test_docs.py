@@ -79,9 +79,7 @@ def blocks(path: Path) -> Iterator[tuple[str, str]]:
             if language is not None:
                 yield language, held
             language, held = (line[3:], "") if language is None else (None, "")
-        elif language is not None:
-            held += line + "\n"
-        elif line.startswith("    "):
+        elif language is not None or line.startswith("    "):
             held += line + "\n"
         elif held:
             yield "sh", held

@@ -43,7 +43,10 @@ class RecordedMLP:
         self.layers = [layer for layer in network if isinstance(layer, nn.Linear)]
         # Under autocast once for all steps: Lightning keeps no cast weights from call to call.
         with torch.no_grad():
-            self.cast = [(_as_product(x.weight), _as_product(x.bias)) for x in self.layers]
+            self.cast = [
+                (x.weight.to(product_dtype(x.weight)), x.bias.to(product_dtype(x.bias)))
+                for x in self.layers
+            ]
         self.values: list[list[Tensor]] = []  # step -> input of every layer, and the output
 
     @torch.no_grad()
@@ -64,11 +67,12 @@ class RecordedMLP:
         return out
 
 
-def _as_product(x: Tensor) -> Tensor:
-    """In the dtype that autocast gives to products on this device."""
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives to products with ``x``; its own where autocast is off."""
     device = x.device.type
-    wanted = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return x.to(wanted)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 class _RecordedFunction(torch.autograd.Function):

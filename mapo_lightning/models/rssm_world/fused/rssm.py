@@ -7,7 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mapo_lightning.models.rssm_world.fused.policy import NetworkPolicy, RecordedMLP
+from mapo_lightning.models.rssm_world.fused.policy import (
+    NetworkPolicy,
+    RecordedMLP,
+    product_dtype,
+)
 from mapo_lightning.models.rssm_world.fused.scan import Scan
 from mapo_lightning.models.rssm_world.fused.tape import Weights
 from mapo_lightning.models.rssm_world.rssm import RSSM, FeaturePolicy, RSSMState, update_bias
@@ -90,9 +94,7 @@ class FusedRSSM(RSSM):
 
         ``head`` is prior or posterior, ``deter_weight`` its first layer's part for the state.
         """
-        kind = deter_weight.device.type
-        given = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if given else deter_weight.dtype
+        dtype = product_dtype(deter_weight)
         linear, norm, last = self.cell.linear, self.cell.norm, head[2]
         assert isinstance(last, nn.Linear)
         entry, deter = linear.weight.split_with_sizes([self.cfg.hidden, self.cfg.deter], dim=1)

@@ -1,0 +1,154 @@
+"""The contract of `Agent`: Dreamer, a planner without weights, an agent with its own optimisers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mapo_lightning.models.agents.dreamer import DreamerAgent
+from mapo_lightning.models.agents.settings import AgentConfig
+from mapo_lightning.models.interfaces import Agent, WorldModel
+from mapo_lightning.training.acting import ActingPolicy
+from mapo_lightning.training.checkpoint import check_fit, read_checkpoint, write_checkpoint
+from mapo_lightning.training.finetune import FinetuneModule
+from mapo_lightning.training.settings import FinetuneConfig
+from mapo_lightning.types import ConfigError
+from tests.contract.test_world_models import ACTIONS, experience, rssm_world
+from tests.contract.throwaways import CopyLastFrame, DreamtFrames, RandomShooting
+
+Pair = Callable[[], tuple[nn.Module, nn.Module]]
+
+
+def dreamer() -> tuple[nn.Module, nn.Module]:
+    world = rssm_world("method=mapo")
+    cfg = AgentConfig(horizon=3, target_every=2, explore_noise=0.5)
+    return world, DreamerAgent(cfg, world, ACTIONS, 1, 8)  # type: ignore[arg-type]
+
+
+def planner() -> tuple[nn.Module, nn.Module]:
+    world = rssm_world("method=prelar")
+    return world, RandomShooting(world, ACTIONS)  # type: ignore[arg-type]
+
+
+def planner_in_pixels() -> tuple[nn.Module, nn.Module]:
+    world = CopyLastFrame()
+    return world, RandomShooting(world, ACTIONS)
+
+
+def owner() -> tuple[nn.Module, nn.Module]:
+    world = CopyLastFrame()
+    return world, DreamtFrames(world, ACTIONS)
+
+
+PAIRS: list[Pair] = [dreamer, planner, planner_in_pixels, owner]
+
+
+def module_of(pair: Pair, **settings: Any) -> FinetuneModule:
+    torch.manual_seed(0)
+    world, agent = pair()
+    assert isinstance(world, WorldModel)
+    assert isinstance(agent, Agent)
+    return FinetuneModule(world, agent, FinetuneConfig(**settings))
+
+
+def train(module: FinetuneModule, updates: int) -> None:
+    optimizer = module.configure_optimizers()
+    for made in range(updates):
+        if made:
+            module.agent.after_update(made)
+        total, _ = module.losses(experience())
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("explore", [False, True])
+def test_actions_have_their_shape_and_range(pair: Pair, explore: bool) -> None:
+    module = module_of(pair)
+    belief = module.world_model.observe(experience()).at(6).detach()
+    action = module.agent.act(belief, explore)
+    assert action.shape == (2, module.agent.action_dim)
+    assert float(action.detach().abs().max()) <= 1.0
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_an_agent_acts_in_environments_step_after_step(pair: Pair) -> None:
+    module = module_of(pair)
+    act, batch = ActingPolicy(module.world_model, module.agent, explore=True), experience()
+    for t in range(3):
+        step = {k: v[:, t].numpy() for k, v in batch.items() if k not in ("action", "reward")}
+        assert act(step).shape == (2, ACTIONS)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_three_updates_move_what_an_agent_has(pair: Pair) -> None:
+    module = module_of(pair)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    train(module, 4)
+    still = {n for n, p in module.named_parameters() if torch.equal(p, before[n])}
+    assert not {n for n in still if not n.startswith("agent.target")}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_checkpoint_holds_all_of_an_agent(pair: Pair, tmp_path: Path) -> None:
+    """Two modules go on alike from one file; Lightning's own optimiser is not part of this."""
+    module, other, path = module_of(pair), module_of(pair), tmp_path / "last.ckpt"
+    train(module, 3)
+    card = {"stage": "finetune", "method": "mapo"}
+    write_checkpoint({"state_dict": module.state_dict(), "mapo": card}, path)
+    stored = read_checkpoint(path)
+    check_fit(other, stored, path)
+    other.load_state_dict(stored["state_dict"])
+    for one in (module, other):
+        train(one, 2)
+    for a, b in zip(module.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_optimisers_of_its_own_keep_their_moments_and_paces() -> None:
+    module = module_of(owner)
+    agent = module.agent
+    assert isinstance(agent, DreamtFrames)
+    train(module, 5)
+    paces = [int(next(iter(o.state.values()))["step"]) for o in (agent.fast, agent.slow)]
+    assert paces == [4, 2]
+    again = module_of(owner).agent
+    assert isinstance(again, DreamtFrames)
+    again.load_state_dict(agent.state_dict())
+    assert [int(next(iter(o.state.values()))["step"]) for o in (again.fast, again.slow)] == paces
+    assert len(agent.buffer) == 5
+
+
+def test_exploration_noise_is_added_while_exploring_only() -> None:
+    module = module_of(dreamer)
+    belief = module.world_model.observe(experience()).at(6).detach()
+    agent = module.agent
+    assert isinstance(agent, DreamerAgent)
+    assert torch.equal(agent.act(belief, False), agent.policy(belief.feat).mode())
+    torch.manual_seed(4)
+    noisy = agent.act(belief, True)
+    agent.cfg.explore_noise = 0.0
+    torch.manual_seed(4)
+    quiet = agent.act(belief, True)
+    assert not torch.equal(noisy, quiet)
+    torch.manual_seed(4)
+    torch.rand_like(quiet)
+    torch.testing.assert_close(noisy, (quiet + 0.5 * torch.randn_like(quiet)).clamp(-1, 1))
+
+
+def test_a_group_without_a_learning_rate_is_refused() -> None:
+    world, agent = dreamer()
+    agent.groups = lambda: {"navigator": []}  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="no learning rate for the parameters of navigator"):
+        FinetuneModule(world, agent, FinetuneConfig())  # type: ignore[arg-type]
+
+
+def test_a_part_that_is_not_there_cannot_be_frozen() -> None:
+    with pytest.raises(ConfigError, match="freeze names retina"):
+        module_of(dreamer, freeze=["retina"])

@@ -1,0 +1,175 @@
+"""The contract of `WorldModel`: every method, both recurrences, and a model of another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mapo_lightning.config.compose import compose
+from mapo_lightning.models.agents.dreamer import DreamerAgent
+from mapo_lightning.models.agents.settings import AgentConfig
+from mapo_lightning.models.interfaces import Belief, DifferentiableWorldModel, WorldModel
+from mapo_lightning.run.build import build_finetune
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.semantics.factory import semantic_dim
+from mapo_lightning.types import Batch, ConfigError
+from tests.contract.throwaways import CopyLastFrame
+
+CONF = Path(__file__).parents[2] / "conf"
+SMALL = ["size=tiny", "world_model.image.channels=[4,8,16]", "world_model.image.layers=1"]
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+WORDS = [(f"method={m}",) for m in METHODS]
+WORDS += [(f"method={m}", "world_model.recurrence=plain") for m in ("mapo", "prelar")]
+ACTIONS = 3
+
+
+def rssm_world(*words: str) -> nn.Module:
+    cfg = compose([*words, "env=toy", *SMALL], RunConfig, CONF).config
+    world_model = build_finetune(cfg, ACTIONS, None)[0].world_model
+    assert isinstance(world_model, nn.Module)
+    return world_model
+
+
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    " ".join(words): (lambda words=words: rssm_world(*words))  # type: ignore[misc]
+    for words in WORDS
+}
+MAKERS["copy last frame"] = CopyLastFrame
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def world(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return MAKERS[request.param]()
+
+
+def experience(batch: int = 2, time: int = 7) -> Batch:
+    torch.manual_seed(1)
+    first = torch.zeros(batch, time, dtype=torch.bool)
+    first[:, 0] = True
+    width = semantic_dim(compose(["env=toy"], RunConfig, CONF).config.vlm)
+    return {
+        "obs": torch.randint(0, 256, (batch, time, 64, 64, 3), dtype=torch.uint8),
+        "semantic": torch.randn(batch, time, width),
+        "has_semantic": torch.rand(batch, time) < 0.7,
+        "position": torch.arange(time).expand(batch, time),
+        "is_first": first,
+        "action": torch.rand(batch, time, ACTIONS) * 2 - 1,
+        "reward": torch.rand(batch, time),
+        "is_terminal": torch.zeros(batch, time, dtype=torch.bool),
+    }
+
+
+def modes(module: nn.Module) -> list[bool]:
+    return [m.training for m in module.modules()]
+
+
+def test_a_belief_is_sliced_merged_and_repeated(world: nn.Module) -> None:
+    assert isinstance(world, WorldModel)
+    belief = world.observe(experience())
+    assert isinstance(belief, Belief)
+    assert belief.feat.shape == (2, 7, world.feat_dim)
+    assert torch.equal(belief.at(3).feat, belief.feat[:, 3])
+    assert torch.equal(belief.flatten().feat, belief.feat.flatten(0, 1))
+    assert torch.equal(belief.at(0).repeat(2).feat, belief.feat[[0, 0, 1, 1], 0])
+    assert not belief.detach().feat.requires_grad
+
+
+def test_following_goes_on_from_a_belief(world: nn.Module) -> None:
+    assert isinstance(world, WorldModel)
+    batch = experience()
+    tail = {key: value[:, 4:] for key, value in batch.items()}
+    with world.evaluating():
+        head = world.observe({key: value[:, :4] for key, value in batch.items()})
+        assert world.observe(tail, head.at(3)).feat.shape == (2, 3, world.feat_dim)
+
+
+def test_the_loss_trains_parameters_and_starts_dreams(world: nn.Module) -> None:
+    assert isinstance(world, WorldModel)
+    fit = world.loss(experience())
+    assert torch.isfinite(fit.total)
+    assert not any(value.requires_grad for value in fit.log.values())
+    fit.total.backward()
+    assert any(p.grad is not None for p in world.parameters())
+    assert fit.belief.flatten().feat.shape == (14, world.feat_dim)
+
+
+def test_a_dream_has_one_more_state_than_actions_and_no_gradients(world: nn.Module) -> None:
+    assert isinstance(world, WorldModel)
+    start = world.observe(experience()).at(6)
+    asked: list[int] = []
+
+    def policy(i: int, belief: Belief) -> Tensor:
+        assert belief.feat.shape == (2, world.feat_dim)
+        asked.append(i)
+        return torch.full((2, ACTIONS), i / 10)
+
+    dream = world.imagine(start, policy, 4)
+    assert asked == [0, 1, 2, 3]
+    assert dream.feat.shape == (5, 2, world.feat_dim)
+    torch.testing.assert_close(dream.feat[0], start.feat)
+    assert dream.action is not None
+    assert dream.action[:, 0, 0].tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert dream.reward.shape == dream.discount.shape == (5, 2)
+    assert float(dream.discount.min()) >= 0.0
+    assert float(dream.discount.max()) <= 1.0
+    assert not dream.reward.requires_grad
+
+
+def test_a_dream_repeats_with_its_random_numbers(world: nn.Module) -> None:
+    assert isinstance(world, WorldModel)
+    start = world.observe(experience()).at(6).detach()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        found.append(world.imagine(start, lambda _, b: torch.zeros(2, ACTIONS), 3).feat)
+    assert torch.equal(*found)
+
+
+def test_an_open_loop_video_leaves_every_mode_as_it_was(world: nn.Module) -> None:
+    assert isinstance(world, WorldModel)
+    world.train()
+    before = modes(world)
+    state = {key: value.clone() for key, value in world.state_dict().items()}
+    frames = world.open_loop(experience(), seen=3)
+    assert frames.shape == (2, 7, 64, 64, 3)
+    assert 0.0 <= float(frames.min()) <= float(frames.max()) <= 1.0
+    assert modes(world) == before
+    assert all(torch.equal(value, state[key]) for key, value in world.state_dict().items())
+
+
+def test_acting_leaves_modes_and_statistics_as_they_were(world: nn.Module) -> None:
+    assert isinstance(world, WorldModel)
+    world.train()
+    before, state = modes(world), {k: v.clone() for k, v in world.state_dict().items()}
+    with world.evaluating(), torch.no_grad():
+        world.observe(experience(time=1))
+    assert modes(world) == before
+    assert all(torch.equal(value, state[key]) for key, value in world.state_dict().items())
+
+
+def test_parts_and_groups_hold_every_parameter_once(world: nn.Module) -> None:
+    assert isinstance(world, WorldModel)
+    every = sorted(id(p) for p in world.parameters())
+    assert sorted(id(p) for ps in world.groups().values() for p in ps) == every
+    assert sorted(id(p) for part in world.parts().values() for p in part.parameters()) == every
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_gradients_reach_the_actions_or_the_agent_that_needs_them_is_refused(kind: str) -> None:
+    torch.manual_seed(0)
+    world = MAKERS[kind]()
+    assert isinstance(world, WorldModel)
+    if not isinstance(world, DifferentiableWorldModel):
+        with pytest.raises(ConfigError, match="gradients through dreams, which CopyLastFrame"):
+            DreamerAgent(AgentConfig(), world, ACTIONS, 1, 4)
+        return
+    start = world.observe(experience()).at(6).detach()
+    push = torch.zeros(2, ACTIONS, requires_grad=True)
+    dream = world.imagine_with_gradients(start, lambda feat: push, 3)
+    (grad,) = torch.autograd.grad(dream.reward.square().sum(), push)
+    assert bool((grad != 0).any(dim=1).all())
