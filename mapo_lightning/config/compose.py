@@ -110,12 +110,11 @@ def compose(
         _set(tree, schema, key, _read_value(key, raw, lookup(schema, key)), "")
     resolved = _resolved(tree)
     safe = redact(resolved)
-    config, text = schema(), None
     if words.help is not None:
-        text = help_text(groups, chosen, schema, dict(flatten(safe)), words.help)
+        config, page = schema(), dict(flatten(safe))
+        text: str | None = help_text(groups, chosen, schema, page, words.help)
     else:
-        config = _build(tree, schema)
-        text = _dump(safe) if words.show else None
+        config, text = _build(tree, schema), _dump(safe) if words.show else None
     return Composed(
         config=config,
         yaml=_dump(resolved),

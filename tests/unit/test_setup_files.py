@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 
@@ -133,3 +137,39 @@ def test_versions_known_to_be_bad_are_excluded(root: Path, name: str, version: s
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     wanted = {r.name: r for r in map(Requirement, project["dependencies"])}
     assert not wanted[name].specifier.contains(version)
+
+
+def test_the_workflow_runs_what_a_developer_runs(root: Path) -> None:
+    workflow = yaml.safe_load((root / ".github/workflows/test.yml").read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    job = workflow["jobs"]["test"]
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]
+    wanted = SpecifierSet(pyproject(root)["project"]["requires-python"])
+    assert all(wanted.contains(version) for version in job["strategy"]["matrix"]["python"])
+
+
+def test_hooks_use_the_environment_of_make_setup(root: Path) -> None:
+    hooks = yaml.safe_load((root / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
+    for hook in hooks["repos"][0]["hooks"]:
+        assert hook["language"] == "system"
+        assert hook["entry"].startswith(".venv/bin/")
+
+
+def test_the_image_installs_the_makefiles_packages_and_names_no_address(root: Path) -> None:
+    image, makefile = (root / "Dockerfile").read_text(), (root / "Makefile").read_text()
+    packages = re.search(r"^GL_PACKAGES := (.+)$", makefile, re.M)
+    assert packages is not None
+    assert packages[1] in image
+    assert "://" not in image
+
+
+@pytest.mark.parametrize("name", ["bug_report.yml", "config.yml"])
+def test_issue_templates_are_whole(root: Path, name: str) -> None:
+    content = yaml.safe_load((root / ".github/ISSUE_TEMPLATE" / name).read_text())
+    ids = [part["id"] for part in content.get("body", ())]
+    assert ("doctor" in ids) == (name == "bug_report.yml")
+
+
+def pyproject(root: Path) -> dict[str, Any]:
+    return tomllib.loads((root / "pyproject.toml").read_text())
