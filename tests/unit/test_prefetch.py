@@ -18,7 +18,7 @@ from mapo_lightning.data.clips import ClipDataset
 from mapo_lightning.data.prefetch import prefetch
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import VideoInfo, probe_video, write_mp4
-from mapo_lightning.semantics.settings import ServerConfig, VlmConfig
+from mapo_lightning.semantics.settings import ServerConfig, VlmConfig, WindowConfig
 from mapo_lightning.types import DescriberError
 
 
@@ -38,7 +38,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[VideoInfo]:
 
 
 def dataset(videos: list[VideoInfo], root: Path, **vlm: object) -> ClipDataset:
-    cfg = VlmConfig(**({"frame_size": 32} | vlm))
+    cfg = VlmConfig(window=WindowConfig(size=32), **vlm)  # type: ignore[arg-type]
     return ClipDataset(videos, VideoDataConfig(clip_length=9, workers=0), cfg, root)
 
 
@@ -99,7 +99,8 @@ from pathlib import Path
 sys.path[:0] = sys.argv[3:]
 from mapo_lightning.data.video import probe_video
 from test_prefetch import dataset
-words = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"}
+from mapo_lightning.semantics.settings import ServerConfig
+words = {"kind": "openai", "server": ServerConfig("http://127.0.0.1:9/v1")}
 source = dataset([probe_video(Path(sys.argv[1]))], Path(sys.argv[2]), **words)
 import threading
 threading.Thread(target=lambda: next(iter(source)), daemon=True).start()
@@ -131,4 +132,4 @@ def test_windows_without_an_answer_are_null_now_and_asked_later(
         assert later.clip_at(0, 4)["vlm_asked"] == 3
     settings = replace(settings, on_outage="error", timeout_seconds=0.2)
     with pytest.raises(DescriberError, match="no label server answers"):
-        dataset(videos, tmp_path, 48, kind="openai", server=settings).clip_at(0, 4)
+        dataset(videos, tmp_path, kind="openai", server=settings).clip_at(0, 4)

@@ -87,6 +87,6 @@ def test_a_rejected_label_is_null_for_training_and_stays_in_the_store(tmp_path: 
 
 def test_a_run_reads_its_reviews(tmp_path: Path) -> None:
     path = write(tmp_path, (KEYS[0], "reject"))
-    assert build_labeler(VlmConfig(marks=path), tmp_path, "w").reviews.rejected == {KEYS[0]}
+    assert build_labeler(VlmConfig(reviews=path), tmp_path, "w").reviews.rejected == {KEYS[0]}
     with pytest.raises(ConfigError, match="nowhere"):
         build_labeler(VlmConfig(reviews=str(tmp_path / "nowhere")), tmp_path, "w")
