@@ -46,7 +46,7 @@ def load_agent(
     path = Path(checkpoint)
     cfg = from_base(agent_settings(path), RunConfig)
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn before they are replaced
-        module, card = load_finetuned(cfg, path)
+        module, metadata = load_finetuned(cfg, path)
     try:
         module.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -55,7 +55,7 @@ def load_agent(
     source = cfg.world_model.source.kind if cfg.world_model.lower is not None else "none"
     if not describe or source != "semantic":
         cfg.vlm = replace(cfg.vlm, kind="none")
-    return Agent(cfg, module.eval(), int(card["action_dim"]))
+    return Agent(cfg, module.eval(), int(metadata["action_dim"]))
 
 
 class Agent:

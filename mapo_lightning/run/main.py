@@ -15,7 +15,6 @@ from mapo_lightning.types import ConfigError, MapoError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
         run(sys.argv[1:] if argv is None else argv)
     except MapoError as error:
@@ -45,6 +44,7 @@ def run(words: Sequence[str]) -> None:
     from mapo_lightning.run.session import opened
     from mapo_lightning.run.stages import STAGES
 
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it has set it to INFO
     check_run(composed.config)
     with opened(composed) as session:
         STAGES[session.cfg.stage](session)
