@@ -75,7 +75,7 @@ class Groups:
     ) -> None:
         if not folder.is_dir():
             raise ConfigError(
-                f"there is no configuration folder '{folder}': run from the checkout."
+                f"there is no configuration folder '{folder}': reinstall the package."
             )
         self.folder, self._load = folder, load
         self._renamed, self._keys = renamed or Renamed(), keys

@@ -42,7 +42,7 @@ def help_text(
         raise ConfigError(f"nothing to help with under '{prefix}'.{did_you_mean(prefix, known)}")
     lines: list[str] = []
     if not prefix:
-        lines += ["Usage: python train.py [group=file[/variant] ...] [key=value ...]"]
+        lines += ["Usage: mapo-train [group=file[/variant] ...] [key=value ...]"]
         lines += ["       [experiment=name] [config=FILE] [--show] [--help [PREFIX]]", ""]
     if shown:
         lines.append("Groups (group=file or group=file/variant; * is this run's choice)")

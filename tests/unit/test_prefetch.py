@@ -37,8 +37,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[VideoInfo]:
     return write_videos(tmp_path_factory.mktemp("videos"))
 
 
-def dataset(videos: list[VideoInfo], root: Path, **vlm: object) -> ClipDataset:
-    cfg = VlmConfig(window=WindowConfig(size=32), **vlm)  # type: ignore[arg-type]
+def dataset(videos: list[VideoInfo], root: Path, size: int = 32, **vlm: object) -> ClipDataset:
+    cfg = VlmConfig(window=WindowConfig(size=size), **vlm)  # type: ignore[arg-type]
     return ClipDataset(videos, VideoDataConfig(clip_length=9, workers=0), cfg, root)
 
 
@@ -132,4 +132,4 @@ def test_windows_without_an_answer_are_null_now_and_asked_later(
         assert later.clip_at(0, 4)["vlm_asked"] == 3
     settings = replace(settings, on_outage="error", timeout_seconds=0.2)
     with pytest.raises(DescriberError, match="no label server answers"):
-        dataset(videos, tmp_path, kind="openai", server=settings).clip_at(0, 4)
+        dataset(videos, tmp_path, 48, kind="openai", server=settings).clip_at(0, 4)
