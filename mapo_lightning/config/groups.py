@@ -78,7 +78,7 @@ class Groups:
                 f"there is no configuration folder '{folder}': reinstall the package."
             )
         self.folder, self._load = folder, load
-        self._renamed, self._keys = renamed or Renamed(), keys
+        self.renamed, self._keys = renamed or Renamed(), keys
         self._read: dict[tuple[str, str], GroupFile] = {}
         self.files: dict[str, list[str]] = {
             path.name: sorted(file.stem for file in path.glob("*.yaml"))
@@ -130,7 +130,7 @@ class Groups:
             raise ConfigError(self._unknown_group(group))
         if name is None:
             return
-        self._renamed.check_choice(group, name)
+        self.renamed.check_choice(group, name)
         stem, slash, variant = name.partition("/")
         if stem not in self.files[group]:
             raise ConfigError(
@@ -156,13 +156,13 @@ class Groups:
 
     def _unknown_variant(self, group: str, stem: str, variant: str) -> str:
         file, said = self.file(group, stem), f"there is no '{group}={stem}/{variant}'."
-        if not file.variants:
-            return f"{said} '{group}={stem}' has no variants."
         # Within the file first: `dmc/` alone makes every variant look like every other.
         close = did_you_mean(variant, file.variants).replace("mean '", f"mean '{group}={stem}/")
         if not close:
             elsewhere = [n for n in self.names(group) if n.rpartition("/")[2] == variant]
             close = f" Did you mean '{group}={elsewhere[0]}'?" if elsewhere else ""
+        if not file.variants:
+            return f"{said}{close} '{group}={stem}' has no variants."
         other = f" {file.other[:1].upper()}{file.other[1:]}." if file.other else ""
         return (
             f"{said}{close} Variants of '{group}={stem}': {listed(list(file.variants), group)}."

@@ -33,11 +33,12 @@ def help_text(
         The page, without a final newline.
 
     Raises:
-        ConfigError: Nothing lies under ``prefix``.
+        ConfigError: Nothing lies under ``prefix``; names its successor where it was renamed.
     """
     shown = [g for g in groups.files if not prefix or g == prefix]
     leaves = [f for f in walk(schema) if not prefix or f"{f.key}.".startswith(f"{prefix}.")]
     if not shown and not leaves:
+        groups.renamed.check_word(prefix, "VALUE")
         known = {*groups.files, *(f.key for f in walk(schema)), *hints(schema)}
         raise ConfigError(f"nothing to help with under '{prefix}'.{did_you_mean(prefix, known)}")
     lines: list[str] = []

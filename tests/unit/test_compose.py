@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapo_lightning.config.compose import Composed, compose
+from mapo_lightning.config.renamed import Renamed
 from mapo_lightning.types import ConfigError
 
 
@@ -57,6 +58,25 @@ class Run:
     label_seed: int = 0
 
 
+SUITE = """\
+# A suite of tasks
+other: "any other task is env=suite env.camera=NAME"
+env: {kind: dmc, steps: 30}
+train: {rate: 0.25, note: suite}
+variants:
+  reach: {doc: Reach for it, env: {camera: corner}, train: {note: reach}}
+  push-far: {env: {camera: 2}, defaults: {size: big}}
+"""
+CELLS = """\
+# One run per cell
+defaults: {env: toy, size: small}
+seed: 5
+variants:
+  one: {defaults: {env: suite/reach}, train: {updates: 11}}
+  two: {doc: 3.5 published, defaults: {size: big}, seed: 6}
+"""
+
+
 @pytest.fixture
 def conf(tmp_path: Path) -> Path:
     files = {
@@ -67,6 +87,8 @@ def conf(tmp_path: Path) -> Path:
         "size/big.yaml": "train: {sizes: [1, 2, 3]}\n",
         "logger/mlflow.yaml": "logger: {uri: 'http://me:pw@host/x'}\n",
         "experiment/table1.yaml": "defaults: {env: dmc, size: big}\nseed: 7\ntrain: {note: e}\n",
+        "experiment/cells.yaml": CELLS,
+        "env/suite.yaml": SUITE,
     }
     for name, text in files.items():
         path = tmp_path / "conf" / name
@@ -106,6 +128,130 @@ def test_a_group_file_may_choose_another_group_unless_anyone_else_does(conf: Pat
     assert compose(["env=far", "size=small"], Run, conf).groups["size"] == "small"
     (conf / "experiment/near.yaml").write_text("defaults: {env: far, size: small}\n")
     assert compose(["experiment=near"], Run, conf).groups["size"] == "small"
+
+
+def test_a_variant_takes_its_file_and_sets_its_own_keys_over_it(conf: Path) -> None:
+    plain = compose(["env=suite"], Run, conf).config
+    assert plain.env == Env("dmc", None, 30)
+    assert (plain.train.rate, plain.train.note) == (0.25, "suite")
+    run = compose(["env=suite/reach"], Run, conf)
+    assert run.config.env == Env("dmc", "corner", 30)
+    assert (run.config.train.rate, run.config.train.note) == (0.25, "reach")
+    assert run.groups["env"] == "suite/reach"
+    assert compose(["env=suite/reach", "train.note=mine"], Run, conf).config.train.note == "mine"
+    assert compose(["env=suite/push-far"], Run, conf).groups["size"] == "big"
+    assert compose(["env=suite/push-far", "size=small"], Run, conf).groups["size"] == "small"
+
+
+def test_an_experiment_of_many_cells_is_chosen_with_its_cell(conf: Path) -> None:
+    one = compose(["experiment=cells/one"], Run, conf)
+    assert one.groups == {
+        "size": "small",
+        "env": "suite/reach",
+        "logger": None,
+        "experiment": "cells/one",
+    }
+    assert (one.config.seed, one.config.train.updates, one.config.env.camera) == (5, 11, "corner")
+    two = compose(["experiment=cells/two", "env=dmc"], Run, conf)
+    assert (two.config.seed, two.config.env.kind, two.groups["size"]) == (6, "dmc", "big")
+
+
+def test_help_lists_few_variants_and_counts_many(conf: Path) -> None:
+    text = compose(["env=suite/reach", "--help"], Run, conf).text or ""
+    assert (
+        "    suite                    A suite of tasks\n  * suite/reach              Reach" in text
+    )
+    assert "    suite/push-far           size=big\n" in text  # says what it chooses
+    assert "    cells/...                One run per cell\n" in text
+    rows = "".join(f"  task{n}: {{doc: number {n}}}\n" for n in range(20))
+    (conf / "env/many.yaml").write_text("# Many\nother: none\nvariants:\n" + rows)
+    text = compose(["env=many/task7", "--help"], Run, conf).text or ""
+    assert "  * many/task7               number 7\n" in text
+    assert "task8" not in text
+    assert "(20 variants: --help env)" in text
+    assert "number 19" in (compose(["--help", "env"], Run, conf).text or "")
+    with pytest.raises(ConfigError, match=r"Variants of 'env=many': 20, listed by --help env\."):
+        compose(["env=many/x"], Run, conf)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("env=suite/raech", "there is no 'env=suite/raech'. Did you mean 'env=suite/reach'? Var"),
+        ("env=suite/hop", "Variants of 'env=suite': reach, push-far. Any other task is env=suite"),
+        ("env=suite/hop", " env.camera=hop."),
+        ("env=reach", "Did you mean 'suite/reach'? Files in conf/env: dmc, suite, toy."),
+        ("env=suite_push_far", "Did you mean 'suite/push-far'?"),
+        ("env=dmc/reach", "Did you mean 'env=suite/reach'? 'env=dmc' has no variants."),
+        ("env=toy/x", "there is no 'env=toy/x'. 'env=toy' has no variants."),
+        ("env=suite/", "there is no 'env=suite/'."),
+        (
+            "experiment=cells",
+            "'experiment=cells' has 2 variants: choose one, such as experiment=ce",
+        ),
+        ("experiment=cells/tow", "Did you mean 'experiment=cells/two'? Variants of"),
+        ("experiment=one", "Did you mean 'cells/one'?"),
+    ],
+)
+def test_an_unknown_variant_is_refused_with_the_near_ones(
+    conf: Path, word: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([word], Run, conf)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+RENAMED = Renamed(
+    {"note": "train.note", "env": "env.kind", "train.lr": "train.rate"},
+    {"env=cartoon": "env=suite/reach"},
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["note=x=y"], "note is now train.note: write train.note=x=y"),
+        (["train.lr=1"], "train.lr is now train.rate: write train.rate=1"),
+        (["env=cartoon"], "'env=cartoon' is now 'env=suite/reach': write env=suite/reach"),
+        (
+            ["config=old.yaml"],
+            "old.yaml: renamed keys: env is now env.kind, train.lr is now train.",
+        ),
+        (["experiment=old"], "conf/experiment/old.yaml: renamed keys: note is now train.note"),
+        (["experiment=older"], "'env=cartoon' is now 'env=suite/reach'"),
+        (["experiment=oldest"], "'seed' is a key and no group: write it beside 'defaults', not"),
+        (["experiment=rows/a"], "rows.yaml, variant 'a': renamed keys: train.lr is now train.rate"),
+        (["--help", "train.lr"], "train.lr is now train.rate"),
+    ],
+)
+def test_renamed_words_are_refused_with_their_successor(
+    conf: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (conf / "experiment/old.yaml").write_text("note: x\n")
+    (conf / "experiment/older.yaml").write_text("defaults: {env: cartoon}\n")
+    (conf / "experiment/oldest.yaml").write_text("defaults: {seed: 3}\n")
+    (conf / "experiment/rows.yaml").write_text("variants: {a: {train: {lr: 2}}}\n")
+    monkeypatch.chdir(conf)
+    Path("old.yaml").write_text("env: toy\ntrain: {lr: 2}\n")
+    with pytest.raises(ConfigError) as caught:
+        compose(words, Run, conf, renamed=RENAMED)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_renamed_keys_are_translated_and_new_ones_stay() -> None:
+    old = {"env": "toy", "note": "x", "train": {"lr": 2, "sizes": [1]}}
+    new = {"env": {"kind": "toy"}, "train": {"rate": 2, "sizes": [1], "note": "x"}}
+    assert RENAMED.translate(old) == new == RENAMED.translate(new)
+    assert old == {"env": "toy", "note": "x", "train": {"lr": 2, "sizes": [1]}}
+
+
+def test_every_section_is_built_once(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    monkeypatch.setattr(Env, "__post_init__", lambda self: built.append(self.steps))
+    compose(["env.steps=17"], Run, conf)
+    assert built.count(17) == 1
 
 
 def test_null_chooses_no_file_and_empties_a_section_that_may_be_empty(conf: Path) -> None:
@@ -151,9 +297,9 @@ def test_values_are_read_as_the_schema_wants_them(conf: Path, word: str, value: 
         (["updates=3"], "unknown configuration key 'updates'. Did you mean 'train.updates'?"),
         (["evn=toy"], "unknown configuration key 'evn'. Did you mean 'env'?"),
         (["seed.x=3"], "'seed' is a single value and has no keys below it."),
-        (["env=toi"], "there is no 'env=toi'. Did you mean 'toy'? Files in conf/env: dmc, toy."),
+        (["env=toi"], "there is no 'env=toi'. Did you mean 'toy'? Files in conf/env: dmc, suite, "),
         (["env=../env/toy"], "there is no 'env=../env/toy'."),
-        (["experiment=none"], "Files in conf/experiment: table1."),
+        (["experiment=none"], "Files in conf/experiment: cells, table1."),
         (["train.updates=many"], "'train.updates' must be int, got 'many'."),
         (["train.updates=1.5"], "'train.updates' must be int, got 1.5."),
         (["train.updates=true"], "'train.updates' must be int, got True."),
@@ -195,6 +341,9 @@ def test_every_mistake_gets_one_clear_sentence(conf: Path, words: list[str], mes
         ("env/toy.yaml", "defaults: {sizes: big}", "unknown configuration group 'sizes'"),
         ("config.yaml", "defaults: {envs: toy}", "unknown configuration group 'envs'"),
         ("config.yaml", "defaults: [toy]", "must map groups to files"),
+        ("env/toy.yaml", "variants: [a]", "must map names to blocks, got ['a']."),
+        ("env/toy.yaml", "other: x\nvariants: {a: 3}", "variant 'a' in "),
+        ("env/toy.yaml", "other: x\nvariants: {a: {defaults: 3}}", "must map groups to files"),
         ("config.yaml", "defaults: {env: gone}", "there is no 'env=gone'."),
     ],
 )
@@ -225,7 +374,7 @@ def test_help_can_be_narrowed(conf: Path) -> None:
     text = compose(["--help", "env"], Run, conf).text or ""
     assert "env.steps" in text
     assert "train.updates" not in text
-    assert "size" not in text
+    assert "  size\n" not in text
     assert "train.scales" in (compose(["-h", "train.scales"], Run, conf).text or "")
 
 

@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from test_agent import CONF, save
 
-from mapo_lightning.run.from_checkpoint import Resumed, configure, resumed
+from mapo_lightning.config.compose import from_base
+from mapo_lightning.config.schema import flatten, walk
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.from_checkpoint import Resumed, agent_settings, configure, resumed
 from mapo_lightning.run.main import main
+from mapo_lightning.run.renamed import RENAMED
 from mapo_lightning.training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 from mapo_lightning.types import CheckpointError, ConfigError
 
@@ -64,6 +69,63 @@ def test_a_lone_checkpoint_resumes_into_a_new_folder(run: Path) -> None:
     cfg = configure([f"resume={run}/finetune/last.ckpt"], CONF).config
     assert cfg.run_dir == ""
     assert cfg.trainer.devices == 4
+
+
+OLD = Path(__file__).with_name(
+    "settings_0_1_0.yaml"
+)  # what 0.1.0 wrote: no default in a renamed key
+
+
+def test_every_renamed_key_was_one_and_leads_to_one() -> None:
+    old = dict(flatten(yaml.safe_load(OLD.read_text())))
+    assert set(RENAMED.keys) <= set(old)
+    assert set(RENAMED.keys.values()) <= {leaf.key for leaf in walk(RunConfig)}
+
+
+@pytest.mark.parametrize("saved", ["in the checkpoint", "beside it"])
+def test_settings_of_version_0_1_0_are_translated(run: Path, saved: str) -> None:
+    checkpoint, old = run / "finetune/last.ckpt", dict(flatten(yaml.safe_load(OLD.read_text())))
+    if saved == "beside it":
+        (run / "config.yaml").write_text(OLD.read_text())
+    content = read_checkpoint(checkpoint)
+    content["mapo"]["config"] = OLD.read_text()
+    write_checkpoint(content, checkpoint)
+    for words in (["stage=evaluate", f"checkpoint={checkpoint}"], [f"resume={run}"]):
+        flat = configure(words, CONF).flat
+        assert {key: flat[new] for key, new in RENAMED.keys.items()} == {
+            key: old[key] for key in RENAMED.keys
+        }
+        kept = {
+            key for key in old if key.startswith(("world_model.", "agent.", "env.", "finetune."))
+        }
+        assert {key: flat[key] for key in kept} == {key: old[key] for key in kept}
+    cfg = from_base(agent_settings(checkpoint), RunConfig)
+    assert (cfg.vlm.window.frames, cfg.vlm.server.retries, cfg.vlm.collect.size) == (5, 2, 80)
+
+
+def test_settings_of_version_0_1_0_are_refused_as_a_file_of_their_own() -> None:
+    with pytest.raises(ConfigError) as caught:
+        configure([f"config={OLD}"], CONF)
+    for old, new in RENAMED.keys.items():
+        assert f"{old} is now {new}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("vlm.marks=m.json", "vlm.marks is now vlm.reviews: write vlm.reviews=m.json"),
+        ("vlm.window=4", "vlm.window is now vlm.window.frames: write vlm.window.frames=4"),
+        ("env=dmc_walker_run", "'env=dmc_walker_run' is now 'env=dmc/walker_run'"),
+        ("env=dmc/finger_spin", "Any other task is env=dmc env.name=finger_spin."),
+        ("env=metaworld/door-opne", "Did you mean 'env=metaworld/door-open'?"),
+    ],
+)
+def test_words_of_version_0_1_0_and_unknown_tasks_name_what_to_write(
+    word: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configure([word], CONF)
+    assert message in str(caught.value)
 
 
 def test_mlflow_runs_are_those_of_the_same_phase() -> None:

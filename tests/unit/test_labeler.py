@@ -13,8 +13,14 @@ from scenes import cases, moving_square
 from mapo_lightning.data.video import VideoFileError
 from mapo_lightning.semantics.describer import NullDescriber, Reply
 from mapo_lightning.semantics.embed import HashedSlots
-from mapo_lightning.semantics.factory import build_labeler, semantic_dim
-from mapo_lightning.semantics.labeler import Labeler, LabelStats, WindowRequest, frames_identity
+from mapo_lightning.semantics.factory import build_describer, build_labeler, semantic_dim
+from mapo_lightning.semantics.labeler import (
+    Labeler,
+    LabelStats,
+    WindowRequest,
+    frames_identity,
+    label_key,
+)
 from mapo_lightning.semantics.settings import (
     CollectConfig,
     ServerConfig,
@@ -173,6 +179,47 @@ def test_two_processes_never_ask_the_same(tmp_path: Path) -> None:
         worker.join(30)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert calls(tmp_path) == ["1", "2", "3", "4"]
+
+
+SERVER = {"base_url": "http://127.0.0.1:9/v1"}
+NAMES = [  # as version 0.1.0 computed them: labels in a store of that time must still be found
+    (VlmConfig(), "flow-v1 side=128 min_percent=0.7 min_area=0.002", "bc24f8364ff5a33c"),
+    (
+        VlmConfig(flow_min_percent=1.5),
+        "flow-v1 side=128 min_percent=1.5 min_area=0.002",
+        "083d9b64a5d780f9",
+    ),
+    (
+        VlmConfig(kind="transformers", max_new_tokens=32),
+        "transformers Qwen/Qwen2.5-VL-7B-Instruct@main prompt 91b242db tokens 32",
+        "bf4abd1256e95eaf",
+    ),
+    (
+        VlmConfig(kind="openai", server=ServerConfig(**SERVER)),
+        "openai Qwen/Qwen2.5-VL-7B-Instruct prompt 91b242db tokens 64 auto",
+        "f70a944ba9ea4c5f",
+    ),
+    (
+        VlmConfig(
+            kind="openai", revision="abc", server=ServerConfig(**SERVER, structured="brackets")
+        ),
+        "openai Qwen/Qwen2.5-VL-7B-Instruct@abc prompt 91b242db tokens 64 brackets",
+        "9cb8a8f107962af4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("cfg", "name", "key"), NAMES, ids=[name for _, name, _ in NAMES])
+def test_describers_and_labels_are_named_as_in_older_stores(
+    cfg: VlmConfig, name: str, key: str
+) -> None:
+    assert build_describer(cfg).name == name
+    assert label_key(name, "video 0123 frames 0..3 step 1 size 128").startswith(key)
+
+
+def test_windows_of_an_environment_are_named_as_in_older_stores() -> None:
+    pixels = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
+    assert frames_identity(pixels) == "pixels cfe5ab6313184e23589cc50c333f0ee3"
 
 
 @pytest.mark.parametrize(
