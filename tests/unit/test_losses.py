@@ -21,8 +21,10 @@ from mapo_lightning.models.interfaces import Belief, Dream, DreamPolicy, Fit
 from mapo_lightning.models.objective import weigh
 from mapo_lightning.models.returns import lambda_returns, step_weights
 from mapo_lightning.models.rssm_world.belief import DreamtBelief
+from mapo_lightning.models.rssm_world.heads import Heads
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.types import ConfigError
+from tests.contract.test_world_models import experience, rssm_world
 
 
 def test_categorical_kl_equals_torch_distributions() -> None:
@@ -134,11 +136,14 @@ class LineWorld(RSSMWorldModel):
         for _ in range(steps):
             feats.append(feats[-1] + policy(feats[-1]))
         feat = torch.stack(feats)
-        return Dream(feat, feat.squeeze(-1), torch.ones_like(feat.squeeze(-1)))
+        return Dream(feat, feat.squeeze(-1), feat.squeeze(-1).sigmoid())  # ends in the negative
 
 
 def test_actor_and_critic_losses_against_the_written_out_formulas() -> None:
-    """Facts 4: weights w_0..w_{H-2}, targets V_1..V_{H-1}, entropies of s_0..s_{H-2}."""
+    """Facts 4: weights w_0..w_{H-2}, targets V_1..V_{H-1}, entropies of s_0..s_{H-2}.
+
+    The probability to go on differs from state to state, so that none can be left out.
+    """
     torch.manual_seed(0)
     cfg = AgentConfig(horizon=4, discount=0.9, lam=0.8, entropy=0.01)
     agent = DreamerAgent(cfg, LineWorld(), action_dim=1, layers=1, units=8)
@@ -152,27 +157,54 @@ def test_actor_and_critic_losses_against_the_written_out_formulas() -> None:
     torch.manual_seed(7)
     feats, entropies = [start], []
     for _ in range(4):
-        policy = agent.policy(feats[-1])
+        policy = agent.policy(feats[-1].detach())  # the state is data to the actor
         entropies.append(policy.entropy())
         feats.append(feats[-1] + policy.sample(torch.rand(3, 1)))
     slow = [agent.target(f)[:, 0] for f in feats]
     reward = [f[:, 0] for f in feats]
+    on = [0.9 / (1 + (-r).exp()) for r in reward]
     target = slow[4]
     targets: list[Tensor] = []
     for i in reversed(range(4)):
-        target = reward[i] + 0.9 * (0.2 * slow[i + 1] + 0.8 * target)
+        target = reward[i] + on[i] * (0.2 * slow[i + 1] + 0.8 * target)
         targets.insert(0, target)
-    gain = [0.9**i * (targets[i + 1] + 0.01 * entropies[i]) for i in range(3)]
+    alive = [torch.ones(3), on[0], on[0] * on[1], on[0] * on[1] * on[2]]
+    alive = [weight.detach() for weight in alive]
+    gain = [alive[i] * (targets[i + 1] + 0.01 * entropies[i]) for i in range(3)]
     assert float(loss["actor"].detach()) == pytest.approx(
         -float(torch.stack(gain).mean().detach()), rel=1e-5
     )
-    error = [0.9**i * 0.5 * (agent.critic(feats[i])[:, 0] - targets[i]) ** 2 for i in range(4)]
+    error = [alive[i] * 0.5 * (agent.critic(feats[i])[:, 0] - targets[i]) ** 2 for i in range(4)]
     assert float(loss["critic"].detach()) == pytest.approx(
         float(torch.stack(error).mean().detach()), rel=1e-5
     )
+    actor = list(agent.actor.parameters())
+    expected = torch.autograd.grad(-torch.stack(gain).mean(), actor)
     loss["actor"].backward()
     assert all(p.grad is None for p in agent.critic.parameters())
-    assert all(p.grad is not None for p in agent.actor.parameters())
+    for p, grad in zip(actor, expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+def test_the_discount_head_learns_where_episodes_go_on_and_dreams_use_it() -> None:
+    torch.manual_seed(0)
+    heads = Heads(["reward", "discount"], feat=2, units=8, layers=1)
+    feat = torch.randn(40, 5, 2)
+    ends = feat[..., 0] > 0.5
+    batch = {"reward": torch.zeros(40, 5), "is_terminal": ends}
+    p = heads.read("discount", feat).sigmoid()
+    expected = -torch.where(ends, (1 - p).log(), p.log()).mean()
+    assert float(heads.terms(batch, feat, None)["discount"]) == pytest.approx(float(expected))
+    scale = ["finetune.objective.scales.discount=1.0"]
+    world = rssm_world("method=mapo", "world_model.discount_head=true", *scale)
+    assert isinstance(world, RSSMWorldModel)
+    start = world.observe(experience()).at(6).detach()
+    for raw, likely in ((3.0, 1 / (1 + math.exp(-3.0))), (-3.0, 1 / (1 + math.exp(3.0)))):
+        last = world.heads["discount"][-1]
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.constant_(last.bias, raw)
+        dream = world.imagine(start, lambda _, b: torch.zeros(2, 3), 3)
+        assert dream.discount.flatten().tolist() == pytest.approx([likely] * 8)
 
 
 def test_the_slow_critic_is_a_hard_copy() -> None:

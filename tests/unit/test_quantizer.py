@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from mapo_lightning.models.rssm_world.context import FrameContext
+from mapo_lightning.models.rssm_world.encoder import normalised
 from mapo_lightning.models.rssm_world.quantizer import Quantizer
 from mapo_lightning.models.rssm_world.settings import ContextConfig, ImageConfig, QuantizerConfig
 
@@ -108,3 +110,31 @@ def test_erasing_greys_out_one_rectangle_while_training_only() -> None:
     assert torch.equal(context.eval()._augment(frame), frame)
     watching = FrameContext(ContextConfig(kind="features", erase=1.0), image)  # pre-training
     assert torch.equal(watching._augment(frame), frame)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_frozen_codebook_neither_collects_nor_starts_nor_moves(training: bool) -> None:
+    torch.manual_seed(0)
+    frozen = Quantizer(QuantizerConfig(codes=8, frozen=True), 2).train(training)
+    before = {name: value.clone() for name, value in frozen.named_buffers()}
+    assert float(frozen(100 + torch.randn(64, 2)).commitment) > 100.0  # nothing is near the codes
+    assert all(torch.equal(value, before[name]) for name, value in frozen.named_buffers())
+
+
+@pytest.mark.parametrize(("frame", "index"), [("first", 0), ("last", 4)])
+def test_the_context_looks_at_the_frame_that_the_settings_name(frame: str, index: int) -> None:
+    image = ImageConfig(channels=[4, 8, 16], layers=1)
+    context = FrameContext(ContextConfig(kind="features", frame=frame), image).eval()
+    obs = torch.randint(0, 256, (2, 5, 64, 64, 3), dtype=torch.uint8)
+    expected = context.encoder.maps(normalised(obs[:, index]))
+    for side, found in context(obs).maps.items():
+        torch.testing.assert_close(found, expected[side])
+
+
+def test_a_random_frame_is_any_frame() -> None:
+    image = ImageConfig(channels=[4, 8, 16], layers=1)
+    context = FrameContext(ContextConfig(kind="features", frame="random"), image)
+    number = torch.arange(5, dtype=torch.uint8).view(1, 5, 1, 1, 1).expand(200, 5, 2, 2, 3)
+    torch.manual_seed(0)
+    drawn = context._pick(number)[:, 0, 0, 0].bincount(minlength=5)
+    assert int(drawn.min()) >= 20  # 40 of each are expected

@@ -1,0 +1,60 @@
+"""The contract of image encoders: frames in, one vector each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mapo_lightning.models.rssm_world.encoder import build_encoder, normalised
+from mapo_lightning.models.rssm_world.settings import ImageConfig
+
+ENCODERS = {
+    "resnet": ImageConfig(kind="resnet", channels=[4, 8, 16], layers=1),
+    "resnet, recomputed": ImageConfig(kind="resnet", channels=[4, 8, 16], layers=1, recompute=True),
+    "cnn": ImageConfig(kind="cnn", channels=[4, 8, 16]),
+}
+
+
+@pytest.fixture(params=sorted(ENCODERS))
+def encoder(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return build_encoder(ENCODERS[request.param])
+
+
+def frames(count: int = 6) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randint(0, 256, (count, 64, 64, 3), dtype=torch.uint8)
+
+
+def test_a_vector_of_the_stated_width_per_frame(encoder: nn.Module) -> None:
+    assert encoder(normalised(frames())).shape == (6, encoder.embed_dim)
+
+
+def test_in_evaluation_a_frame_is_seen_alike_in_any_company(encoder: nn.Module) -> None:
+    encoder.eval()
+    together = encoder(normalised(frames()))
+    alone = torch.cat([encoder(normalised(frame[None])) for frame in frames()])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    assert float((together[0] - together[1]).detach().abs().max()) > 1e-3  # it does look
+
+
+def test_the_order_of_frames_in_memory_does_not_matter(encoder: nn.Module) -> None:
+    encoder.eval()
+    x = normalised(frames())
+    torch.testing.assert_close(encoder(x.contiguous()), encoder(x), rtol=1e-4, atol=1e-5)
+
+
+def test_every_pixel_and_parameter_gets_a_gradient(encoder: nn.Module) -> None:
+    x = normalised(frames()).requires_grad_()
+    encoder(x).square().sum().backward()
+    assert x.grad is not None
+    # Stride-2 convolutions without padding leave the last rows of some sizes out: few, if any.
+    assert float((x.grad != 0).float().mean()) > 0.9
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_bytes_become_numbers_around_zero() -> None:
+    x = normalised(torch.tensor([0, 255, 51], dtype=torch.uint8).expand(2, 5, 4, 4, 3))
+    assert x.shape == (10, 3, 4, 4)
+    torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([-0.5, 0.5, -0.3]))

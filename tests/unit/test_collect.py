@@ -1,0 +1,88 @@
+"""`CollectExperience` in a real training loop: what fills the replay, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from callbacks.collect import CollectExperience
+from mapo_lightning.config.compose import compose
+from mapo_lightning.envs.collector import Collector
+from mapo_lightning.run.build import build_collection
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.training.datamodule import ReplayDataModule
+from mapo_lightning.training.finetune import FinetuneModule
+from tests.contract.throwaways import CopyLastFrame, RandomShooting
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+class Watched(Collector):
+    """Keeps what it was asked for, and the actions that were taken."""
+
+    def collect(self, policy: Any, steps: int, ahead: bool = False) -> int:
+        self.asked: list[bool] = [*getattr(self, "asked", []), ahead]
+
+        def watched(step: Any) -> NDArray[np.float32]:
+            action: NDArray[np.float32] = policy(step)
+            self.taken: list[NDArray[np.float32]] = [*getattr(self, "taken", []), action]
+            return action
+
+        return super().collect(watched, steps, ahead)
+
+
+def run(folder: Path, updates: int, *words: str) -> Watched:
+    """Train a model without weights worth the name on the toy, one environment."""
+    words = ("env=toy", "vlm=none", "env.num_envs=1", f"work_dir={folder}", *words)
+    cfg = compose(words, RunConfig, CONF).config
+    stage = build_collection(cfg, folder / "replay", 0)
+    stage.collector.__class__ = Watched
+    world = CopyLastFrame()
+    module = FinetuneModule(world, RandomShooting(world, stage.action_dim), cfg.finetune)
+    data = ReplayDataModule(stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, 0)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=updates, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        callbacks=[CollectExperience(stage.collector, cfg.env.frames_per_step, 0)],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    assert isinstance(stage.collector, Watched)
+    return stage.collector
+
+
+SMALL = ["finetune.batch_size=2", "finetune.chunk_length=5", "finetune.train_every=1"]
+
+
+@pytest.mark.parametrize("hold", [1, 3])
+def test_the_prefill_holds_each_random_action_as_long_as_asked(hold: int, tmp_path: Path) -> None:
+    words = [*SMALL, "finetune.prefill=30", f"finetune.prefill_hold={hold}"]
+    collector = run(tmp_path, 1, *words, "finetune.initial_updates=1")
+    actions = np.concatenate(collector.taken)
+    assert len(actions) >= 30  # one more where an episode began anew
+    changes = (actions[1:] != actions[:-1]).any(axis=1)
+    assert np.flatnonzero(changes).tolist() == list(range(hold - 1, len(actions) - 1, hold))
+
+
+@pytest.mark.parametrize(
+    ("ahead", "exact", "expected"),
+    [(True, False, True), (False, False, False), (True, True, False)],
+)
+def test_steps_are_left_under_way_unless_the_settings_say_otherwise(
+    ahead: bool, exact: bool, expected: bool, tmp_path: Path
+) -> None:
+    words = [*SMALL, "finetune.prefill=20", f"finetune.collect_ahead={str(ahead).lower()}"]
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(exact)
+    try:
+        collector = run(tmp_path, 5, *words, "finetune.initial_updates=2")
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert len(collector.asked) >= 23  # the prefill goes on until a chunk can be drawn
+    assert not any(collector.asked[:-3])
+    assert collector.asked[-3:] == [expected] * 3  # updates 3, 4 and 5: none in the initial two
