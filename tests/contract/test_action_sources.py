@@ -148,5 +148,5 @@ def test_every_kind_of_source_is_here() -> None:
 
 
 def test_an_action_wider_than_its_room_is_refused() -> None:
-    with pytest.raises(ConfigError, match="has 9 numbers but world_model.source.width leaves"):
+    with pytest.raises(ConfigError, match="has 9 numbers but world_model"):
         build_action_source(SourceConfig(kind="null", width=WIDTH), IMAGE, 7, WORDS, 9)

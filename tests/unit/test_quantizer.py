@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import lightning as L
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 
+from callbacks.codebook import CodebookUpdate
 from mapo_lightning.models.rssm_world.context import FrameContext
 from mapo_lightning.models.rssm_world.encoder import normalised
 from mapo_lightning.models.rssm_world.quantizer import Quantizer
@@ -138,3 +144,42 @@ def test_a_random_frame_is_any_frame() -> None:
     torch.manual_seed(0)
     drawn = context._pick(number)[:, 0, 0, 0].bincount(minlength=5)
     assert int(drawn.min()) >= 20  # 40 of each are expected
+
+
+class TwoBooks(L.LightningModule):
+    """A frozen codebook, filled once and then frozen, beside one that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixed, self.free = (Quantizer(QuantizerConfig(codes=8), 2) for _ in range(2))
+        self.fixed(torch.randn(64, 2))
+        self.fixed.cfg.frozen = True
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        rows = self.scale * batch
+        loss: Tensor = self.fixed(rows).commitment + self.free(rows).commitment
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def test_the_callback_moves_free_codebooks_once_per_update_and_frozen_ones_never(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    module, calls = TwoBooks(), []
+    fixed = {name: value.clone() for name, value in module.fixed.named_buffers()}
+    update = module.free.update
+    module.free.update = lambda *a: calls.append(0) or update(*a)  # type: ignore[method-assign,func-returns-value]
+    rows = DataLoader(list(torch.randn(6, 64, 2) + 3.0), batch_size=None)  # type: ignore[arg-type]
+    L.Trainer(
+        accelerator="cpu", max_epochs=1, accumulate_grad_batches=2, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, callbacks=[CodebookUpdate()],
+    ).fit(module, rows)  # fmt: skip
+    assert len(calls) == 3  # six batches, two to an update
+    assert all(torch.equal(value, fixed[name]) for name, value in module.fixed.named_buffers())
+    assert float((module.free.codes.mean(0) - 3.0).abs().max()) < 0.5
+    assert not module.free.batch_count.any()
