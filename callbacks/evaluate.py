@@ -21,7 +21,7 @@ class EvaluatePolicy(L.Callback):
 
     Args:
         play: Plays the episodes.
-        floors: Scores of policies that learn nothing, on the same reset seeds, by name.
+        baselines: Scores of policies that learn nothing, on the same reset seeds, by name.
         seeds: Reset seed of every episode.
         about: What is played: task and method.
         every: Updates between evaluations; one more is made at the end.
@@ -32,14 +32,14 @@ class EvaluatePolicy(L.Callback):
     def __init__(
         self,
         play: Play,
-        floors: Mapping[str, Score],
+        baselines: Mapping[str, Score],
         seeds: tuple[int, ...],
         about: Mapping[str, Any],
         every: int,
         fps: float,
         best: Path | None = None,
     ) -> None:
-        self.play, self.floors, self.seeds, self.about = play, floors, seeds, about
+        self.play, self.baselines, self.seeds, self.about = play, baselines, seeds, about
         self.every, self.fps = every, fps
         self.best, self.best_return = best, -math.inf
         self.newest: Evaluation | None = None
@@ -81,7 +81,7 @@ class EvaluatePolicy(L.Callback):
         episodes, films = self.play(greedy(pl_module), 1)
         about = {"env_frames": pl_module.env_frames, "updates": trainer.global_step}
         about = {**self.about, **about}
-        self.newest = Evaluation(Score(tuple(episodes)), self.floors, self.seeds, about)
+        self.newest = Evaluation(Score(tuple(episodes)), self.baselines, self.seeds, about)
         recorder = recorder_of(trainer)
         if recorder is not None and trainer.logger is not None:
             trainer.logger.log_metrics(self.newest.metrics(), pl_module.env_frames)

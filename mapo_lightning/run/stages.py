@@ -204,7 +204,7 @@ def fit(
     earlier = session.resumed.path if session.resumed.phase == phase else None
     identity = session.resumed.tracked(phase)
     logger = tracking.make_logger(cfg.tracking, phase, session.parent, run_id=identity)
-    module.card = {  # what a checkpoint tells about itself
+    module.metadata = {  # what a checkpoint tells about itself
         "stage": phase,
         "method": cfg.method,
         "config": session.composed.redacted_yaml,

@@ -32,11 +32,11 @@ def named_adam(
 
 
 class TrainedModule(L.LightningModule):
-    """LightningModule with per-group clipping, a cheap log and a card inside its checkpoints.
+    """LightningModule with per-group clipping, a cheap log and metadata inside its checkpoints.
 
     Attributes:
-        card: What a checkpoint tells about itself: plain strings and numbers (configuration, stage,
-            widths, tracking run), so that it can be read with ``weights_only=True``.
+        metadata: What a checkpoint tells about itself: plain strings and numbers (configuration,
+            stage, widths, tracking run), so that it can be read with ``weights_only=True``.
         env_frames: Simulator frames seen so far, over all ranks: the x-axis of every curve of
             fine-tuning. None in pre-training, where the x-axis counts updates.
     """
@@ -44,7 +44,7 @@ class TrainedModule(L.LightningModule):
     def __init__(self, optimizer: OptimizerConfig) -> None:
         super().__init__()
         self.optimizer_cfg = optimizer
-        self.card: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
         self.env_frames: int | None = None
         self.captured: Captured | None = None
 
@@ -117,8 +117,8 @@ class TrainedModule(L.LightningModule):
         return _named("grad_norm", norms)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the card and the counters into the checkpoint."""
-        checkpoint["mapo"] = dict(self.card)
+        """Put the metadata and the counters into the checkpoint."""
+        checkpoint["mapo"] = dict(self.metadata)
         if self.env_frames is not None:
             checkpoint["mapo"]["env_frames"] = self.env_frames
 

@@ -1,7 +1,7 @@
 """Reads checkpoints: plain tensors, strings and numbers only, never code.
 
-Checkpoints are Lightning's, with one more entry, ``mapo``: the card (configuration, stage, widths,
-tracking run) that lets a file be used without the command that made it.
+Checkpoints are Lightning's, with one more entry, ``mapo``: the metadata (configuration, stage,
+widths, tracking run) that lets a file be used without the command that made it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
 
     Args:
         path: The file.
-        mapped: Leave the tensors on disk until they are used: enough for whoever wants the card.
+        mapped: Leave the tensors on disk until they are used: enough to read the metadata.
 
     Raises:
         CheckpointError: It is missing, damaged, holds code, or was not made by this package.
@@ -86,7 +86,7 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
             "earlier one from the same folder"
         ) from error
     if not isinstance(content, dict) or "mapo" not in content or "state_dict" not in content:
-        raise CheckpointError(f"'{path}' was not saved by this package: it has no 'mapo' card")
+        raise CheckpointError(f"'{path}' was not saved by this package: it has no entry 'mapo'")
     return content
 
 
@@ -114,10 +114,10 @@ def check_fit(model: nn.Module, content: Mapping[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: Names the first tensor that is missing, left over or of another shape.
     """
-    card = content["mapo"]
+    metadata = content["mapo"]
     advice = (
-        f"'{path}' was made with method={card.get('method')} and brings its own settings along; "
-        "leave out method=, size=, env= and world_model.*"
+        f"'{path}' was made with method={metadata.get('method')} and brings its own settings "
+        "along; leave out method=, size=, env= and world_model.*"
     )
     _check_part("", model.state_dict(), content["state_dict"], advice)
 

@@ -107,5 +107,5 @@ def test_files_that_are_no_checkpoints(
 
 def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match="no 'mapo' card"):
+    with pytest.raises(CheckpointError, match="no entry 'mapo'"):
         read_checkpoint(tmp_path / "other.ckpt")

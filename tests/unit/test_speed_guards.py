@@ -16,21 +16,7 @@ def test_a_step_starts_few_kernels_and_never_waits_for_the_device(case: str) -> 
     torch.set_num_threads(1)
     counted = operations(Work(case).ours)
     assert not counted.syncs, f"the host waits for the device: {dict(counted.syncs)}"
-    assert 0.9 * CEILING[case] < counted.kernels.total() <= CEILING[case], (
-        f"{counted.kernels.most_common(12)}"
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", sorted(CEILING))
-def test_the_plain_step_needs_four_times_as_many(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Torch's own setting, which some libraries switch off when they are imported.
-    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
-    plain = operations(Work(case).stepper("reference"))
-    assert plain.kernels.total() >= 4 * CEILING[case]
-    assert plain.syncs.total() > 100
+    assert counted.kernels.total() <= CEILING[case], f"{counted.kernels.most_common(12)}"
 
 
 def test_the_counter_sees_syncs_kernels_and_views() -> None:
