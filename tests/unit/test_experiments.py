@@ -99,6 +99,8 @@ def test_every_experiment_has_the_published_protocol(name: str) -> None:
     assert (cfg.finetune.batch_size, cfg.finetune.chunk_length) == (16 if dmc else 50, 50)
     assert (cfg.evaluate.episodes, cfg.evaluate.every * cfg.finetune.train_every) == (10, 10_000)
     assert cfg.env.frames_per_step == (2 if dmc else 1)
+    assert cfg.env.render_quality == "full"
+    assert (cfg.data.official_split, cfg.data.holdout) == (False, 0.0)  # all 839, all 193,690
     tuned, agent = cfg.finetune, cfg.agent
     assert (tuned.prefill, tuned.initial_updates) == (1000 if dmc else 5000, 100)
     rates = (cfg.pretrain.lr, tuned.lr_model, tuned.lr_lower, tuned.lr_actor, tuned.lr_critic)

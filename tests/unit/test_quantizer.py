@@ -183,3 +183,24 @@ def test_the_callback_moves_free_codebooks_once_per_update_and_frozen_ones_never
     assert all(torch.equal(value, fixed[name]) for name, value in module.fixed.named_buffers())
     assert float((module.free.codes.mean(0) - 3.0).abs().max()) < 0.5
     assert not module.free.batch_count.any()
+
+
+def test_half_of_the_erased_rectangles_are_tall_and_every_aspect_is_as_likely() -> None:
+    """On a large frame, where whole pixels hardly round the aspect."""
+    torch.manual_seed(0)
+    image = ImageConfig(channels=[4, 8, 16], layers=1)
+    context = FrameContext(ContextConfig(kind="features", erase=1.0), image, augment=True)
+    gone = context._augment(torch.ones(4000, 1, 64, 64))[:, 0] == 0
+    tall, wide = gone.any(2).sum(1), gone.any(1).sum(1)
+    assert torch.equal(gone.sum((1, 2)), tall * wide)  # whole pixels, one rectangle
+    unclipped = (tall < 64) & (wide < 64) & (tall * wide > 300)
+    aspect = (tall / wide)[unclipped]
+    flat, upright = aspect[aspect < 1.0], aspect[aspect > 1.0]
+    assert 0.45 < len(upright) / len(aspect) < 0.55
+    # Uniform between its ends: the mean lies in the middle (a logarithmic draw: 0.58 and 1.93).
+    assert abs(float(flat.mean()) - 0.65) < 0.02
+    assert abs(float(upright.mean()) - 2.15) < 0.06
+    corner = gone.flatten(1).int().argmax(1)
+    top, left = corner // 64, corner % 64
+    assert bool(((top + tall == 64).any() & (top == 0).any()))
+    assert bool(((left + wide == 64).any() & (left == 0).any()))

@@ -127,7 +127,7 @@ class DreamerAgent(nn.Module):
         # Eq. (5). The action taken in state i first shows in the target of state i + 1.
         gain_IN = target_IN[1:] + self.cfg.entropy * entropy_IN[:-1]
         actor = -(weight_IN[:-2] * gain_IN).mean()
-        # Eq. (4).
+        # Eq. (4). Deviation: critic-target. The released code's targets also contain the entropy.
         value_IN = self.critic(dream.feat[:-1].detach()).float().squeeze(-1)
         critic = (weight_IN[:-1] * 0.5 * (value_IN - target_IN.detach()).pow(2)).mean()
         log = {

@@ -74,15 +74,21 @@ class FrameContext(nn.Module):
         return obs[torch.arange(batch, device=obs.device), tau_B]
 
     def _augment(self, frame_BCHW: Tensor) -> Tensor:
-        """Grey out one rectangle of 2-33 % of the area, aspect 0.3-3.3, in some frames."""
+        """Grey out one rectangle in some frames: 2-33 % of the area, aspect 0.3-3.3, whole pixels.
+
+        As many are tall as wide, and each aspect of the half is as likely as another: the
+        augmentation that ContextWM took from kornia 0.6.5 (facts 3.2, 10.1).
+        """
         if not self.training or self.erase == 0.0:
             return frame_BCHW
         batch, _, height, width = frame_BCHW.shape
-        u = torch.rand(5, batch, 1, 1, 1, device=frame_BCHW.device)
+        u = torch.rand(6, batch, 1, 1, 1, device=frame_BCHW.device)
         area = (0.02 + 0.31 * u[0]) * height * width
-        aspect = torch.exp(torch.log(torch.tensor(0.3)) + u[1] * torch.log(torch.tensor(11.0)))
-        tall, wide = (area * aspect).sqrt(), (area / aspect).sqrt()
-        top, left = u[2] * (height - tall).clamp(min=0), u[3] * (width - wide).clamp(min=0)
+        aspect = torch.where(u[5] < 0.5, 0.3 + 0.7 * u[1], 1.0 + 2.3 * u[1])
+        tall = (area * aspect).sqrt().round().clamp(1, height)
+        wide = (area / aspect).sqrt().round().clamp(1, width)
+        top = (u[2] * (height - tall + 1)).floor()
+        left = (u[3] * (width - wide + 1)).floor()
         y = torch.arange(height, device=u.device).view(1, 1, -1, 1)
         x = torch.arange(width, device=u.device).view(1, 1, 1, -1)
         inside = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)

@@ -54,12 +54,17 @@ class VideoBonus(nn.Module):
             window_BTF = feat_BTF.float().unfold(1, self.cfg.window, 1).mean(dim=-1)
             query = (window_BTF @ self.projection).flatten(0, 1)
             self._push(query)
-            distance = torch.cdist(query, self.queue)
+            # A float32 product is 2 % off where states hardly move (facts 10.1); this one is as
+            # exact as differences would be, which take eight times as long.
+            distance = torch.cdist(query.double(), self.queue.double()).float()
             empty_Q = torch.arange(self.cfg.queue, device=query.device) >= self.filled
             nearest = distance.masked_fill(empty_Q, torch.inf).topk(
-                min(self.cfg.neighbours, query.shape[0]), largest=False, sorted=False
+                self.cfg.neighbours, largest=False, sorted=False
             )
-            bonus = nearest.values.mean(dim=-1).view(window_BTF.shape[:2])
+            # Before as many vectors are there, those that are; counted without a host sync.
+            there = self.filled.clamp(max=self.cfg.neighbours)
+            total = nearest.values.masked_fill(nearest.values.isinf(), 0.0).sum(dim=-1)
+            bonus = (total / there).view(window_BTF.shape[:2])
             self.scale.lerp_(bonus.abs().mean(), 1.0 - self.cfg.momentum)
             return bonus / (self.scale + 1e-8)
 
