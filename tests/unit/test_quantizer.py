@@ -202,5 +202,5 @@ def test_half_of_the_erased_rectangles_are_tall_and_every_aspect_is_as_likely() 
     assert abs(float(upright.mean()) - 2.15) < 0.06
     corner = gone.flatten(1).int().argmax(1)
     top, left = corner // 64, corner % 64
-    assert bool(((top + tall == 64).any() & (top == 0).any()))
-    assert bool(((left + wide == 64).any() & (left == 0).any()))
+    assert bool((top + tall == 64).any() & (top == 0).any())
+    assert bool((left + wide == 64).any() & (left == 0).any())
