@@ -18,6 +18,7 @@ from mapo_lightning.envs.factory import make_vector_env
 from mapo_lightning.envs.live_labels import LiveLabeler
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.models.agents.dreamer import DreamerAgent
+from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
@@ -33,6 +34,7 @@ from mapo_lightning.training.compile import compile_parts
 from mapo_lightning.training.datamodule import VideoDataModule
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.pretrain import PretrainModule
+from mapo_lightning.training.settings import HANDED_OVER
 from mapo_lightning.types import CheckpointError, ConfigError
 
 
@@ -110,12 +112,24 @@ def build_finetune(
         cfg.world_model.head_layers,
         cfg.world_model.head_units,
     )
+    _check_names(cfg, world_model)
     report = None
     if init_from is not None:
         report = load_pretrained(world_model, read_checkpoint(init_from), cfg.finetune.load)
     if cfg.trainer.compile:
         compile_parts(world_model.parts())
     return FinetuneModule(world_model, agent, cfg.finetune), report
+
+
+def _check_names(cfg: RunConfig, world_model: WorldModel) -> None:
+    """Refuse parts to take over that no model has; those that only this method lacks are fine."""
+    known = [*dict.fromkeys([*HANDED_OVER, *world_model.parts()])]
+    for name in cfg.finetune.load:
+        if name not in known:
+            raise ConfigError(
+                f"finetune.load names {name}, which is no part of a world model; the parts are "
+                f"{', '.join(known)}"
+            )
 
 
 def load_finetuned(cfg: RunConfig, path: Path) -> tuple[FinetuneModule, Mapping[str, Any]]:

@@ -82,6 +82,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.stage == "evaluate" and not self.checkpoint:
             raise ConfigError("stage=evaluate needs checkpoint=PATH of a fine-tuned agent")
+        if self.checkpoint and self.stage != "evaluate":
+            raise ConfigError(
+                f"checkpoint= is what stage=evaluate plays, and stage={self.stage} does not read "
+                "it; resume= goes on with a training, init_from= fine-tunes a pre-trained model"
+            )
+        if self.init_from and self.stage != "finetune" and not self.resume:
+            raise ConfigError(
+                f"init_from= is what stage=finetune starts from, and stage={self.stage} does not "
+                "read it; add stage=finetune, or leave it out"
+            )
         if self.data.image_size != self.env.size:
             raise ConfigError(
                 f"data.image_size and env.size must agree, got {self.data.image_size} and "

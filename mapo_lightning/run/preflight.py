@@ -23,6 +23,7 @@ from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
 from mapo_lightning.run.trainer import best_device, check_hardware
 from mapo_lightning.semantics.factory import build_labeler
+from mapo_lightning.tracking.logger import is_main_process
 from mapo_lightning.training.checkpoint import check_fit, load_pretrained, read_checkpoint
 from mapo_lightning.training.cuda_graph import cuda_recorder
 from mapo_lightning.types import CheckpointError, ConfigError
@@ -37,6 +38,8 @@ def check_run(cfg: RunConfig) -> None:
     earlier = resumed(cfg)
     phases = _phases(cfg, earlier)
     _check_folders(cfg)
+    _check_method(cfg, earlier)
+    _check_unused(cfg, earlier)
     if cfg.trainer.capture:
         cuda_recorder(cfg.trainer.accelerator, cfg.trainer.processes)
     if phases:
@@ -74,6 +77,34 @@ def _check_folders(cfg: RunConfig) -> None:
                 f"{key}='{folder}' cannot be made, because '{there}' is not a folder that you may "
                 f"write to; give another with {key}=DIR"
             )
+
+
+def _check_unused(cfg: RunConfig, earlier: Resumed) -> None:
+    """See that the run's folder holds no results of another run, which would be overwritten."""
+    folder = Path(cfg.run_dir).absolute()
+    # The other ranks find the folder that rank 0 has just made.
+    if not cfg.run_dir or folder in earlier.path.absolute().parents or not is_main_process():
+        return
+    for result in (*sorted(folder.glob("*/*.ckpt")), *folder.glob("evaluation.json")):
+        more = f"resume={cfg.run_dir} goes on with it, or " if result.suffix == ".ckpt" else ""
+        raise ConfigError(
+            f"run_dir='{cfg.run_dir}' holds the results of an earlier run "
+            f"({result.relative_to(folder)}): {more}give another folder"
+        )
+
+
+def _check_method(cfg: RunConfig, earlier: Resumed) -> None:
+    """See that a checkpoint goes on, or is played, as the method that it was trained with."""
+    played = cfg.checkpoint if cfg.stage == "evaluate" else None
+    path = Path(played) if played else earlier.path
+    if not played and not earlier.phase:
+        return
+    metadata = read_checkpoint(path, mapped=True)["mapo"]
+    if metadata.get("method", cfg.method) != cfg.method:
+        raise CheckpointError(
+            f"'{path}' was trained with method={metadata['method']} and cannot "
+            f"{'be played' if played else 'go on'} as method={cfg.method}; leave out method="
+        )
 
 
 def _check_videos(cfg: RunConfig) -> None:

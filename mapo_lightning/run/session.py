@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from mapo_lightning.tracking import logger as tracking
 from mapo_lightning.training.cuda_graph import CudaRecorder, cuda_recorder
 from mapo_lightning.training.process import keep_freed_memory
 from mapo_lightning.types import ConfigError
+
+_SHARED = "MAPO_RUN_DIR"
 
 
 class Session(NamedTuple):
@@ -60,6 +63,8 @@ def opened(composed: Composed[RunConfig]) -> Iterator[Session]:
     tags = {"method": cfg.method, "stage": cfg.stage, "run_dir": str(folder)}
     parent = tracking.start_parent(cfg.tracking, folder.name, tags, earlier.tracked("parent"))
     status: tracking.Status = "FAILED"
+    inherited = os.environ.get(_SHARED)
+    os.environ[_SHARED] = str(folder)  # ranks that this process starts share it
     try:
         _make_folder(folder, composed)
         yield Session(composed, folder, parent, earlier, recorder)
@@ -68,6 +73,8 @@ def opened(composed: Composed[RunConfig]) -> Iterator[Session]:
         status = "KILLED"
         raise
     finally:
+        if inherited is None:  # the next run of this process has a folder of its own
+            del os.environ[_SHARED]
         tracking.finish_parent(parent, status, cfg.tracking)
         if dist.is_initialized():  # without this, gloo aborts now and then at exit
             if status == "FINISHED":
@@ -82,17 +89,30 @@ def run_folder(name: str, given: str = "") -> Path:
         name: What to call it where none is given, after the time or the job.
         given: The folder that the user wants.
 
+    Raises:
+        ConfigError: The folder cannot be made.
+
     Returns:
-        Its absolute path; it is not made.
+        Its absolute path. A folder that is called after the time is made, because another run may
+        start in the same second; any other is not.
     """
-    folder = given or os.environ.get("MAPO_RUN_DIR", "")
-    if not folder:
-        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-        stamp = f"job{job}" if job and job != "none" else time.strftime("%Y%m%d-%H%M%S")
-        folder = f"runs/{stamp}-{name}"
-    path = Path(folder).absolute()
-    os.environ["MAPO_RUN_DIR"] = str(path)  # ranks that this process starts share it
-    return path
+    folder = given or os.environ.get(_SHARED, "")
+    if folder:
+        return Path(folder).absolute()
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    if job and job != "none":
+        return Path(f"runs/job{job}-{name}").absolute()
+    base = Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}").absolute()
+    for number in itertools.count(1):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return path
+    raise AssertionError("counting has no end")
 
 
 def _settle_process(cfg: RunConfig) -> CudaRecorder | None:
@@ -112,7 +132,11 @@ def _make_folder(folder: Path, composed: Composed[RunConfig]) -> None:
         if tracking.is_main_process():
             composed.save(folder / "config.yaml")
     except OSError as error:
-        raise ConfigError(
-            f"cannot write the run's folder '{folder}' ({error.strerror}); give another with "
-            "run_dir=DIR"
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot write the run's folder '{folder}' ({error.strerror}); give another with "
+        "run_dir=DIR"
+    )

@@ -136,8 +136,14 @@ def load_pretrained(
         parts: Names of the parts to take over, if the new model has them.
 
     Raises:
-        CheckpointError: A tensor of a part is missing, left over or of another shape.
+        CheckpointError: The checkpoint is not of pre-training; or a tensor of a part is missing,
+            left over or of another shape.
     """
+    if checkpoint["mapo"].get("stage") == "finetune":
+        raise CheckpointError(
+            "init_from= takes a checkpoint of pre-training, and this one was made by fine-tuning; "
+            "resume= goes on with it, stage=evaluate checkpoint= plays its agent"
+        )
     stored: dict[str, dict[str, Tensor]] = {}
     for key, tensor in checkpoint["state_dict"].items():
         head, _, rest = key.partition(".")

@@ -51,6 +51,10 @@ class PretrainConfig:
             raise ConfigError(f"lr must be positive, got {self.lr}")
 
 
+HANDED_OVER = ("encoder", "context", "source", "lower", "decoder")
+"""Parts that fine-tuning takes over from pre-training, as far as a method has them (O23)."""
+
+
 @dataclass
 class FinetuneConfig:
     """Learning in an environment (facts 6.1; the suites' numbers stand in conf/env/)."""
@@ -91,9 +95,7 @@ class FinetuneConfig:
     """Adam's other numbers."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Loss weights; the method's file names them, the environment's sets free nats."""
-    load: list[str] = field(
-        default_factory=lambda: ["encoder", "context", "source", "lower", "decoder"]
-    )
+    load: list[str] = field(default_factory=lambda: list(HANDED_OVER))
     """Parts taken over from pre-training (O23); PreLAR drops its source."""
     freeze: list[str] = field(default_factory=list)
     """Parts of the world model whose weights stay as they are, such as encoder and decoder; the

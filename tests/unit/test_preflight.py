@@ -69,6 +69,9 @@ def pretrained(path: Path, *words: str) -> Path:
         (["pretrain.objective.scales.imag=1"], "imag"),
         (["finetune.freeze=[decodr]"], "finetune.freeze names decodr"),
         (["finetune.load=[encoder,upper]"], "the checkpoint has no 'upper."),
+        (["finetune.load=[foo]"], "finetune.load names foo, which is no part of a world model"),
+        (["stage=finetune", "checkpoint=a.ckpt"], "stage=finetune does not read it; resume="),
+        (["init_from=a.ckpt"], "stage=all does not read it; add stage=finetune"),
         (["method=dreamerv2", "stage=pretrain"], "nothing to pre-train"),
         (["env.name=dsic"], "toy has no task 'dsic'"),
         (["env.kind=gym", "env.name=Nothing-v9"], "Nothing-v9"),
@@ -106,6 +109,40 @@ def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path: Path, refused: Ref
     path = pretrained(tmp_path / "pre.ckpt")
     said = refused(f"resume={path}", "world_model.lower.deter=24")
     assert "brings its own settings along" in said
+
+
+def test_an_agent_is_not_played_or_resumed_as_another_method(
+    tmp_path: Path, refused: Refused
+) -> None:
+    path = tmp_path / "last.ckpt"
+    save(path)
+    said = refused("stage=evaluate", f"checkpoint={path}", "method=apv", "trainer=cpu")
+    assert "was trained with method=mapo and cannot be played as method=apv" in said
+    said = refused(f"resume={path}", "method=apv", "trainer=cpu")
+    assert "was trained with method=mapo and cannot go on as method=apv" in said
+
+
+def test_an_agent_is_no_start_of_fine_tuning(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "last.ckpt"
+    save(path)
+    said = refused(*SMALL, "stage=finetune", f"init_from={path}")
+    assert "takes a checkpoint of pre-training, and this one was made by fine-tuning" in said
+
+
+@pytest.mark.parametrize("stage", ["all", "finetune", "evaluate"])
+def test_results_of_an_earlier_run_are_not_overwritten(
+    stage: str, tmp_path: Path, refused: Refused
+) -> None:
+    (tmp_path / "run/finetune").mkdir(parents=True)
+    path = tmp_path / "run/finetune/last.ckpt"
+    save(path)
+    before = path.read_bytes()
+    words = [f"checkpoint={path}"] if stage == "evaluate" else SMALL
+    said = refused(*words, f"stage={stage}", "run_dir=../run", "trainer=cpu")
+    assert "run_dir='../run' holds the results of an earlier run (finetune/last.ckpt)" in said
+    assert "resume=../run goes on with it, or give another folder" in said
+    assert path.read_bytes() == before
+    assert list((tmp_path / "run").iterdir()) == [path.parent]
 
 
 def test_an_agent_is_not_played_where_actions_are_others(tmp_path: Path, refused: Refused) -> None:
