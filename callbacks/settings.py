@@ -28,7 +28,7 @@ class CallbacksConfig:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("gallery", "quality"):
+        for name in ("phrases", "gallery", "quality"):
             if not 0 <= getattr(self, name) <= 2000:
                 raise ConfigError(f"{name} must lie in [0, 2000], got {getattr(self, name)}")
         for name in ("rollout_every", "checkpoint_every"):

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from mapo_lightning.config.command_line import CommandLine
 from mapo_lightning.config.groups import Groups, Keys
@@ -25,6 +25,7 @@ from mapo_lightning.config.renamed import Renamed
 from mapo_lightning.config.schema import (
     as_integers,
     did_you_mean,
+    fits,
     flatten,
     hints,
     lookup,
@@ -232,6 +233,8 @@ def _set(tree: DictConfig, schema: type, key: str, value: Any, origin: str) -> N
     hint = lookup(schema, key)
     _wake_parents(tree, schema, key)
     try:  # merge: dicts grow, lists are replaced
+        if not fits(value, hint):
+            raise ValidationError
         OmegaConf.update(tree, key, as_integers(value, hint), merge=isinstance(value, dict))
     except OmegaConfBaseException as error:
         place = f"{origin}: " if origin else ""

@@ -210,6 +210,20 @@ def may_be_null(schema: type, name: str) -> bool:
     return name in hints(schema) and unwrap(hints(schema)[name])[1]
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value fits where OmegaConf would take more than it should.
+
+    It reads every number as true or false, and lets a section stand for a number in a dict.
+    """
+    inner, _ = unwrap(hint)
+    if inner is bool:
+        return not isinstance(value, int | float) or isinstance(value, bool)
+    item = getattr(inner, "__args__", (None,))[-1]
+    if get_origin(inner) is dict and item in (int, float) and isinstance(value, dict):
+        return not any(isinstance(x, dict | list | bool) for x in value.values())
+    return True
+
+
 def as_integers(value: Any, hint: Any) -> Any:
     """Turn whole numbers written as 1e5 into integers where the schema wants integers."""
     inner, _ = unwrap(hint)

@@ -67,6 +67,8 @@ class VideoDataConfig:
             raise ConfigError(f"workers must lie in [0, 256], got {self.workers}")
         if self.rate is not None and not 0.0 < self.rate <= 1000.0:
             raise ConfigError(f"rate must lie in (0, 1000] frames per second, got {self.rate}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit must be at least 1 video, got {self.limit}")
 

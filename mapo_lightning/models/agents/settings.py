@@ -34,7 +34,8 @@ class AgentConfig:
         for name in ("discount", "lam"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.explore_noise < 0.0:
-            raise ConfigError(f"explore_noise must not be negative, got {self.explore_noise}")
+        for name in ("entropy", "explore_noise"):
+            if getattr(self, name) < 0.0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.target_every < 1:
             raise ConfigError(f"target_every must be at least 1, got {self.target_every}")

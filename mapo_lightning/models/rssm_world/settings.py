@@ -139,6 +139,8 @@ class RSSMConfig:
         for name in ("deter", "hidden", "stoch", "classes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.action_slot < 0:
+            raise ConfigError(f"action_slot must not be negative, got {self.action_slot}")
         if not 0.0 <= self.kl_balance <= 1.0:
             raise ConfigError(f"kl_balance must lie in [0, 1], got {self.kl_balance}")
 
