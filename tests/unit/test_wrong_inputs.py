@@ -16,6 +16,7 @@ from mapo_lightning.config.schema import unwrap, walk
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.main import main
 
+
 def wrong(hint: Any) -> Iterator[str]:
     """Texts that are no value of a setting of this type."""
     inner, optional = unwrap(hint)
@@ -36,11 +37,7 @@ def wrong(hint: Any) -> Iterator[str]:
         yield from ("zzz", "-1")
 
 
-CASES = [
-    f"{setting.key}={text}"
-    for setting in walk(RunConfig)
-    for text in wrong(setting.type)
-]
+CASES = [f"{setting.key}={text}" for setting in walk(RunConfig) for text in wrong(setting.type)]
 SLIPS = {setting.key.rpartition(".")[0]: setting.key + "x" for setting in walk(RunConfig)}
 CASES += [f"{key}=1" for key in SLIPS.values()]  # one misspelt key of each section
 
