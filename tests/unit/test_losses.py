@@ -186,6 +186,35 @@ def test_actor_and_critic_losses_against_the_written_out_formulas() -> None:
         torch.testing.assert_close(p.grad, grad)
 
 
+@pytest.mark.parametrize("mean", [-1.0, 0.0, 1.0])
+def test_samples_and_modes_at_the_edges_stay_inside_and_finite(mean: float) -> None:
+    """Noise of exactly 0 or 1 would otherwise be an infinite quantile."""
+    policy = TruncatedNormal(torch.full((2, 1), mean), torch.full((2, 1), 5.0))
+    low, high = policy.sample(torch.tensor([[0.0], [1.0]])).flatten().tolist()
+    assert -1.0 < low < -0.999
+    assert 0.999 < high < 1.0
+    assert policy.mode().flatten().tolist() == pytest.approx([mean * (1 - 1e-6)] * 2, abs=1e-7)
+
+
+def test_lambda_may_be_either_end_and_nothing_beyond() -> None:
+    one = torch.ones(2, 1)
+    assert lambda_returns(one, one, one, one[0], 0.0).flatten().tolist() == [2.0, 2.0]
+    assert lambda_returns(one, one, one, one[0], 1.0).flatten().tolist() == [3.0, 2.0]
+    for lam in (-0.01, 1.01):
+        with pytest.raises(ValueError, match="lam must lie in"):
+            lambda_returns(one, one, one, one[0], lam)
+
+
+def test_the_agent_logs_what_the_curves_are_called() -> None:
+    agent = DreamerAgent(AgentConfig(horizon=3), LineWorld(), action_dim=1, layers=1, units=4)
+    fit = Fit(torch.zeros(()), {}, DreamtBelief(torch.zeros(2, 1, 1)))
+    found = agent.losses(LineWorld(), fit, {})
+    assert set(found.losses) == {"actor", "critic"}
+    shown = {"actor", "critic", "entropy", "imagined_return", "imagined_reward", "value"}
+    assert set(found.log) == shown
+    assert not any(value.requires_grad for value in found.log.values())
+
+
 def test_the_discount_head_learns_where_episodes_go_on_and_dreams_use_it() -> None:
     torch.manual_seed(0)
     heads = Heads(["reward", "discount"], feat=2, units=8, layers=1)

@@ -91,6 +91,12 @@ def test_the_codebook_starts_from_the_first_batch() -> None:
     assert torch.equal(resumed.codes, book.codes)
 
 
+def test_what_a_checkpoint_keeps_of_a_codebook() -> None:
+    """Not what one update has collected: it would be counted again after resuming."""
+    kept = set(Quantizer(QuantizerConfig(codes=8), 2).state_dict())
+    assert kept == {"codes", "ema_count", "ema_sum", "started"}
+
+
 def test_both_shapes_give_the_decoder_maps_of_both_scales() -> None:
     obs = torch.randint(0, 256, (3, 5, 64, 64, 3), dtype=torch.uint8)
     image = ImageConfig(channels=[4, 8, 16], layers=1)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from replay_entries import entry, make, play
+from replay_entries import SPEC, entry, make, play
 
+from mapo_lightning.data.episodes import EpisodeFolder
 from mapo_lightning.data.replay import ReplayError
 from mapo_lightning.data.settings import ReplayConfig
 from mapo_lightning.types import ConfigError
@@ -182,3 +183,16 @@ def test_a_full_disk_is_reported_with_its_path_and_nothing_is_half_written(tmp_p
 def test_capacity_must_be_positive() -> None:
     with pytest.raises(ConfigError, match="capacity must be at least 1 agent step, got 0"):
         ReplayConfig(capacity=0)
+
+
+def test_few_files_are_kept_open_and_those_that_were_drawn_last(tmp_path: Path) -> None:
+    folder = EpisodeFolder(tmp_path / "deep" / "replay", SPEC.dtype)
+    for episode in range(300):
+        folder.write(episode, np.zeros(2, SPEC.dtype))
+        first = folder.open(episode)
+        assert folder.open(episode) is first
+    assert list(folder._maps) == list(range(44, 300))  # 256 of them
+    folder.open(44)
+    folder.open(0)
+    assert 44 in folder._maps
+    assert 45 not in folder._maps  # the one that was not asked for the longest makes room

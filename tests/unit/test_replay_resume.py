@@ -96,7 +96,7 @@ def test_damaged_and_missing_episodes_are_dropped_with_a_warning(
     files[1].write_bytes(files[1].read_bytes()[:-40])
     files[2].write_bytes(b"")
     resumed = make(tmp_path)
-    resumed.restore(state)
+    assert resumed.restore(state) == 15
     assert (resumed.episodes, resumed.steps) == (1, 5)
     assert [r.levelname for r in caplog.records] == ["WARNING"] * 3
     assert all("dropped an episode of 5 steps" in r.message for r in caplog.records)

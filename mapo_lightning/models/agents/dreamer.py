@@ -36,7 +36,7 @@ class ActorInDream:
 
     def __init__(self, network: nn.Sequential, noise_INA: Tensor) -> None:
         self.network, self.noise = network, noise_INA
-        self.raw: list[Tensor] = []  # of each step, or one tensor of all steps
+        self.raw: list[Tensor] = []  # of each step, as far as they came one by one
 
     def __call__(self, feat: Tensor) -> Tensor:
         """Action of the next step (N, A)."""
@@ -48,8 +48,7 @@ class ActorInDream:
         return TruncatedNormal.from_raw(raw).sample(self.noise[step])
 
     def sample_all(self, raw: Tensor) -> Tensor:
-        """Actions of all steps (I, N, A) from the actor's outputs, (I, N, 2A), which are kept."""
-        self.raw = list(raw)
+        """Actions of all steps (I, N, A) from the actor's outputs, (I, N, 2A)."""
         self.policies = TruncatedNormal.from_raw(raw)
         return self.policies.sample(self.noise)
 
