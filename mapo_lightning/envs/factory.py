@@ -39,12 +39,31 @@ def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:
     """
     return PixelEnv(
         make_simulator(cfg),
+        name=f"{cfg.kind}/{cfg.name}",
         size=cfg.size,
         label_size=cfg.label_size,
         action_repeat=cfg.frames_per_step,
         time_limit=cfg.time_limit,
         seed=seed,
     )
+
+
+def probed_action_dim(cfg: EnvConfig) -> int:
+    """Width of the action of an environment, which is built for that and closed again.
+
+    A Gymnasium environment is other people's code: it has to take one step as well.
+
+    Raises:
+        EnvironmentSetupError: As `make_env`; or it cannot be reset, stepped or drawn.
+    """
+    env = make_env(cfg, seed=0)
+    try:
+        if cfg.kind == "gym":
+            env.reset()
+            env.step(np.zeros(env.action_space.shape, np.float32))
+        return int(np.prod(env.action_space.shape))
+    finally:
+        env.close()
 
 
 def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> VectorEnv:
