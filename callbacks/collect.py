@@ -50,7 +50,7 @@ class CollectExperience(L.Callback):
             self.collector.replay.spec.action_dim, self.seed, pl_module.cfg.prefill_hold
         )
         taken = 0
-        while taken < share or not self.collector.replay.can_sample(pl_module.cfg.chunk_length):
+        while taken < share or not self.collector.replay.episodes:
             taken += self.collector.collect(random, self.collector.envs.num_envs)
         self._count(trainer, pl_module, taken)
 

@@ -56,7 +56,7 @@ FINITE = {
     "dict": (spaces.Dict({"b": spaces.Discrete(3), "a": spaces.MultiBinary(2)}), 12),
     "tuple": (spaces.Tuple([spaces.Discrete(2, start=1), spaces.Box(0, 3, (1,), np.int64)]), 8),
     "nested": (
-        spaces.Dict({"x": spaces.Tuple([spaces.Discrete(2), spaces.Dict({"y": spaces.Discrete(3)})])}),
+        spaces.Tuple([spaces.Discrete(2), spaces.Dict({"y": spaces.Tuple([spaces.Discrete(3)])})]),
         6,
     ),
 }  # fmt: skip

@@ -108,7 +108,6 @@ BEFORE_ANY_WORK = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # Gymnasium's own
 @pytest.mark.parametrize(("odd", "message"), BEFORE_ANY_WORK.values(), ids=BEFORE_ANY_WORK.keys())
 @pytest.mark.parametrize("name", ["Odd-v0", "OddEndless-v0"])
 def test_what_one_step_shows_is_said_before_the_run_begins(
@@ -124,7 +123,6 @@ def test_a_sound_environment_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probed_action_dim(config(monkeypatch)) == 2
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium's checker of rewards
 @pytest.mark.parametrize("reward", [np.array([2.0]), np.float32(2.0), np.array(2), 2])
 def test_an_array_of_one_number_is_that_number(
     reward: Any, monkeypatch: pytest.MonkeyPatch
@@ -135,7 +133,6 @@ def test_an_array_of_one_number_is_that_number(
     assert (found[1], type(found[1]), found[4]) == (2.0, float, {"success": 1.0})
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf"), 1e39])
 def test_a_reward_that_is_no_number_never_gets_into_replay(
     reward: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from mapo_lightning.envs.factory import env_seed, make_env, make_vector_env
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import Outcome, PixelEnv, resize_area
-from mapo_lightning.types import ConfigError, EnvironmentSetupError, MapoError
+from mapo_lightning.types import ConfigError, MapoError
 
 
 class Recorder:
