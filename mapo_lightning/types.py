@@ -72,6 +72,10 @@ POSITIONS = 25
 """Number of distinct position codes: the length of a pre-training clip (facts O9)."""
 
 
+SEEDS = 2**32
+"""Seeds lie in [0, 2**32): the range that numpy, torch and all simulators accept."""
+
+
 class MapoError(Exception):
     """A failure the user can fix: says what was requested, what was found and what to do."""
 
