@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -19,8 +20,23 @@ from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import Batch
+from mapo_lightning.waiting import waiting
 
 _HELD_OUT_CLIPS = 16
+
+
+class _WatchedLoader(DataLoader[Clip]):
+    """A loader that says once a minute that a batch is still being made."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        while True:
+            try:
+                with waiting("the next batch: its clips are being decoded and labelled"):
+                    batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
 
 
 class VideoDataModule(L.LightningDataModule):
@@ -69,7 +85,7 @@ class VideoDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Clip]:
         """Endless batches; the trainer stops after its budget of updates."""
         workers = self.data.workers
-        return DataLoader(
+        return _WatchedLoader(
             self.clips("train"),
             batch_size=self.batch_size,
             num_workers=workers,
