@@ -78,7 +78,7 @@ class FinetuneConfig:
     batch_size: int = 16
     """Replayed chunks per update and rank."""
     chunk_length: int = 50
-    """Length T of a replayed chunk."""
+    """Length T of a replayed chunk; shorter episodes are joined to one."""
     lr_model: float = 3e-4
     """Learning rate of upper dynamics, decoder and heads."""
     lr_lower: float = 3e-4
