@@ -17,6 +17,8 @@ from mapo_lightning.types import EnvironmentSetupError
 
 _MOST_INTEGERS = 2**24
 """Integers that one float32 number in [-1, 1] can tell apart."""
+_WIDEST = 4096
+"""Numbers of one action; the last layer of the actor has two outputs for each."""
 
 
 def action_width(space: spaces.Space[Any]) -> int:
@@ -28,6 +30,12 @@ def action_width(space: spaces.Space[Any]) -> int:
     width = _width(space)
     if width == 0:
         raise _refused(space, "it holds no number to choose", "give the task at least one")
+    if width > _WIDEST:
+        raise _refused(
+            space,
+            f"it takes {width:,} numbers, one for each choice, and {_WIDEST:,} is the limit",
+            "a number of 10,000 values can be two choices among 100",
+        )
     return width
 
 

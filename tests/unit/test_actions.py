@@ -113,6 +113,8 @@ REFUSED = {
     "too_far": (spaces.Box(-1.7e308, 1.7e308, (1,), np.float64), UNBOUNDED),
     "integers": (spaces.Box(-np.inf, np.inf, (1,), np.int64), "at most 16,777,216 values"),
     "half_integers": (spaces.Box(0, np.inf, (1,), np.int32), "at most 16,777,216 values"),
+    "too_many": (spaces.Discrete(10_000), "takes 10,000 numbers, one for each choice, and 4,096"),
+    "too_many_in_all": (spaces.MultiDiscrete([100] * 41), "it takes 4,100 numbers"),
     "empty": (spaces.Box(0.0, 1.0, (0,)), "it holds no number to choose"),
     "empty_tuple": (spaces.Tuple([]), "it holds no number to choose"),
     "text": (spaces.Text(5), NO_NUMBERS),
