@@ -145,7 +145,8 @@ def foresight(run: Path, chunks: int = 64, seen: int = 5, ahead: int = 10) -> li
         stage = build_collection(cfg, Path(folder), 0)
         policy = RandomPolicy(stage.action_dim, cfg.seed, cfg.finetune.prefill_hold)
         stage.collector.collect(policy, 1000)
-        batch = chunk_batch(stage.replay, np.random.default_rng(0), chunks, seen + ahead)
+        rng = np.random.default_rng(0)
+        batch = chunk_batch(stage.replay, rng, chunks, seen + ahead, joined=False)
         stage.collector.close()
     torch.manual_seed(0)
     belief, action_BTA = model.observe(batch), batch["action"]

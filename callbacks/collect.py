@@ -15,12 +15,13 @@ from mapo_lightning.training.datamodule import ReplayDataModule
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.log_due import log_due
 from mapo_lightning.types import CheckpointError
+from mapo_lightning.waiting import waiting
 
 
 class CollectExperience(L.Callback):
     """Play at random before training, then ``train_every`` agent steps after each update.
 
-    The prefill belongs into ``on_fit_start``: the first batch is drawn before ``on_train_start``.
+    The prefill belongs in ``on_fit_start``: the first batch is drawn before ``on_train_start``.
 
     A checkpoint gets an entry ``collection``: for every rank the index of its replay, the steps it
     owes and the state of its random numbers. The experience itself stays in the replay's folder.
@@ -40,7 +41,7 @@ class CollectExperience(L.Callback):
         self._resumed: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Play at random until the prefill is there and at least one chunk can be drawn."""
+        """Play at random until the prefill is there and at least one episode is whole."""
         assert isinstance(pl_module, FinetuneModule)
         self.policy = ActingPolicy(pl_module.world_model, pl_module.agent, explore=True)
         if self._resumed is not None:
@@ -49,9 +50,15 @@ class CollectExperience(L.Callback):
         random = RandomPolicy(
             self.collector.replay.spec.action_dim, self.seed, pl_module.cfg.prefill_hold
         )
-        taken = 0
-        while taken < share or not self.collector.replay.can_sample(pl_module.cfg.chunk_length):
-            taken += self.collector.collect(random, self.collector.envs.num_envs)
+        taken, replay = 0, self.collector.replay
+
+        def missing() -> str:
+            episode = "" if replay.episodes else ", and for the first episode to end"
+            return f"random experience: {taken} of {share} agent steps{episode}"
+
+        with waiting(missing):
+            while taken < share or not replay.episodes:
+                taken += self.collector.collect(random, self.collector.envs.num_envs)
         self._count(trainer, pl_module, taken)
 
     def on_save_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
 import lightning as L
@@ -16,6 +17,8 @@ from torchmetrics.functional.image import (
 from callbacks.recorder import recorder_of
 from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.types import Batch, Frames
+
+log = logging.getLogger(__name__)
 
 HORIZONS = (1, 5, 10, 15)
 _ZOOM = 2
@@ -56,6 +59,15 @@ class ImaginationRollout(L.Callback):
             return
         data: _HasRollouts = trainer.datamodule  # type: ignore[attr-defined]
         batch = {k: v.to(pl_module.device) for k, v in data.rollout_batch(self.clips).items()}
+        length = batch["obs"].shape[1]
+        if length <= self.seen:
+            log.info(
+                "no dream is shown: the longest sequence has %d frames, and the model sees the "
+                "first %d of each",
+                length,
+                self.seen,
+            )
+            return
         world_model = pl_module.world_model
         assert isinstance(world_model, WorldModel)
         dream = world_model.open_loop(batch, self.seen)

@@ -234,7 +234,11 @@ def _robot(axes: Axes) -> None:
 # Floors of the house from the ground up, as tests/unit/test_architecture.py holds them: the rooms
 # of each, with what is in them.
 FLOORS: list[dict[str, str]] = [
-    {"types": "batch keys, time, errors", "files": "atomic writes, locks"},
+    {
+        "types": "batch keys, time, errors",
+        "files": "atomic writes, locks",
+        "waiting": "says what is awaited",
+    },
     {
         "config": "YAML and command line\nbecome dataclasses",
         "models": "world model and agent;\ntensors only",

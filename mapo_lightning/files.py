@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from mapo_lightning.waiting import waiting
+
 DRAFT = ".part"
 """Suffix of unfinished files; one that is left over can be deleted."""
 
@@ -93,7 +95,7 @@ class FileLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = self.path.open("ab")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            self._take(file, wait)
         except BlockingIOError:
             file.close()
             return False
@@ -102,6 +104,15 @@ class FileLock:
             raise
         self._file = file
         return True
+
+    def _take(self, file: IO[bytes], wait: bool) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            with waiting(f"'{self.path}', which another process holds"):
+                fcntl.flock(file, fcntl.LOCK_EX)
 
     def release(self) -> None:
         """Give the lock back; does nothing if it is not held."""

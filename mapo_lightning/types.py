@@ -29,6 +29,8 @@ key              trailing, dtype     meaning
 ``reward``       () float32          in units of the environment; fine-tuning only
 ``is_terminal``  () bool             the task ended here; fine-tuning only
 ``is_last``      () bool             the episode ended or was cut here; fine-tuning only
+``episode``      () int64            number of the episode within the chunk, from 0; only in a
+                                     batch with chunks that short episodes were joined to
 ===============  ==================  =====================================================
 
 Keys of a pre-training batch that models do not read, int64 with one leading axis (B,):
@@ -68,6 +70,10 @@ Batch: TypeAlias = "dict[str, Tensor]"
 
 POSITIONS = 25
 """Number of distinct position codes: the length of a pre-training clip (facts O9)."""
+
+
+SEEDS = 2**32
+"""Seeds lie in [0, 2**32): the range that numpy, torch and all simulators accept."""
 
 
 class MapoError(Exception):

@@ -9,6 +9,8 @@ section. Lists are replaced whole.
 from __future__ import annotations
 
 import copy
+import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +34,7 @@ from mapo_lightning.config.schema import (
     hints,
     lookup,
     may_be_null,
+    not_finite,
     only_keys,
     section,
     type_name,
@@ -42,6 +45,10 @@ from mapo_lightning.files import atomic_write
 from mapo_lightning.types import ConfigError
 
 T = TypeVar("T")
+
+_YAML_INT = "tag:yaml.org,2002:int"
+_OCTAL = re.compile(r"[-+]?0[0-9_]+")
+_ODD_NUMBER = re.compile(r"(?<![0-9.])0[0-9_]|[0-9]:[0-9]")
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: The file cannot be read, is not YAML, or does not hold keys at its root.
     """
     try:
-        content = OmegaConf.load(path)
+        content = OmegaConf.load(io.StringIO(_in_base_ten(path.read_text(encoding="utf-8"))))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot read the configuration file '{path}': {reason}") from error
@@ -168,6 +175,28 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(plain, dict) or not all(isinstance(key, str) for key in plain):
         raise ConfigError(f"'{path}' must hold named keys at its root, not a list or a value.")
     return {str(key): value for key, value in plain.items()}
+
+
+def _in_base_ten(text: str) -> str:
+    """Rewrite YAML 1.1's octal numbers, such as 010, and leave its 1:30 for ninety a text."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader) if _ODD_NUMBER.search(text) else None
+    if root is None:
+        return text
+    nodes, seen = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            nodes += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif node.tag == _YAML_INT and ":" in node.value:
+            node.tag, node.style = "tag:yaml.org,2002:str", "'"
+        elif node.tag == _YAML_INT and _OCTAL.fullmatch(node.value):
+            node.value = str(int(node.value))
+    return str(yaml.serialize(root, Dumper=yaml.SafeDumper))
 
 
 def _sort_words(
@@ -235,7 +264,7 @@ def _read_value(key: str, raw: str, hint: Any) -> Any:
     if inner is str and raw[:1] not in ("'", '"'):  # a path such as `a: b` or a name such as 1e5
         return None if optional and raw in ("null", "None") else raw
     try:
-        plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))
+        plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={_in_base_ten(raw)}"]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot read the value of '{key}={raw}': {reason}") from error
@@ -282,6 +311,9 @@ def _build(tree: DictConfig, schema: type[T], prefix: str = "") -> T:
                 values[name] = OmegaConf.to_container(value, resolve=True)
             else:
                 values[name] = value
+            odd = not_finite(values[name])
+            if odd is not None:
+                raise ConfigError(f"'{key}' must be a finite number, got {odd}.")
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0].rpartition("interpolation: ")[2].strip('"')
         raise ConfigError(f"cannot resolve '{error.full_key or key}': {reason}.") from error

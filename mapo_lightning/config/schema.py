@@ -9,6 +9,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import math
 import re
 import textwrap
 import types
@@ -234,3 +235,12 @@ def as_integers(value: Any, hint: Any) -> Any:
     if isinstance(value, dict) and len(getattr(inner, "__args__", ())) == 2:
         return {name: as_integers(item, inner.__args__[1]) for name, item in value.items()}
     return value
+
+
+def not_finite(value: Any) -> float | None:
+    """Return the first number in a value, however nested, that is infinite or not a number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    items = value.values() if isinstance(value, dict) else value
+    nested = map(not_finite, items if isinstance(value, list | tuple | dict) else ())
+    return next((found for found in nested if found is not None), None)

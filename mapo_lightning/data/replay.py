@@ -10,7 +10,7 @@ deleted, so that a process killed while it writes a checkpoint leaves the previo
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,38 +133,43 @@ class Replay:
         entries["has_semantic"][where.entry] = has_semantic
         return True
 
-    def can_sample(self, length: int) -> bool:
-        """Whether any whole episode has at least ``length`` entries."""
-        return any(entries >= length for entries in self._entries.values())
+    @property
+    def longest(self) -> int:
+        """Entries of the longest whole episode; 0 without one."""
+        return max(self._entries.values(), default=0)
 
-    def sample(self, rng: np.random.Generator, batch: int, length: int) -> dict[str, NDArray[Any]]:
+    def sample(
+        self, rng: np.random.Generator, batch: int, length: int, *, joined: bool = True
+    ) -> dict[str, NDArray[Any]]:
         """Draw chunks: an episode uniformly, then its start uniformly.
+
+        An episode that is too short is taken whole, and the chunk goes on in another one, drawn in
+        the same way, until it is full.
 
         Args:
             rng: Source of the draws.
             batch: Number B of chunks.
-            length: Entries T of each; shorter episodes are not drawn from.
+            length: Entries T of each.
+            joined: False draws only from episodes that fill a chunk on their own.
 
         Returns:
             Arrays (B, T, ...), keys and types as in the tables of ``mapo_lightning.types``.
-            No chunk crosses the end of an episode; ``is_first`` is as it was stored, so a chunk
-            from the middle of an episode has none.
+            ``is_first`` is true where a chunk goes on in another episode. At the chunk's own
+            beginning it is as it was stored, so it is false in the middle of an episode.
 
         Raises:
             ReplayError: No whole episode is long enough, or a file was damaged meanwhile.
         """
-        fitting = [e for e, entries in self._entries.items() if entries >= length]
+        least = 1 if joined else length
+        fitting = [e for e, entries in self._entries.items() if entries >= least]
         if not fitting:
-            longest = max(self._entries.values(), default=0)
             raise ReplayError(
                 f"chunks of {length} entries were requested, but the longest of {self.episodes} "
-                f"whole episodes has {longest}: collect more first, or request shorter chunks"
+                f"whole episodes has {self.longest}: collect more first, or request shorter chunks"
             )
         out = np.empty((batch, length), self.spec.dtype)
         for row in out:
-            episode = fitting[int(rng.integers(len(fitting)))]
-            start = self._draw_start(rng, self._entries[episode], length)
-            row[:] = self._folder.open(episode)[start : start + length]
+            self._fill(row, rng, fitting)
         arrays = {name: np.ascontiguousarray(out[name]) for name in self.spec.dtype.names or ()}
         arrays["semantic"] = arrays["semantic"].astype(np.float32)
         return arrays
@@ -240,7 +245,21 @@ class Replay:
         self._entries[episode] = entries
         self.steps += entries - 1
 
+    def _fill(self, row: NDArray[Any], rng: np.random.Generator, fitting: Sequence[int]) -> None:
+        """Fill one chunk (T,) from as many of the ``fitting`` episodes as it takes."""
+        filled = 0
+        while filled < len(row):
+            episode, needed = fitting[int(rng.integers(len(fitting)))], len(row) - filled
+            start = self._draw_start(rng, self._entries[episode], needed)
+            part = self._folder.open(episode)[start : start + needed]
+            row[filled : filled + len(part)] = part
+            if filled:
+                row["is_first"][filled] = True
+            filled += len(part)
+
     def _draw_start(self, rng: np.random.Generator, entries: int, length: int) -> int:
+        if entries < length:
+            return 0
         last = entries - length
         if not self.cfg.prioritize_ends:
             return int(rng.integers(last + 1))

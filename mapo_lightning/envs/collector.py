@@ -5,7 +5,8 @@ Shapes: N environments side by side, H W image, V semantic vector, A action.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +14,10 @@ from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import Replay, ReplayError
+from mapo_lightning.envs.factory import close_vector_env
 from mapo_lightning.envs.live_labels import LiveLabeler, Step
-from mapo_lightning.types import Frames
+from mapo_lightning.types import EnvironmentSetupError, Frames
+from mapo_lightning.waiting import waiting
 
 _MAY_BE_LOST = 0.1  # largest share of the replay that may be missing when a run resumes
 
@@ -168,7 +171,8 @@ class Collector:
         while taken < agent_steps:
             self.settle()
             if self._step is None:
-                obs, _ = self.envs.reset(seed=self.seed)
+                with _awaited("begin their first episodes"):
+                    obs, _ = self.envs.reset(seed=self.seed)
                 self._write(obs, None, np.ones(self.envs.num_envs, bool), {})
             assert self._step is not None
             self._unfinished = policy(self._step)
@@ -184,10 +188,11 @@ class Collector:
         action, self._unfinished = self._unfinished, None
         if action is None:
             return
-        if isinstance(self.envs, AsyncVectorEnv):
-            outcome = self.envs.step_wait()
-        else:
-            outcome = self.envs.step(action)
+        with _awaited("take their next step"):
+            if isinstance(self.envs, AsyncVectorEnv):
+                outcome = self.envs.step_wait()
+            else:
+                outcome = self.envs.step(action)
         obs, reward, terminated, truncated, info = outcome
         # An environment that was done has ignored the action and begun its next episode.
         result: dict[str, NDArray[Any]] = {"action": action, "reward": reward}
@@ -199,7 +204,7 @@ class Collector:
         try:
             self.live_labeler.close(self.replay)
         finally:
-            self.envs.close()
+            close_vector_env(self.envs)
 
     def _write(
         self,
@@ -230,6 +235,19 @@ class Collector:
         self._tally.add(~first, reward, info)
         self.finished += [self._tally.result(int(n)) for n in np.flatnonzero(ended)]
         self._step, self._done = step, ended
+
+
+@contextmanager
+def _awaited(what: str) -> Iterator[None]:
+    """Call the environments inside; a process of theirs that died is an error of one sentence."""
+    try:
+        with waiting(f"the environments to {what}"):
+            yield
+    except (EOFError, ConnectionError) as error:
+        raise EnvironmentSetupError(
+            "the process of an environment has died, killed from outside or by its simulator: "
+            "lower env.num_envs if the memory is full, or try env.num_envs=1"
+        ) from error
 
 
 def run_episodes(
@@ -272,11 +290,14 @@ def _play_batch(
     count = envs.num_envs
     first, live = np.ones(count, bool), np.ones(count, bool)
     tally = EpisodeTally(count)
-    obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]  # Gymnasium takes one per environment
+    with _awaited("begin the test episodes"):
+        obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]  # Gymnasium takes one for each
     videos: list[list[Frames]] = [[obs["image"][n].copy()] for n in range(record)]
     while live.any():
         step = {"obs": obs["image"], "is_first": first, **live_labeler.update(obs, first)}
-        obs, reward, terminated, truncated, info = envs.step(policy(step))
+        action = policy(step)
+        with _awaited("take their next step of a test episode"):
+            obs, reward, terminated, truncated, info = envs.step(action)
         first = np.zeros(count, bool)
         tally.add(live, reward, info)
         for n in np.flatnonzero(live[:record]):

@@ -24,6 +24,7 @@ from mapo_lightning.envs.gl import prepare_gl
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.files import FileLock, atomic_write
 from mapo_lightning.types import ConfigError, VideoError
+from mapo_lightning.waiting import waiting
 
 log = logging.getLogger(__name__)
 
@@ -177,8 +178,11 @@ def _run(jobs: Sequence[_Job], processes: int) -> Iterator[tuple[_Job, Any]]:
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         with light_start():
             running = {pool.submit(_render, job): job for job in jobs}
+        completed = as_completed(running)
         try:
-            for future in as_completed(running):
+            for left in range(len(running), 0, -1):
+                with waiting(f"the next of {left} videos to be rendered"):
+                    future = next(completed)
                 yield running[future], future.result()
         finally:  # after an error, do not render the rest
             pool.shutdown(wait=True, cancel_futures=True)

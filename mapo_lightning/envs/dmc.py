@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
@@ -40,7 +42,7 @@ class DmcTask:
             np.broadcast_to(bound, spec.shape).astype(np.float64)
             for bound in (spec.minimum, spec.maximum)
         )
-        self.action_space: spaces.Box | spaces.Discrete = spaces.Box(low, high, dtype=np.float64)
+        self.action_space: spaces.Space[Any] = spaces.Box(low, high, dtype=np.float64)
         self.frame_rate = 1.0 / self._env.control_timestep()
         steps = self._env._step_limit  # no public name for it; infinite in the LQR tasks
         self.frame_limit = int(steps) if np.isfinite(steps) else None

@@ -18,6 +18,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import PixelEnv, Simulator
 from mapo_lightning.types import ConfigError
+from mapo_lightning.waiting import waiting
 
 
 def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:
@@ -39,12 +40,31 @@ def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:
     """
     return PixelEnv(
         make_simulator(cfg),
+        name=f"{cfg.kind}/{cfg.name}",
         size=cfg.size,
         label_size=cfg.label_size,
         action_repeat=cfg.frames_per_step,
         time_limit=cfg.time_limit,
         seed=seed,
     )
+
+
+def probed_action_dim(cfg: EnvConfig) -> int:
+    """Width of the action of an environment, which is built for that and closed again.
+
+    A Gymnasium environment is other people's code: it has to take one step as well.
+
+    Raises:
+        EnvironmentSetupError: As `make_env`; or it cannot be reset, stepped or drawn.
+    """
+    env = make_env(cfg, seed=0)
+    try:
+        if cfg.kind == "gym":
+            env.reset()
+            env.step(np.zeros(env.action_space.shape, np.float32))
+        return int(np.prod(env.action_space.shape))
+    finally:
+        env.close()
 
 
 def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> VectorEnv:
@@ -75,10 +95,23 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
     if count == 1 or not needs_gl(cfg):
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
     # A task that the program itself registers is known only in processes that import the program.
-    with nullcontext() if cfg.kind == "gym" else light_start():
+    start = nullcontext() if cfg.kind == "gym" else light_start()
+    with start, waiting(f"the processes of {count} environments to start"):
         return AsyncVectorEnv(
             makers, shared_memory=True, context="spawn", autoreset_mode=AutoresetMode.NEXT_STEP
         )
+
+
+def close_vector_env(envs: VectorEnv) -> None:
+    """Close environments, even where a process of theirs has died."""
+    try:
+        envs.close()
+    except (EOFError, ConnectionError):  # Gymnasium has no way to close what is left
+        assert isinstance(envs, AsyncVectorEnv)
+        for process in envs.processes:
+            process.kill()
+            process.join()
+        envs.closed = True
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mapo_lightning.envs.actions import action_width, to_space
 from mapo_lightning.envs.factory import make_simulator
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import Simulator
@@ -106,8 +106,7 @@ class _Actor:
 
     def __init__(self, simulator: Simulator, scene: EnvConfig, rng: np.random.Generator) -> None:
         self._simulator, self._time, self._done, self._since = simulator, 0.0, False, 0
-        raw = simulator.action_space
-        dim = int(raw.n) if isinstance(raw, spaces.Discrete) else int(np.prod(raw.shape))
+        dim = action_width(simulator.action_space)
         self._smooth = SmoothActions(dim, rng, _choice(HERTZ, scene))
         # The toy's clock stops nothing but the agent's episode: no cut is needed.
         self._timeless = scene.kind == "toy"
@@ -128,15 +127,11 @@ class _Actor:
 
     def _action(self) -> Any:
         smooth = self._smooth.at(self._time)
-        raw = self._simulator.action_space
-        if isinstance(raw, spaces.Discrete):
-            return int(raw.start) + int(smooth.argmax())
         if self._expert is not None and self._since < 20:
             # An expert stands still after its success; from then on the arm moves at random.
             expert = self._expert.get_action(self._simulator.state)  # type: ignore[attr-defined]
             return np.clip(expert + 0.15 * smooth, -1.0, 1.0).astype(np.float32)
-        share = (smooth.reshape(raw.shape) + 1.0) / 2.0
-        return (raw.low + share * (raw.high - raw.low)).astype(raw.dtype)
+        return to_space(self._simulator.action_space, smooth)
 
 
 def _with_camera(scene: EnvConfig, clip: int) -> EnvConfig:

@@ -9,8 +9,14 @@ import gymnasium as gym
 import numpy as np
 
 from mapo_lightning.envs.gl import prepare_gl
-from mapo_lightning.envs.wrappers import Outcome, resize_area
+from mapo_lightning.envs.wrappers import Outcome, described, resize_area
 from mapo_lightning.types import EnvironmentSetupError, Frames
+
+_STEP = (
+    "step must return observation, reward, terminated, truncated and an info dict (the old Gym "
+    "interface returned four values)"
+)
+_INTERFACE = "; gymnasium.utils.env_checker.check_env(env) tests an environment for such faults"
 
 
 class GymnasiumTask:
@@ -22,8 +28,8 @@ class GymnasiumTask:
         bounded: Whether the caller limits the length of episodes if the task does not.
 
     Raises:
-        EnvironmentSetupError: The id is not registered, needs a missing package, or cannot
-            render as ``rgb_array``; or nothing limits its episodes.
+        EnvironmentSetupError: The id is not registered, needs a missing package, cannot render as
+            ``rgb_array``, or fails while it is built; or nothing limits its episodes.
     """
 
     def __init__(self, name: str, quality: str = "fast", *, bounded: bool = False) -> None:
@@ -31,13 +37,19 @@ class GymnasiumTask:
             prepare_gl()
         try:
             self._env = gym.make(name, render_mode="rgb_array")
-        except (gym.error.Error, ImportError, TypeError) as error:
+            self.frame_rate = float(self._env.metadata.get("render_fps") or 30)
+        except (gym.error.Error, ImportError) as error:
+            words = " ".join(str(error).split())
             raise EnvironmentSetupError(
-                f"cannot build the Gymnasium environment '{name}': {error}. Install the extra it "
+                f"cannot build the Gymnasium environment '{name}': {words}. Install the extra it "
                 "names, or import the package that registers it as 'package:Id-v0'."
             ) from error
+        except Exception as error:  # the constructor is other people's code
+            raise EnvironmentSetupError(
+                f"cannot build the Gymnasium environment '{name}', because its constructor fails: "
+                f"{described(error)}. gymnasium.make('{name}', render_mode='rgb_array') must work."
+            ) from error
         self.action_space: Any = self._env.action_space  # PixelEnv refuses what it cannot use
-        self.frame_rate = float(self._env.metadata.get("render_fps") or 30)
         self.frame_limit = self._env.spec.max_episode_steps if self._env.spec else None
         if self.frame_limit is None and not bounded:
             self._env.close()
@@ -62,17 +74,31 @@ class GymnasiumTask:
 
     def reset(self, seed: int | None) -> None:
         """Start an episode; a seed restarts the random stream, None continues it."""
-        self._env.reset(seed=seed)
+        found: Any = self._env.reset(seed=seed)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
+            raise EnvironmentSetupError(
+                "reset must return an observation and an info dict; this one returned "
+                f"{_shape_of(found)}, as in the old Gym interface{_INTERFACE}"
+            )
 
     def step(self, action: Any) -> Outcome:
         """Advance one frame with an action of the environment's own space."""
-        _, reward, terminated, truncated, info = self._env.step(action)
+        try:
+            found: Any = self._env.step(action)
+        except ValueError as error:
+            # Gymnasium's own wrappers take the result apart before it gets here.
+            if "to unpack" not in str(error):
+                raise
+            raise EnvironmentSetupError(f"{_STEP}: {error}{_INTERFACE}") from error
+        if not (isinstance(found, tuple) and len(found) == 5 and isinstance(found[4], dict)):
+            raise EnvironmentSetupError(f"{_STEP}; it returned {_shape_of(found)}{_INTERFACE}")
+        _, reward, terminated, truncated, info = found
         success = info.get("success", info.get("is_success"))
         return Outcome(
-            float(reward),
-            bool(terminated),
-            bool(truncated),
-            None if success is None else float(success),
+            _number(reward, "the reward"),
+            bool(_number(terminated, "terminated")),
+            bool(_number(truncated, "truncated")),
+            None if success is None else _number(success, "info['success']"),
         )
 
     def frame(self, size: int) -> Frames:
@@ -80,13 +106,14 @@ class GymnasiumTask:
         if self._viewer is not None:
             # Gymnasium draws into the current OpenGL context, which may be another task's.
             self._viewer.make_context_current()
-        image = self._env.render()
-        if not isinstance(image, np.ndarray) or image.ndim != 3 or image.dtype != np.uint8:
+        image: Any = self._env.render()
+        sound = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size
+        if not sound or image.shape[2:] != (3,):
             raise EnvironmentSetupError(
-                f"'{self._env}' rendered {type(image).__name__}, not an (H, W, 3) uint8 array: "
-                "its rgb_array mode does not follow Gymnasium's interface"
+                f"render must return an (H, W, 3) uint8 array where render_mode is rgb_array; it "
+                f"returned {_shape_of(image)}{_INTERFACE}"
             )
-        return resize_area(image[..., :3], size)
+        return resize_area(image, size)
 
     def close(self) -> None:
         """Close the environment."""
@@ -98,6 +125,26 @@ def draws_with_mujoco(name: str) -> bool:
     """Whether a registered id is one of Gymnasium's MuJoCo environments."""
     try:
         entry = gym.spec(name).entry_point
-    except (gym.error.Error, ImportError):
-        return False  # GymnasiumTask says what is wrong with it
+    except Exception:  # 'package:Id' imports that package; GymnasiumTask says what is wrong
+        return False
     return isinstance(entry, str) and "mujoco" in entry
+
+
+def _number(value: Any, name: str) -> float:
+    """A finite number or bool, or an array of one; ``name`` says in a message what it is."""
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "biuf":
+        raise EnvironmentSetupError(f"{name} must be one number, got {_shape_of(value)}")
+    number = float(array.item())
+    if not np.isfinite(number):
+        raise EnvironmentSetupError(f"{name} must be a finite number, got {number}")
+    return number
+
+
+def _shape_of(value: Any) -> str:
+    """What a value is, for messages."""
+    if isinstance(value, np.ndarray):
+        return f"an array {value.shape} of {value.dtype}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{value!r:.60}" if value is None or np.isscalar(value) else type(value).__name__

@@ -42,7 +42,7 @@ class MetaWorldTask:
         self._camera = OffscreenCamera(
             self._env.model, "corner" if camera is None else camera, quality
         )
-        self.action_space: spaces.Box | spaces.Discrete = spaces.Box(-1.0, 1.0, (4,), np.float32)
+        self.action_space: spaces.Space[Any] = spaces.Box(-1.0, 1.0, (4,), np.float32)
         self.frame_rate = 1.0 / float(self._env.dt)
         self.frame_limit: int | None = int(self._env.max_path_length)
         self.state: NDArray[np.float64] = np.zeros(39)

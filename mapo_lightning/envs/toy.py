@@ -10,6 +10,7 @@ Lengths are shares of the image side; x points right, y down.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -64,7 +65,7 @@ class ToyDisc:
         if name not in ("disc", "disc_anywhere"):
             raise EnvironmentSetupError(f"toy has no task '{name}'; it has: disc, disc_anywhere")
         self._pad_moves = name == "disc_anywhere"
-        self.action_space: spaces.Box | spaces.Discrete = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.action_space: spaces.Space[Any] = spaces.Box(-1.0, 1.0, (2,), np.float32)
         self._rng = np.random.default_rng()
         self.disc: Point = np.array([0.5, 0.5])
         """Middle of the disc, (2,) as (x, y)."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
@@ -16,7 +18,10 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mapo_lightning.envs.actions import action_width, to_space
 from mapo_lightning.types import EnvironmentSetupError, Frames, MapoError
+
+_LARGEST = float(np.finfo(np.float32).max)  # replay stores rewards as float32
 
 Observation = dict[str, Frames]
 """``image`` and perhaps ``label_image``: (H, W, 3) uint8, new arrays at every step."""
@@ -34,7 +39,7 @@ class Outcome(NamedTuple):
 class Simulator(Protocol):
     """A task in its own units; a new suite implements this."""
 
-    action_space: spaces.Box | spaces.Discrete
+    action_space: spaces.Space[Any]
     """Actions in the simulator's own units."""
     frame_rate: float
     """Control frames per simulated second, in Hz."""
@@ -72,6 +77,7 @@ class PixelEnv(gym.Env[Any, Any]):
 
     Args:
         simulator: The task; closed with the environment.
+        name: What to call the task in messages.
         size: Height and width of ``image``, in pixels.
         label_size: Height and width of ``label_image``, in pixels; None: not drawn.
         action_repeat: Simulator frames per agent step.
@@ -83,13 +89,14 @@ class PixelEnv(gym.Env[Any, Any]):
         self,
         simulator: Simulator,
         *,
+        name: str = "the task",
         size: int = 64,
         label_size: int | None = None,
         action_repeat: int = 1,
         time_limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        self.simulator = simulator
+        self.simulator, self.name = simulator, name
         self.action_repeat, self.time_limit = action_repeat, time_limit
         self.render_mode = "rgb_array"
         self.metadata = {
@@ -100,9 +107,12 @@ class PixelEnv(gym.Env[Any, Any]):
         self.observation_space = spaces.Dict(
             {k: spaces.Box(0, 255, (n, n, 3), np.uint8) for k, n in self._sizes.items()}
         )
-        self.action_space: spaces.Box = _normalised(simulator.action_space)
+        self.action_space: spaces.Box = spaces.Box(
+            -1.0, 1.0, (action_width(simulator.action_space),), np.float32
+        )
         self._first_seed: int | None = seed
         self._agent_steps: int | None = None  # None: the episode has ended or never begun
+        self._moment = "before its first reset"
 
     @property
     def steps_limit(self) -> int | None:
@@ -115,14 +125,20 @@ class PixelEnv(gym.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode; see `gymnasium.Env.reset`. ``options`` are not used."""
+        """Start an episode; see `gymnasium.Env.reset`. ``options`` are not used.
+
+        Raises:
+            EnvironmentSetupError: The simulator failed.
+        """
         if seed is None:
             seed = self._first_seed
         self._first_seed = None
         super().reset(seed=seed)
-        self.simulator.reset(seed)
-        self._agent_steps = 0
-        return self._observe(), {}
+        self._moment = "at reset"
+        with self._guarded():
+            self.simulator.reset(seed)
+            self._agent_steps = 0
+            return self._observe(), {}
 
     def step(
         self, action: NDArray[np.float32]
@@ -131,19 +147,15 @@ class PixelEnv(gym.Env[Any, Any]):
 
         Raises:
             MapoError: The episode has ended, or the action has a wrong shape or is not finite.
+            EnvironmentSetupError: The simulator failed, or its reward is not a finite number.
         """
         if self._agent_steps is None:
             raise MapoError("step was called after the end of an episode: call reset first")
         raw = self._denormalised(action)
-        reward, terminated, truncated, success = 0.0, False, False, None
-        for _ in range(self.action_repeat):
-            outcome = self.simulator.step(raw)
-            reward += outcome.reward
-            terminated, truncated = outcome.terminated, outcome.truncated
-            if outcome.success is not None:
-                success = max(success or 0.0, outcome.success)
-            if terminated or truncated:
-                break
+        self._moment = f"at step {self._agent_steps + 1} of an episode"
+        with self._guarded():
+            reward, terminated, truncated, success = self._repeat(raw)
+            observation = self._observe()
         self._agent_steps += 1
         # An episode that terminates in its last allowed step is not truncated.
         out_of_time = self.time_limit is not None and self._agent_steps >= self.time_limit
@@ -151,7 +163,7 @@ class PixelEnv(gym.Env[Any, Any]):
         if terminated or truncated:
             self._agent_steps = None
         info = {} if success is None else {"success": success}
-        return self._observe(), reward, terminated, truncated, info
+        return observation, reward, terminated, truncated, info
 
     def render(self) -> Frames:
         """Draw the current state at the largest observed size, (S, S, 3) uint8."""
@@ -161,8 +173,38 @@ class PixelEnv(gym.Env[Any, Any]):
         """Free the simulator."""
         self.simulator.close()
 
+    def _repeat(self, raw: Any) -> Outcome:
+        """Advance the simulator's frames of one agent step; rewards are summed."""
+        reward, terminated, truncated, success = 0.0, False, False, None
+        for _ in range(self.action_repeat):
+            outcome = self.simulator.step(raw)
+            reward += outcome.reward
+            terminated, truncated = outcome.terminated, outcome.truncated
+            if outcome.success is not None:
+                success = max(success or 0.0, outcome.success)
+            if terminated or truncated:
+                break
+        if not abs(reward) <= _LARGEST:  # also where it is not a number
+            raise EnvironmentSetupError(
+                f"the reward is {reward}, which nothing can be learned from: return a finite "
+                "number, or end the episode there"
+            )
+        return Outcome(reward, terminated, truncated, success)
+
     def _observe(self) -> Observation:
         return {name: self.simulator.frame(size) for name, size in self._sizes.items()}
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Say of every failure of the simulator which task it was, and when."""
+        try:
+            yield
+        except EnvironmentSetupError as error:
+            raise EnvironmentSetupError(f"{self.name} {self._moment}: {error}") from error
+        except Exception as error:  # a simulator is other people's code
+            raise EnvironmentSetupError(
+                f"{self.name} failed {self._moment}: {described(error)}"
+            ) from error
 
     def _denormalised(self, action: NDArray[np.float32]) -> Any:
         action = np.asarray(action, np.float64)
@@ -171,25 +213,14 @@ class PixelEnv(gym.Env[Any, Any]):
                 f"an action of shape {self.action_space.shape} with finite values was expected, "
                 f"got {np.array2string(action, threshold=8)} of shape {action.shape}"
             )
-        raw = self.simulator.action_space
-        if isinstance(raw, spaces.Discrete):
-            return int(raw.start) + int(action.argmax())
-        low, high = raw.low.astype(np.float64), raw.high.astype(np.float64)
-        share = (np.clip(action, -1.0, 1.0).reshape(raw.shape) + 1.0) / 2.0
-        # The clip undoes rounding: low + 1.0 * (high - low) may exceed high by one ulp.
-        return np.clip(low + share * (high - low), low, high).astype(raw.dtype)
+        return to_space(self.simulator.action_space, action)
 
 
-def _normalised(raw: spaces.Space[Any]) -> spaces.Box:
-    """The space [-1, 1]^A in place of ``raw``; of discrete choices, the largest entry is taken."""
-    if isinstance(raw, spaces.Discrete):
-        return spaces.Box(-1.0, 1.0, (int(raw.n),), np.float32)
-    if isinstance(raw, spaces.Box) and np.isfinite(raw.low).all() and np.isfinite(raw.high).all():
-        return spaces.Box(-1.0, 1.0, (int(np.prod(raw.shape)),), np.float32)
-    raise EnvironmentSetupError(
-        f"actions must be a Discrete space or a Box with finite bounds, this task has {raw}: "
-        "wrap it in an environment with such actions and register that"
-    )
+def described(error: Exception) -> str:
+    """An error of other people's code in one line: its kind, its words, and where it was raised."""
+    words = " ".join(str(error).split()) or "no message"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {words:.300} ({last.filename}, line {last.lineno})"
 
 
 def resize_area(image: Frames, size: int) -> Frames:

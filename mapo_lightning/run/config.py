@@ -19,7 +19,7 @@ from mapo_lightning.training.settings import (
     PretrainConfig,
     TrainerConfig,
 )
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import SEEDS, ConfigError
 
 
 @dataclass
@@ -80,6 +80,14 @@ class RunConfig:
         return {"method": self.method, "task": task, "seed": self.seed}
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"seed must lie in [0, {SEEDS}), got {self.seed}")
+        window = self.world_model.bonus.window
+        if self.world_model.bonus.beta and self.finetune.chunk_length < window:
+            raise ConfigError(
+                f"finetune.chunk_length must be at least world_model.bonus.window, got "
+                f"{self.finetune.chunk_length} and {window}"
+            )
         if self.stage == "evaluate" and not self.checkpoint:
             raise ConfigError("stage=evaluate needs checkpoint=PATH of a fine-tuned agent")
         if self.checkpoint and self.stage != "evaluate":

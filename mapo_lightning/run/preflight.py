@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from mapo_lightning.data.scan import list_videos
-from mapo_lightning.envs.factory import make_env
-from mapo_lightning.envs.settings import EnvConfig
+from mapo_lightning.envs.factory import probed_action_dim
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
@@ -53,7 +52,7 @@ def check_run(cfg: RunConfig) -> None:
         return
     action_dim = None
     if "finetune" in phases or cfg.stage == "evaluate":
-        action_dim = _action_dim(build.labelled_env(cfg))
+        action_dim = probed_action_dim(build.labelled_env(cfg))
     # The weights of a model on the meta device are not drawn; its constants might be.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         _check_models(cfg, phases, action_dim, earlier)
@@ -114,7 +113,7 @@ def _check_videos(cfg: RunConfig) -> None:
         list_videos(cfg.data)
         return
     for scene in build.demo_scenes(cfg):
-        _action_dim(scene)
+        probed_action_dim(scene)
 
 
 def _check_describer(cfg: RunConfig) -> None:
@@ -122,15 +121,6 @@ def _check_describer(cfg: RunConfig) -> None:
     if cfg.stage == "label" and cfg.vlm.kind == "none":
         raise ConfigError("stage=label needs a describer: vlm=flow, openai_server or another")
     build_labeler(build.shared_store(cfg), Path(cfg.work_dir).absolute(), "preflight")
-
-
-def _action_dim(cfg: EnvConfig) -> int:
-    """Width of the action of an environment, which is built for that and closed again."""
-    env = make_env(cfg, seed=0)
-    try:
-        return int(env.action_space.shape[0])
-    finally:
-        env.close()
 
 
 def _check_models(

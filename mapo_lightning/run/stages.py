@@ -24,7 +24,7 @@ from callbacks.rollout import ImaginationRollout
 from mapo_lightning.config.redact import redact_text
 from mapo_lightning.envs.collector import Episode, Policy, run_episodes
 from mapo_lightning.envs.demo import render_demo_videos
-from mapo_lightning.envs.factory import make_vector_env
+from mapo_lightning.envs.factory import close_vector_env, make_vector_env
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.session import Session
@@ -184,7 +184,7 @@ def play_episodes(
             live_labeler = build.build_live_labeler(cfg, count, "evaluate")
             return run_episodes(envs, live_labeler, policy_of, seeds, film)
     finally:
-        envs.close()
+        close_vector_env(envs)
 
 
 def fit(

@@ -87,6 +87,7 @@ class Captured:
 
         Raises:
             ValueError: The batch has other shapes than the recorded ones.
+            ConfigError: It has other keys: only batches with joined chunks hold ``episode``.
         """
         self.calls += 1
         if self.calls <= WARM:
@@ -100,6 +101,11 @@ class Captured:
             self.held = batch
             self._run()
             return self.found
+        if batch.keys() != self.held.keys():
+            raise ConfigError(
+                f"trainer.capture recorded a batch of {', '.join(self.held)}, this one holds "
+                f"{', '.join(batch)}; use chunks that one episode fills, or capture=false"
+            )
         for key, held in self.held.items():
             if batch[key].shape != held.shape:
                 raise ValueError(

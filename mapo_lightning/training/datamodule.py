@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -19,8 +20,23 @@ from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import Batch
+from mapo_lightning.waiting import waiting
 
 _HELD_OUT_CLIPS = 16
+
+
+class _WatchedLoader(DataLoader[Clip]):
+    """A loader that says once a minute that a batch is still being made."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        while True:
+            try:
+                with waiting("the next batch: its clips are being decoded and labelled"):
+                    batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
 
 
 class VideoDataModule(L.LightningDataModule):
@@ -69,7 +85,7 @@ class VideoDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Clip]:
         """Endless batches; the trainer stops after its budget of updates."""
         workers = self.data.workers
-        return DataLoader(
+        return _WatchedLoader(
             self.clips("train"),
             batch_size=self.batch_size,
             num_workers=workers,
@@ -119,12 +135,25 @@ class _Chunks(IterableDataset[Batch]):
             yield chunk_batch(self.replay, self.rng, self.batch_size, self.length)
 
 
-def chunk_batch(replay: Replay, rng: np.random.Generator, count: int, length: int) -> Batch:
-    """Draw ``count`` chunks of ``length`` entries; each starts a fresh sequence (facts 6.2)."""
-    arrays = replay.sample(rng, count, length)
+def chunk_batch(
+    replay: Replay, rng: np.random.Generator, count: int, length: int, *, joined: bool = True
+) -> Batch:
+    """Draw ``count`` chunks of ``length`` entries; each starts a fresh sequence (facts 6.2).
+
+    Args:
+        replay: Drawn from.
+        rng: Source of the draws.
+        count: Number B of chunks.
+        length: Entries T of each.
+        joined: Join short episodes to chunks, whose ``episode`` then tells them apart.
+    """
+    arrays = replay.sample(rng, count, length, joined=joined)
     batch = {key: torch.from_numpy(value) for key, value in arrays.items()}
     batch["semantic"] = batch["semantic"].float()
     batch["is_first"][:, 0] = True
+    episode = batch["is_first"].cumsum(dim=1) - 1
+    if episode.any():
+        batch["episode"] = episode
     return batch
 
 
@@ -146,6 +175,6 @@ class ReplayDataModule(L.LightningDataModule):
         return DataLoader(chunks, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def rollout_batch(self, count: int) -> Batch:
-        """Chunks of the newest experience, for pictures."""
-        rng = np.random.default_rng(self.seed)
-        return chunk_batch(self.replay, rng, count, self.length)
+        """Chunks for pictures; shorter ones where no episode fills a chunk on its own."""
+        rng, length = np.random.default_rng(self.seed), min(self.length, self.replay.longest)
+        return chunk_batch(self.replay, rng, count, length, joined=False)

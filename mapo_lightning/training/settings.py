@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mapo_lightning.models.settings import ObjectiveConfig
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import SEEDS, ConfigError
 
 
 @dataclass
@@ -22,8 +23,12 @@ class OptimizerConfig:
     """Global norm to which the gradient of each group is clipped."""
 
     def __post_init__(self) -> None:
-        if self.eps <= 0.0 or self.weight_decay < 0.0 or self.max_grad_norm <= 0.0:
-            raise ConfigError("eps and max_grad_norm must be positive, weight_decay not negative")
+        positive = (0.0 < x < math.inf for x in (self.eps, self.max_grad_norm))
+        if not (all(positive) and 0.0 <= self.weight_decay < math.inf):
+            raise ConfigError(
+                "eps and max_grad_norm must be positive and finite, weight_decay not negative, got "
+                f"{self.eps}, {self.max_grad_norm} and {self.weight_decay}"
+            )
 
 
 @dataclass
@@ -47,8 +52,8 @@ class PretrainConfig:
         for name in ("updates", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0.0:
-            raise ConfigError(f"lr must be positive, got {self.lr}")
+        if not 0.0 < self.lr < math.inf:
+            raise ConfigError(f"lr must be positive and finite, got {self.lr}")
 
 
 HANDED_OVER = ("encoder", "context", "source", "lower", "decoder")
@@ -77,7 +82,7 @@ class FinetuneConfig:
     batch_size: int = 16
     """Replayed chunks per update and rank."""
     chunk_length: int = 50
-    """Length T of a replayed chunk."""
+    """Length T of a replayed chunk; shorter episodes are joined to one."""
     lr_model: float = 3e-4
     """Learning rate of upper dynamics, decoder and heads."""
     lr_lower: float = 3e-4
@@ -111,8 +116,8 @@ class FinetuneConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("lr_model", "lr_lower", "lr_actor", "lr_critic"):
-            if getattr(self, name) <= 0.0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.prefill >= self.agent_steps:
             raise ConfigError(
                 f"prefill must be below agent_steps, got {self.prefill} of {self.agent_steps}"
@@ -158,9 +163,10 @@ class EvaluateConfig:
         for name in ("episodes", "every", "num_envs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "videos"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.videos < 0:
+            raise ConfigError(f"videos must not be negative, got {self.videos}")
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"seed must lie in [0, {SEEDS}), got {self.seed}")
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -170,7 +176,7 @@ class EvaluateConfig:
     @property
     def unseen(self) -> EvaluateConfig:
         """The same with the seeds after these, for an agent that these have chosen."""
-        return replace(self, seed=self.seed + self.episodes)
+        return replace(self, seed=(self.seed + self.episodes) % SEEDS)
 
 
 @dataclass

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 
 from callbacks.collect import CollectExperience
@@ -86,3 +90,61 @@ def test_steps_are_left_under_way_unless_the_settings_say_otherwise(
     assert len(collector.asked) >= 23  # the prefill goes on until a chunk can be drawn
     assert not any(collector.asked[:-3])
     assert collector.asked[-3:] == [expected] * 3  # updates 3, 4 and 5: none in the initial two
+
+
+class Seven(gym.Env[Any, Any]):
+    """Its task ends after seven steps."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    observation_space = spaces.Box(0.0, 1.0, (1,))
+    action_space = spaces.MultiDiscrete([2, 3])
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode, self.steps = render_mode, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, Any]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        return np.zeros(1, np.float32), 1.0, self.steps == 7, False, {}
+
+    def render(self) -> NDArray[np.uint8]:
+        return np.full((16, 16, 3), self.steps, np.uint8)
+
+
+gym.register("Seven-v0", Seven, max_episode_steps=500)
+
+
+def test_episodes_shorter_than_a_chunk_are_learned_from(tmp_path: Path) -> None:
+    """Waiting for one that fills a chunk would never end."""
+    words = [*SMALL, "env=gym", "env.name=Seven-v0", "env.num_envs=1"]
+    words += ["finetune.chunk_length=16", "finetune.prefill=20", "finetune.initial_updates=2"]
+    collector = run(tmp_path, 4, *words)
+    # 20 steps of prefill, 2 after updates, and the third episode had to begin with a reset.
+    replay = collector.replay
+    assert (replay.episodes, replay.longest) == (3, 8)
+    assert collector.finished[0] == (7.0, 7, None)
+    sample = replay.sample(np.random.default_rng(0), 8, 16)
+    np.testing.assert_array_equal(sample["is_terminal"], sample["obs"][..., 0, 0, 0] == 7)
+
+
+def test_the_prefill_tells_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def waiting(what: Callable[[], str]) -> Iterator[None]:
+        said.append(what())
+        yield
+        said.append(what())
+
+    monkeypatch.setattr("callbacks.collect.waiting", waiting)
+    run(tmp_path, 1, *SMALL, "finetune.prefill=20", "finetune.initial_updates=1")
+    assert said == [
+        "random experience: 0 of 20 agent steps, and for the first episode to end",
+        "random experience: 25 of 20 agent steps",
+    ]

@@ -23,7 +23,7 @@ from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.settings import CollectConfig, WindowConfig
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.training.datamodule import chunk_batch
-from mapo_lightning.types import POSITIONS
+from mapo_lightning.types import POSITIONS, EnvironmentSetupError
 
 LENGTH = 30
 
@@ -188,6 +188,21 @@ def test_random_actions_are_held_as_long_as_asked() -> None:
     assert np.array_equal(drawn[0], drawn[2])
     assert np.array_equal(drawn[3], drawn[5])
     assert not np.array_equal(drawn[2], drawn[3])
+
+
+def test_a_process_that_died_is_said_in_one_sentence(tmp_path: Path) -> None:
+    envs = AsyncVectorEnv([Clock], context="fork", autoreset_mode=AutoresetMode.NEXT_STEP)
+    replay = Replay(tmp_path / "replay", ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
+    collector = Collector(envs, tracker(tmp_path, 1)[0], replay, seed=0)
+    policy = RandomPolicy(2, seed=0)
+    collector.collect(policy, 3)
+    envs.processes[0].kill()
+    with pytest.raises(
+        EnvironmentSetupError, match=r"process of an environment has died.*num_envs"
+    ):
+        collector.collect(policy, 3)
+    collector.close()
+    assert replay.state()["open"] == [[0, 4]]
 
 
 class SlowClock(Clock):

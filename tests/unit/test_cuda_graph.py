@@ -178,6 +178,10 @@ def test_a_batch_of_another_shape_is_refused() -> None:
     assert float(captured({"x": torch.full((3,), 2.0)})["sum"]) == 6.0
     with pytest.raises(ValueError, match=r"'x' of shape \(3,\), this batch has \(2,\)"):
         captured({"x": torch.ones(2)})
+    with pytest.raises(
+        ConfigError, match=r"a batch of x, this one holds x, episode.*capture=false"
+    ):
+        captured({"x": torch.ones(3), "episode": torch.zeros(3)})
 
 
 @pytest.mark.parametrize(("accelerator", "processes"), [("cpu", 1), ("auto", 2)])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,25 @@ def test_rollouts_show_the_same_pictures_with_one_labeler(
         assert torch.equal(first[key], fresh[key])
     module.val_dataloader()
     assert len(built) == 2  # one for the rollouts and validation, one for the fresh clips
+
+
+def test_a_batch_that_is_long_in_coming_is_spoken_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "videos").mkdir()
+    write_videos(tmp_path / "videos")
+    said: list[str] = []
+
+    @contextmanager
+    def waiting(what: str) -> Iterator[None]:
+        said.append(what)
+        yield
+        said.append("here")
+
+    monkeypatch.setattr("mapo_lightning.training.datamodule.waiting", waiting)
+    data = VideoDataConfig(kind="folder", root=str(tmp_path / "videos"), clip_length=9, workers=0)
+    module = VideoDataModule(data, VlmConfig(kind="none"), 2, tmp_path / "cache", seed=0)
+    batches = iter(module.train_dataloader())
+    assert next(batches)["obs"].shape[:2] == (2, 9)
+    next(batches)
+    assert said == ["the next batch: its clips are being decoded and labelled", "here"] * 2

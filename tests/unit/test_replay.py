@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from replay_entries import SPEC, entry, make, play
 from mapo_lightning.data.episodes import EpisodeFolder
 from mapo_lightning.data.replay import ReplayError
 from mapo_lightning.data.settings import ReplayConfig
+from mapo_lightning.training.datamodule import chunk_batch
 from mapo_lightning.types import ConfigError
 
 
@@ -49,18 +51,71 @@ def test_only_whole_episodes_are_drawn_from(tmp_path: Path) -> None:
     replay = make(tmp_path)
     for i in range(8):
         replay.add(0, entry(i, first=i == 0))
-    assert (replay.steps, replay.episodes, replay.can_sample(2)) == (0, 0, False)
+    assert (replay.steps, replay.episodes, replay.longest) == (0, 0, 0)
     with pytest.raises(ReplayError, match="longest of 0 whole episodes has 0: collect more"):
         replay.sample(np.random.default_rng(0), 1, 2)
     replay.add(0, entry(8, last=True))
-    assert (replay.steps, replay.episodes, replay.can_sample(9)) == (8, 1, True)
+    assert (replay.steps, replay.episodes, replay.longest) == (8, 1, 9)
 
 
-def test_short_episodes_are_not_drawn_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("prioritized", "drawn", "digest"),
+    [
+        (
+            False,
+            "3046 2001 3042 3061 26 1129 3066 226 3010 3009 1370 1155 1326 1448 1217 2001",
+            "0d408038a847902bbdb090e2963f274466a803c5ad766bae222d6f9428121377",
+        ),
+        (
+            True,
+            "3072 2001 2001 3028 151 1439 3001 1413 401 235 3037 1140 2001 3055 1254 2001",
+            "a856fcf29c3a09a0ba2ff16072bad41879bdd1ab0b6f98ca57e38b4f3c760479",
+        ),
+    ],
+)
+def test_chunks_that_episodes_fill_are_drawn_as_published(
+    tmp_path: Path, prioritized: bool, drawn: str, digest: str
+) -> None:
+    """Pinned before short episodes were joined to chunks: same draws, same bytes."""
+    replay = make(tmp_path, capacity=5000, prioritize_ends=prioritized)
+    for start, agent_steps in ((0, 500), (1000, 500), (2000, 49), (3000, 120)):
+        play(replay, 0, agent_steps, start)
+    batch = chunk_batch(replay, np.random.default_rng(7), 16, 50)
+    assert batch["reward"][:, 1].int().tolist() == list(map(int, drawn.split()))
+    content = hashlib.sha256()
+    for key in sorted(batch):
+        content.update(key.encode() + batch[key].numpy().tobytes())
+    assert content.hexdigest() == digest
+
+
+def test_a_chunk_goes_on_in_another_episode_where_one_is_too_short(tmp_path: Path) -> None:
     replay = make(tmp_path)
-    play(replay, 0, 2, start=50)
-    play(replay, 0, 9)
-    assert replay.sample(np.random.default_rng(0), 64, 6)["reward"].max() <= 9
+    play(replay, 0, 3, start=20)
+    play(replay, 0, 30, start=50)
+    play(replay, 0, 1, start=100)
+    sample = replay.sample(np.random.default_rng(0), 300, 9)
+    number, first = sample["obs"][..., 0, 0, 0].astype(int), sample["is_first"]
+    starts = np.flatnonzero((number == 20).any(axis=1))
+    assert len(starts) > 50, "short episodes are drawn from"
+    jumps = np.diff(number, axis=1) != 1
+    np.testing.assert_array_equal(first[:, 1:], jumps)
+    left = number[:, :-1][jumps]
+    assert set(left.tolist()) == {23, 101}, "what is too short is taken whole"
+    long = (number[:, 1:][jumps] > 50) & (number[:, 1:][jumps] < 100)
+    assert long.any(), "the last part may begin in the middle of an episode"
+    alone = replay.sample(np.random.default_rng(0), 64, 9, joined=False)
+    assert alone["reward"].min() == 0
+    assert set(range(51, 80)) >= set(alone["reward"][:, 1:].astype(int).ravel()) - {80}
+    with pytest.raises(ReplayError, match="the longest of 3 whole episodes has 31: collect more"):
+        replay.sample(np.random.default_rng(0), 1, 32, joined=False)
+
+
+def test_one_short_episode_fills_a_chunk_again_and_again(tmp_path: Path) -> None:
+    replay = make(tmp_path)
+    play(replay, 0, 1)
+    sample = replay.sample(np.random.default_rng(0), 1, 8)
+    assert sample["obs"][0, :, 0, 0, 0].tolist() == [0, 1] * 4
+    assert sample["is_first"][0].tolist() == [True, False] * 4
 
 
 def test_environments_side_by_side_do_not_mix(tmp_path: Path) -> None:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
+from replay_entries import make, play
 
-from callbacks.rollout import drift, strip
+from callbacks.rollout import ImaginationRollout, drift, strip
+from mapo_lightning.training.datamodule import ReplayDataModule
 
 
 def test_strip_has_three_rows_a_column_per_clip_and_coloured_edges() -> None:
@@ -35,3 +43,29 @@ def test_drift_against_written_out_psnr() -> None:
     assert metrics["rollout/psnr_still_5"] == pytest.approx(-10 * np.log10(still), rel=1e-4)
     assert 0.0 < metrics["rollout/ssim_5"] < 1.0
     assert "rollout/psnr_10" not in metrics  # the clip is too short for it
+
+
+def test_pictures_show_one_episode_each_as_far_as_it_goes(tmp_path: Path) -> None:
+    replay = make(tmp_path)
+    for agent_steps in (2, 7, 4):
+        play(replay, 0, agent_steps)
+    batch = ReplayDataModule(replay, 4, 50, 0).rollout_batch(3)
+    assert batch["obs"].shape[:2] == (3, 8)
+    assert batch["obs"][:, :, 0, 0, 0].tolist() == [list(range(8))] * 3
+    assert "episode" not in batch
+
+
+def test_where_no_frame_is_left_to_dream_it_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay = make(tmp_path)
+    play(replay, 0, 4)
+    monkeypatch.setattr("callbacks.rollout.recorder_of", Mock())
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True, logger=Mock(), datamodule=ReplayDataModule(replay, 4, 50, 0)
+    )
+    module: Any = SimpleNamespace(device=torch.device("cpu"))
+    with caplog.at_level(logging.INFO):
+        ImaginationRollout(every=1, seen=5)._roll(trainer, module)
+    assert "the longest sequence has 5 frames" in caplog.text
+    trainer.logger.log_metrics.assert_not_called()

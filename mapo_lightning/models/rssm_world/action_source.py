@@ -118,7 +118,10 @@ class InverseAction(ActionSource):
         mean, raw_std = raw.float().chunk(2, dim=-1)
         std = 2.0 * torch.sigmoid(raw_std / 2.0)
         action = mean + std * torch.randn_like(std) if self.sampled else mean
-        return Driven(F.pad(action, (0, 0, 1, 0)), LatentAction(mean, std, action))
+        episode_BT, whole = batch.get("episode"), None
+        if episode_BT is not None:  # what lies between two episodes is no action
+            whole = episode_BT[:, 1:] == episode_BT[:, :-1]
+        return Driven(F.pad(action, (0, 0, 1, 0)), LatentAction(mean, std, action, whole))
 
     def losses(
         self, driven: Driven, dynamics: RSSM, post: RSSMState, prior_BTSK: Tensor
@@ -127,8 +130,9 @@ class InverseAction(ActionSource):
         latent = driven.latent
         assert latent is not None
         prior = torch.zeros_like(latent.mean), torch.full_like(latent.std, self.prior_std)
+        kl = gaussian_kl(latent.mean, latent.std, *prior)
         return {
-            "latent_action_kl": gaussian_kl(latent.mean, latent.std, *prior).mean(),
+            "latent_action_kl": (kl if latent.whole is None else kl[latent.whole]).mean(),
             "consistency": consistency(self.consistency, latent, dynamics, post, prior_BTSK),
         }
 

@@ -21,6 +21,7 @@ class LatentAction(NamedTuple):
     mean: Tensor
     std: Tensor
     sample: Tensor
+    whole: Tensor | None = None  # (B, T-1): both frames are of one episode; None: all are
 
 
 def gaussian_kl(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor) -> Tensor:
@@ -62,6 +63,9 @@ def consistency(
         state_N = state_N.masked_fill(same_B.repeat_interleave(latent.mean.shape[1]), 0.0)
     mean, std = latent.mean, latent.std
     action_N = gaussian_kl(mean, std, mean[order_B], std[order_B]).flatten()
+    if latent.whole is not None:
+        kept_N = (latent.whole & latent.whole[order_B]).flatten()
+        state_N, action_N = state_N[kept_N], action_N[kept_N]
     return order_loss(kind, state_N, action_N)
 
 

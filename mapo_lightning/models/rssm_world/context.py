@@ -21,9 +21,9 @@ SCALES = (16, 8)
 class Context(NamedTuple):
     """What the decoder is told about the scene."""
 
-    maps: dict[int, Tensor]  # side -> (B, C, side, side)
+    maps: dict[int, Tensor]  # side -> (B, C, side, side); (B*T, ...) where chunks are joined
     terms: dict[str, Tensor]  # scalar loss terms
-    codes: dict[int, Tensor]  # side -> (B, L) code indices; empty without a codebook
+    codes: dict[int, Tensor]  # side -> (frames, L) code indices; empty without a codebook
 
 
 NO_CONTEXT = Context({}, {}, {})
@@ -32,6 +32,8 @@ NO_CONTEXT = Context({}, {}, {})
 
 class FrameContext(nn.Module):
     """Features of one frame per clip, at 16x16 and 8x8, quantised if the method says so.
+
+    A clip that was joined from several episodes shows as many scenes: one frame of each is used.
 
     Args:
         cfg: What is looked at, and how.
@@ -54,14 +56,40 @@ class FrameContext(nn.Module):
         elif cfg.kind == "quantized":
             self.quantizers["frame"] = Quantizer(cfg.quantizer, sum(widths.values()))
 
-    def forward(self, obs: Tensor) -> Context:
-        """Look at one frame of each clip; ``obs`` is (B, T, H, W, 3) uint8."""
-        frame_BCHW = self._augment(normalised(self._pick(obs)))
+    def forward(self, obs: Tensor, episode_BT: Tensor | None = None) -> Context:
+        """Look at one frame of each clip.
+
+        Args:
+            obs: Frames, (B, T, H, W, 3) uint8.
+            episode_BT: Where clips are joined from episodes: the number of each frame's episode,
+                (B, T). One frame of each episode is looked at then.
+        """
+        if episode_BT is None:
+            return self._of_frames(self._pick(obs))
+        chosen_S, scene_N = self._pick_of_each(episode_BT)
+        found = self._of_frames(obs.flatten(0, 1)[chosen_S])
+        return found._replace(maps={side: x[scene_N] for side, x in found.maps.items()})
+
+    def _of_frames(self, frame_BHWC: Tensor) -> Context:
+        """What one frame each, (B, H, W, 3) uint8, says."""
+        frame_BCHW = self._augment(normalised(frame_BHWC))
         maps = self.encoder.maps(frame_BCHW)
         maps = {side: maps[side] for side in SCALES}
         if not self.quantizers:
             return Context(maps, {}, {})
         return self._per_frame(maps) if "frame" in self.quantizers else self._per_place(maps)
+
+    def _pick_of_each(self, episode_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """One frame of each of S episodes, (S,) in [0, B*T), and every frame's episode, (B*T,)."""
+        begins_BT = episode_BT.diff(dim=1, prepend=episode_BT[:, :1] - 1) != 0
+        scene_N = begins_BT.flatten().cumsum(0) - 1
+        first_S, length_S = begins_BT.flatten().nonzero().squeeze(1), scene_N.bincount()
+        if self.cfg.frame == "first":
+            return first_S, scene_N
+        if self.cfg.frame == "last":
+            return first_S + length_S - 1, scene_N
+        share_S = torch.rand(len(first_S), device=episode_BT.device)
+        return first_S + (share_S * length_S).long().minimum(length_S - 1), scene_N
 
     def _pick(self, obs: Tensor) -> Tensor:
         """One frame of each clip, (B, H, W, 3)."""

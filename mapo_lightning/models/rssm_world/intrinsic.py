@@ -33,11 +33,13 @@ class VideoBonus(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     @torch.no_grad()
-    def forward(self, feat_BTF: Tensor) -> Tensor:
+    def forward(self, feat_BTF: Tensor, episode_BT: Tensor | None = None) -> Tensor:
         """Normalised bonus of the windows that start at each of the first T - window + 1 steps.
 
         Args:
             feat_BTF: Features that no gradient shall reach, (B, T, F).
+            episode_BT: Where sequences are joined from episodes: the number of each step's
+                episode, (B, T). A window ends with the episode that it begins in.
 
         Returns:
             (B, T - window + 1), mean absolute value near 1.
@@ -51,7 +53,7 @@ class VideoBonus(nn.Module):
                 f"{feat_BTF.shape[1]}; use longer chunks or beta=0"
             )
         with torch.autocast(feat_BTF.device.type, enabled=False):
-            window_BTF = feat_BTF.float().unfold(1, self.cfg.window, 1).mean(dim=-1)
+            window_BTF = self._means(feat_BTF.float(), episode_BT)
             query = (window_BTF @ self.projection).flatten(0, 1)
             self._push(query)
             # A float32 product is 2 % off where states hardly move (facts 10.1); this one is as
@@ -67,6 +69,16 @@ class VideoBonus(nn.Module):
             bonus = (total / there).view(window_BTF.shape[:2])
             self.scale.lerp_(bonus.abs().mean(), 1.0 - self.cfg.momentum)
             return bonus / (self.scale + 1e-8)
+
+    def _means(self, feat_BTF: Tensor, episode_BT: Tensor | None) -> Tensor:
+        """Mean features of each window, (B, T - window + 1, F)."""
+        steps_BTFW = feat_BTF.unfold(1, self.cfg.window, 1)
+        if episode_BT is None:
+            return steps_BTFW.mean(dim=-1)
+        number_BTW = episode_BT.unfold(1, self.cfg.window, 1)
+        same_BTW = (number_BTW == number_BTW[..., :1]).to(feat_BTF.dtype)
+        weight_BTW = same_BTW / same_BTW.sum(dim=-1, keepdim=True)
+        return torch.einsum("btfw,btw->btf", steps_BTFW, weight_BTW)
 
     def _push(self, query: Tensor) -> None:
         """Put the newest vectors first; the oldest fall out."""

@@ -151,14 +151,14 @@ class RSSMWorldModel(nn.Module):
             assert dynamics is not None
             terms[f"kl_{name}"] = dynamics.kl(post.logits, prior_BTSK, self.objective.free_nats)
         feat_BTF = seen.belief.feat
-        context = self._look(batch["obs"])
+        context = self._look(batch["obs"], batch.get("episode"))
         terms |= context.terms
         mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), context.maps).float()
         error_NCHW = mean_NCHW - normalised(batch["obs"])
         # -ln p(o_t | s_t, e_i): unit-variance Gaussian without its constant, summed over pixels.
         terms["image"] = 0.5 * error_NCHW.pow(2).sum(dim=(1, 2, 3)).mean()
         if self.heads:
-            bonus_BT = self._bonus(seen)
+            bonus_BT = self._bonus(seen, batch.get("episode"))
             if bonus_BT is not None:
                 log["bonus"] = bonus_BT.mean()
                 bonus_BT = self.cfg.bonus.beta * bonus_BT
@@ -207,19 +207,19 @@ class RSSMWorldModel(nn.Module):
             return None
         return lambda action: source({"action": action}).action
 
-    def _look(self, obs: Tensor) -> Context:
-        """The scene's context, of frames (B, T, H, W, 3)."""
-        found: Context = NO_CONTEXT if self.context is None else self.context(obs)
+    def _look(self, obs: Tensor, episode_BT: Tensor | None = None) -> Context:
+        """The scene's context, of frames (B, T, H, W, 3), or of each episode in them."""
+        found: Context = NO_CONTEXT if self.context is None else self.context(obs, episode_BT)
         return found
 
-    def _bonus(self, seen: Followed) -> Tensor | None:
+    def _bonus(self, seen: Followed, episode_BT: Tensor | None) -> Tensor | None:
         """Intrinsic bonus of the first steps, (B, T - window + 1); None without one."""
         if self.bonus is None:
             return None
         lower = seen.belief.lower
         assert lower is not None
         compared = lower.feat if self.upper is not None else seen.embed
-        bonus_BT: Tensor = self.bonus(compared.detach())
+        bonus_BT: Tensor = self.bonus(compared.detach(), episode_BT)
         return bonus_BT
 
     @torch.no_grad()
