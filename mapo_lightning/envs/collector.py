@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
@@ -171,7 +172,7 @@ class Collector:
         while taken < agent_steps:
             self.settle()
             if self._step is None:
-                with _awaited("begin their first episodes"):
+                with _awaited(self.envs, "begin their first episodes"):
                     obs, _ = self.envs.reset(seed=self.seed)
                 self._write(obs, None, np.ones(self.envs.num_envs, bool), {})
             assert self._step is not None
@@ -188,7 +189,7 @@ class Collector:
         action, self._unfinished = self._unfinished, None
         if action is None:
             return
-        with _awaited("take their next step"):
+        with _awaited(self.envs, "take their next step"):
             if isinstance(self.envs, AsyncVectorEnv):
                 outcome = self.envs.step_wait()
             else:
@@ -238,8 +239,14 @@ class Collector:
 
 
 @contextmanager
-def _awaited(what: str) -> Iterator[None]:
-    """Call the environments inside; a process of theirs that died is an error of one sentence."""
+def _awaited(envs: VectorEnv, what: str) -> Iterator[None]:
+    """Call the environments inside; what fails in a process of theirs is an error of one sentence.
+
+    Gymnasium would first log the error that it is about to raise, with the process's traceback.
+    """
+    level = gym.logger.min_level
+    if isinstance(envs, AsyncVectorEnv):
+        gym.logger.min_level = gym.logger.ERROR + 1
     try:
         with waiting(f"the environments to {what}"):
             yield
@@ -248,6 +255,8 @@ def _awaited(what: str) -> Iterator[None]:
             "the process of an environment has died, killed from outside or by its simulator: "
             "lower env.num_envs if the memory is full, or try env.num_envs=1"
         ) from error
+    finally:
+        gym.logger.min_level = level
 
 
 def run_episodes(
@@ -290,13 +299,13 @@ def _play_batch(
     count = envs.num_envs
     first, live = np.ones(count, bool), np.ones(count, bool)
     tally = EpisodeTally(count)
-    with _awaited("begin the test episodes"):
+    with _awaited(envs, "begin the test episodes"):
         obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]  # Gymnasium takes one for each
     videos: list[list[Frames]] = [[obs["image"][n].copy()] for n in range(record)]
     while live.any():
         step = {"obs": obs["image"], "is_first": first, **live_labeler.update(obs, first)}
         action = policy(step)
-        with _awaited("take their next step of a test episode"):
+        with _awaited(envs, "take their next step of a test episode"):
             obs, reward, terminated, truncated, info = envs.step(action)
         first = np.zeros(count, bool)
         tally.add(live, reward, info)

@@ -205,6 +205,30 @@ def test_a_process_that_died_is_said_in_one_sentence(tmp_path: Path) -> None:
     assert replay.state()["open"] == [[0, 4]]
 
 
+class BrokenClock(Clock):
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self.time == 2:
+            raise EnvironmentSetupError("gym/Clock at step 3 of an episode: it stopped")
+        return super().step(action)
+
+
+def test_what_fails_in_a_process_is_said_once(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    envs = AsyncVectorEnv([BrokenClock], context="fork", autoreset_mode=AutoresetMode.NEXT_STEP)
+    replay = Replay(tmp_path / "replay", ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
+    collector = Collector(envs, tracker(tmp_path, 1)[0], replay, seed=0)
+    level = gym.logger.min_level
+    with pytest.raises(
+        EnvironmentSetupError, match="gym/Clock at step 3 of an episode: it stopped"
+    ):
+        collector.collect(RandomPolicy(2, seed=0), 5)
+    collector.close()
+    assert not [str(w.message) for w in recwarn if "Worker" in str(w.message)]
+    assert gym.logger.min_level == level
+    assert replay.state()["open"] == [[0, 3]]
+
+
 class SlowClock(Clock):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         sleep(0.25)
