@@ -3,8 +3,8 @@
 python tests/label_servers.py '{"model": DIR, "port": 8000}'     a real tiny model behind the API
 python tests/label_servers.py '{"seconds": 0.2, "at_once": 8}'   a model that only takes its time
 
-The second can misbehave: POST /control {"faults": ["429", "500", "cut", "garbage", "slow", "400"]}
-spends one fault per question; GET /stats counts. Both speak chat completions and nothing else.
+The second can misbehave: POST /control {"faults": ["429", "cut", "garbage", "silent"]} spends one
+fault per question; GET /stats counts. Both speak chat completions and nothing else.
 """
 
 from __future__ import annotations
@@ -111,10 +111,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_bytes(200, b"<html>\x00 no json")
         elif fault == "empty":
             self.send(200, {"choices": []})
+        elif fault == "silent":  # until the client hangs up
+            self.connection.recv(1)
+            self.close_connection = True
         elif fault:
-            if fault == "slow":
-                time.sleep(3.0)
-            code = 503 if fault == "slow" else int(fault)
+            code = int(fault)
             secret = self.headers.get("authorization", "")
             self.send(code, {"error": {"message": f"fault {fault} for {secret}"}}, fault == "429")
         else:

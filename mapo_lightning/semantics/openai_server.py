@@ -14,7 +14,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -73,12 +73,13 @@ class OpenAIDescriber:
 
     Args:
         cfg: Addresses, model, timeouts and retries.
+        clock: Gives the time in seconds.
     """
 
     in_worker = True
 
-    def __init__(self, cfg: VlmConfig) -> None:
-        self.cfg, self.server = cfg, cfg.server
+    def __init__(self, cfg: VlmConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.cfg, self.server, self._clock = cfg, cfg.server, clock
         self.outage = OutageLog()
         prompt = hashlib.blake2b(PROMPT.encode(), digest_size=4).hexdigest()
         model = f"{cfg.model}@{cfg.revision}" if cfg.revision else cfg.model
@@ -90,7 +91,7 @@ class OpenAIDescriber:
         self._pid = os.getpid()
         self._pool: ThreadPoolExecutor | None = None
         self._clients: dict[str, openai.OpenAI] = {}
-        self._servers = ServerPool(self.server.base_urls)
+        self._servers = ServerPool(self.server.base_urls, self._clock)
         self._json: bool | None = None if self.server.structured == "auto" else False
         self._probing = threading.Lock()
 
@@ -101,7 +102,7 @@ class OpenAIDescriber:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Connect at the first query."""
         self.cfg, self.name, self.outage = state["cfg"], state["name"], state["outage"]
-        self.server = self.cfg.server
+        self.server, self._clock = self.cfg.server, time.monotonic
         self._forget()
 
     @property
@@ -146,8 +147,9 @@ class OpenAIDescriber:
         while not stop.is_set() and not is_ending():
             server = self._servers.pick()
             if server is None:
-                out_since = out_since or time.monotonic()
-                if self._is_hopeless(time.monotonic() - out_since):
+                now = self._clock()
+                out_since = now if out_since is None else out_since
+                if self._is_hopeless(now - out_since):
                     return None
                 stop.wait(_POLL_SECONDS)
                 continue
