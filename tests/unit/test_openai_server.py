@@ -15,7 +15,7 @@ import pytest
 from label_servers import PHRASES, Running, running
 
 from mapo_lightning.semantics import server_pool as servers
-from mapo_lightning.semantics.describer import StreamingDescriber
+from mapo_lightning.semantics.describer import NoAnswer, StreamingDescriber
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.phrase import parse_reply
 from mapo_lightning.semantics.server_pool import OutageLog, Server, ServerPool, as_they_come
@@ -125,16 +125,13 @@ def test_a_paused_server_gets_no_query_before_its_time() -> None:
     assert pool.pick() is server
 
 
-def test_window_that_only_fails_is_left_out(
-    server: Running, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_window_that_only_fails_is_left_out(server: Running) -> None:
     white = np.full((4, 32, 32, 3), 255, np.uint8)
-    replies: dict[int, object] = {}
-    for found in describer(server.url, retries=1).describe_each([*clips(3), white, *clips(9)]):
-        replies |= found
-    assert [n for n, reply in replies.items() if reply is None] == [3]
-    assert len(replies) == 13
-    assert "gave up on a window after 2 attempts: HTTP 500" in caplog.text
+    replies = describer(server.url, retries=1).describe([*clips(3), white, *clips(9)])
+    assert [isinstance(reply, NoAnswer) for reply in replies] == [n == 3 for n in range(13)]
+    assert replies[3] == NoAnswer(
+        "2 attempts failed, the last with HTTP 500: white pictures make this model stumble"
+    )
 
 
 @pytest.mark.parametrize("fault", ["400", "401", "404"])
@@ -193,12 +190,8 @@ def test_outage_gives_none_at_once_and_recovers() -> None:
         asked = describer(server.url, on_outage="skip", clock=lambda: now[0])
         right = asked.describe(clips(4))
         server.kill()
-        found: dict[int, object] = {}
-        for group in asked.describe_each(clips(4)):  # its clock stands still: it cannot wait
-            found |= group
-        assert set(found.values()) == {None}
-        with pytest.raises(DescriberError, match="4 windows got no answer"):
-            asked.describe(clips(4))
+        # Its clock stands still, so it cannot wait.
+        assert asked.describe(clips(4)) == [NoAnswer("no label server answers", outage=True)] * 4
         server.start(server.port)
         now[0] += 60.0
         asked.describe(clips(1))  # a server that was out gets one query first
