@@ -5,7 +5,7 @@ python tests/label_servers.py '{"seconds": 0.2, "at_once": 8}'   a model that on
 
 The second can misbehave: POST /control {"faults": ["429", "cut", "garbage", "silent"]} spends one
 fault per question, {"always": "half"} makes one last; GET /stats counts. White pictures make it
-stumble (500), and its content filter rejects black ones (400). Both speak chat completions and
+stumble (500), and its content filter rejects red ones (400). Both speak chat completions and
 nothing else.
 """
 
@@ -70,7 +70,7 @@ class TimedModel:
         assert all(url.startswith("data:image/jpeg;base64,") for url in urls)
         if all(picture(url).min() > 250 for url in urls):
             raise OSError("white pictures make this model stumble")
-        if all(picture(url).max() < 5 for url in urls):
+        if all(is_red(picture(url)) for url in urls):
             raise RefusalError("the image was flagged by our content filter")
         number = int(hashlib.sha256("".join(urls).encode()).hexdigest(), 16) % len(PHRASES)
         with self.lock:
@@ -96,6 +96,10 @@ class RefusalError(Exception):
 def picture(url: str) -> np.ndarray:
     data = io.BytesIO(base64.b64decode(url.partition(",")[2]))
     return np.asarray(Image.open(data).convert("RGB"))
+
+
+def is_red(image_HWC: np.ndarray) -> bool:
+    return bool(image_HWC[..., 0].min() > 240 and image_HWC[..., 1:].max() < 15)
 
 
 THOUGHTS = "It might be [robot][drops][vase][up][9 m], but no."

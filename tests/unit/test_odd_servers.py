@@ -18,7 +18,7 @@ from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.settings import ServerConfig, VlmConfig
 from mapo_lightning.types import DescriberError, Frames
 
-BLACK = np.zeros((4, 32, 32, 3), np.uint8)
+RED = np.full((4, 32, 32, 3), (255, 0, 0), np.uint8)
 
 
 def clips(count: int) -> list[Frames]:
@@ -136,7 +136,7 @@ def test_a_window_that_a_content_filter_rejects_costs_this_window(
     at: int, structured: str, server: Running, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     films = clips(9)
-    films.insert(at, BLACK)
+    films.insert(at, RED)
     asking = labeler(server, tmp_path, structured=structured)
     with caplog.at_level(logging.WARNING):
         labels = asking.label_frames(films, "v.mp4")
