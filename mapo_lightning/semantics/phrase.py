@@ -24,7 +24,8 @@ MAX_TEXT = 256
 """Longest reply that is kept, in characters."""
 MAX_SLOT = 64
 """Longest slot that is kept, in characters."""
-_MAX_READ = 4096  # characters of a reply that are read; bounds the cost of a runaway answer
+MAX_READ = 4096
+"""Characters of a reply that are read; bounds the cost of a runaway answer."""
 
 Status = Literal["slots", "prose", "null", "unreadable"]
 """How a reply was read: as slots, as a free sentence, as "no action", or not at all."""
@@ -38,7 +39,8 @@ _LABEL = re.compile(
 )
 _NULLS = frozenset({"", "null", "none", "n/a", "na", "nil", "no action", "no significant action"})
 _NOTHING = re.compile(
-    r"^.{0,30}\bnull\W*$|\bno (?:\w+ ){0,2}(?:actions?|movements?|motion|changes?)\b",
+    r"^.{0,30}\bnull\W*$|(?:\bno|(?:\b(?:not|cannot|unable to)|n['\u2019]t) (?:\w+ ){0,3}any) "
+    r"(?:\w+ ){0,2}(?:actions?|movements?|motion|changes?)\b",
     re.IGNORECASE,
 )  # "Example 3: null.", "There is no significant action in this video."
 _WIDE = str.maketrans("\u3010\u3011\uff3b\uff3d", "[][]")  # brackets of Chinese text
@@ -70,7 +72,7 @@ def clean_text(text: str, limit: int) -> str:
         text: Anything.
         limit: Longest result, in characters.
     """
-    plain = _ANSI.sub("", text[: 4 * _MAX_READ])
+    plain = _ANSI.sub("", text[: 4 * MAX_READ])
     kept = (" " if c.isspace() else c for c in plain)
     visible = "".join(c for c in kept if not unicodedata.category(c).startswith("C"))
     return " ".join(visible.split())[:limit].strip()
@@ -94,7 +96,7 @@ def parse_reply(text: str) -> Parsed:
     Returns:
         The phrase, each slot at most 64 characters, and how it was found.
     """
-    lines = [clean_text(line, _MAX_READ) for line in text[:_MAX_READ].splitlines()]
+    lines = [clean_text(line, MAX_READ) for line in text[:MAX_READ].splitlines()]
     flat = " ".join(line for line in lines if line)
     if _is_null(flat):
         return Parsed(None, "null" if flat.strip(_EDGES + "[]{}") else "unreadable")
