@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mapo_lightning.semantics import vocabulary
 
@@ -31,6 +31,7 @@ Status = Literal["slots", "prose", "null", "unreadable"]
 """How a reply was read: as slots, as a free sentence, as "no action", or not at all."""
 
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_JSON = json.JSONDecoder()
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
 _LABEL = re.compile(
     r"^[\s*\-#\d.)`\"']*(executing body|body|action|target object|target|moving direction"
@@ -152,20 +153,24 @@ def _bracket_slots(lines: list[str]) -> list[str] | None:
 
 
 def _json_slots(text: str) -> list[str] | None:
-    start, end = text.find("{"), text.rfind("}")
-    if not 0 <= start < end:
-        return None
-    try:
-        value = json.loads(text[start : end + 1])
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict):
-        return None
-    # "Executing body", "target_object" ...: the slot's name is part of every such key.
-    named = {name: v for name in SLOTS for k, v in value.items() if name in k.lower()}
-    if not named:
-        return None
-    return ["" if named.get(name) is None else str(named[name]) for name in SLOTS]
+    """Slots of the first JSON object that names one of them."""
+    for start in (match.start() for match in re.finditer(r"\{", text)):
+        try:
+            value, _ = _JSON.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        # "Executing body", "target_object" ...: the slot's name is part of every such key.
+        named = {name: v for name in SLOTS for k, v in value.items() if name in k.lower()}
+        if named:
+            return [_leaf(named.get(name)) for name in SLOTS]
+    return None
+
+
+def _leaf(value: Any) -> str:
+    """The text of a JSON value, also where it is wrapped: ["lifts"], {"name": "lifts"}."""
+    while isinstance(value, list | dict) and len(value) == 1:
+        (value,) = value.values() if isinstance(value, dict) else value
+    return "" if value is None or isinstance(value, list | dict) else str(value)
 
 
 def _labelled_slots(lines: list[str]) -> list[str] | None:
