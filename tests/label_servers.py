@@ -3,8 +3,10 @@
 python tests/label_servers.py '{"model": DIR, "port": 8000}'     a real tiny model behind the API
 python tests/label_servers.py '{"seconds": 0.2, "at_once": 8}'   a model that only takes its time
 
-The second can misbehave: POST /control {"faults": ["429", "500", "cut", "garbage", "slow", "400"]}
-spends one fault per question; GET /stats counts. Both speak chat completions and nothing else.
+The second can misbehave: POST /control {"faults": ["429", "cut", "garbage", "silent"]} spends one
+fault per question, {"always": "half"} makes one last; GET /stats counts. White pictures make it
+stumble (500), and its content filter rejects red ones (400). Both speak chat completions and
+nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,30 +36,42 @@ PARTS = ("executing_body", "action", "target_object", "moving_direction", "displ
 
 
 class TimedModel:
-    """Answers after ``seconds``, at most ``at_once`` questions side by side."""
+    """Answers after ``seconds`` in ``needs`` tokens, at most ``at_once`` questions at a time."""
 
-    def __init__(self, seconds: float = 0.0, at_once: int = 8, schema: str = "offered") -> None:
-        self.seconds, self.schema = seconds, schema
+    def __init__(
+        self, seconds: float = 0.0, at_once: int = 8, schema: str = "offered", needs: int = 0
+    ) -> None:
+        self.seconds, self.schema, self.needs = seconds, schema, needs
         self.slots, self.lock = threading.Semaphore(at_once), threading.Lock()
         self.faults: list[str] = []
+        self.always = ""
         self.stats: dict[str, Any] = {"calls": 0, "answered": 0, "most": 0, "keys": []}
         self.open = 0
 
     def take_fault(self) -> str:
         with self.lock:
             self.stats["calls"] += 1
-            return self.faults.pop(0) if self.faults else ""
+            return self.faults.pop(0) if self.faults else self.always
 
-    def answer(self, question: dict[str, Any]) -> str | None:
-        """Words that depend on the pictures alone; None where the schema is refused."""
+    def answer(self, question: dict[str, Any]) -> str:
+        """Words that depend on the pictures alone.
+
+        Raises:
+            RefusalError: It does not want to.
+            OSError: It cannot.
+        """
         wants_json = "response_format" in question
         if wants_json and self.schema == "refused":
-            return None
+            raise RefusalError("response_format is not supported")
+        if wants_json and self.schema == "breaks":
+            raise OSError("grammar backend: no module named 'xgrammar'")
         parts = question["messages"][0]["content"]
         urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
         assert all(url.startswith("data:image/jpeg;base64,") for url in urls)
         if all(picture(url).min() > 250 for url in urls):
             raise OSError("white pictures make this model stumble")
+        if all(is_red(picture(url)) for url in urls):
+            raise RefusalError("the image was flagged by our content filter")
         number = int(hashlib.sha256("".join(urls).encode()).hexdigest(), 16) % len(PHRASES)
         with self.lock:
             self.open += 1
@@ -75,15 +89,56 @@ class TimedModel:
         return phrase
 
 
+class RefusalError(Exception):
+    """The model does not want to answer."""
+
+
 def picture(url: str) -> np.ndarray:
     data = io.BytesIO(base64.b64decode(url.partition(",")[2]))
     return np.asarray(Image.open(data).convert("RGB"))
 
 
-def reply_body(text: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+def is_red(image_HWC: np.ndarray) -> bool:
+    return bool(image_HWC[..., 0].min() > 240 and image_HWC[..., 1:].max() < 15)
+
+
+THOUGHTS = "It might be [robot][drops][vase][up][9 m], but no."
+SORRY = "I'm sorry, but I can't assist with that. The request shows a person."
+TOOL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+WHOLE: dict[str, Callable[[str], Any]] = {  # contents that hold the answer
+    "thinks_first": lambda text: f"<think>\n{THOUGHTS}\n</think>\n\n{text}",
+    "thinks_unopened": lambda text: f"{THOUGHTS}\n</think>\n{text}",
+    "parts": lambda text: [
+        {"type": "thinking", "text": THOUGHTS},
+        {"type": "text", "text": text[:3]},
+        {"type": "text", "text": text[3:]},
+    ],
+    "boxed": lambda text: f"<answer>{text}</answer>",
+}
+NONE: dict[str, dict[str, Any]] = {  # messages and endings without an answer
+    "only_thinks": {"content": f"<think>{THOUGHTS}"},
+    "thinks_aside": {"content": None, "reasoning_content": THOUGHTS},
+    "null": {"content": None},
+    "empty_parts": {"content": []},
+    "blank": {"content": " \n"},
+    "tool": {"content": "[tool][calls][for][left][1 m]", "tool_calls": [TOOL]},
+    "refuses": {"content": None, "refusal": "I can't help with faces."},
+    "sorry": {"content": SORRY},
+    "filtered": {"content": "[hand][moves][ball][left][1 cm]", "reason": "content_filter"},
+    "half": {"content": "[hand][moves][ba", "reason": "length"},
+    "half_json": {"content": '{"executing_body": "hand", "action": "mo', "reason": "length"},
+    "half_prose": {"content": "A hand lifts the ball and then", "reason": "length"},
+    "half_unsaid": {"content": "A hand lifts the ball and then", "reason": None},
+}
+
+
+def reply_body(content: Any, reason: str | None = "stop", **message: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": content, **message}
+    choice = {"index": 0, "message": message, "finish_reason": reason}
+    return {
+        "id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
+        "usage": {"completion_tokens": 10**6, "prompt_tokens": 9, "total_tokens": 10**6 + 9},
+    }  # fmt: skip
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -99,7 +154,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.path == "/control":
-            self.model.faults = list(body["faults"])
+            self.model.faults = list(body.get("faults", ()))
+            self.model.always = body.get("always", "")
             self.send(200, {})
             return
         self.model.stats["keys"] = [self.headers.get("authorization", "")]
@@ -111,22 +167,30 @@ class Handler(BaseHTTPRequestHandler):
             self.send_bytes(200, b"<html>\x00 no json")
         elif fault == "empty":
             self.send(200, {"choices": []})
-        elif fault:
-            if fault == "slow":
-                time.sleep(3.0)
-            code = 503 if fault == "slow" else int(fault)
+        elif fault == "error":
+            self.send(200, {"error": {"message": "CUDA out of memory", "code": 500}})
+        elif fault in NONE:
+            self.send(200, reply_body(**NONE[fault]))
+        elif fault == "silent":  # until the client hangs up
+            self.connection.recv(1)
+            self.close_connection = True
+        elif fault.isdecimal():
+            code = int(fault)
             secret = self.headers.get("authorization", "")
             self.send(code, {"error": {"message": f"fault {fault} for {secret}"}}, fault == "429")
         else:
             try:
                 text = self.model.answer(body)
-            except OSError as error:
-                self.send(500, {"error": {"message": str(error)}})
+            except (OSError, RefusalError) as error:
+                code = 500 if isinstance(error, OSError) else 400
+                self.send(code, {"error": {"message": str(error)}})
                 return
-            if text is None:
-                self.send(400, {"error": {"message": "response_format is not supported"}})
+            room = body["max_tokens"]
+            self.model.stats["room"] = room
+            if room < self.model.needs:
+                self.send(200, reply_body(text[: len(text) // 2], "length"))
             else:
-                self.send(200, reply_body(text))
+                self.send(200, reply_body(WHOLE[fault](text) if fault else text))
 
     def send(self, code: int, content: Any, retry: bool = False) -> None:
         self.send_bytes(code, json.dumps(content).encode(), retry)
@@ -159,6 +223,7 @@ def serve_qwen(port: int, model: str) -> None:
     import uvicorn
     from fastapi import FastAPI
 
+    from mapo_lightning.semantics.describer import Reply
     from mapo_lightning.semantics.qwen import QwenDescriber
     from mapo_lightning.semantics.settings import VlmConfig
 
@@ -171,7 +236,9 @@ def serve_qwen(port: int, model: str) -> None:
         parts = question["messages"][0]["content"]
         urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
         clip = np.stack([picture(url) for url in urls])
-        return reply_body(describer.describe([clip])[0].text)
+        (reply,) = describer.describe([clip])
+        assert isinstance(reply, Reply), reply
+        return reply_body(reply.text)
 
     place = socket.create_server(("127.0.0.1", port), backlog=128)
     print(place.getsockname()[1], flush=True)
@@ -214,8 +281,8 @@ class Running:
             assert time.monotonic() < deadline, self.stats()
             time.sleep(0.01)
 
-    def break_next(self, *faults: str) -> None:
-        data = json.dumps({"faults": faults}).encode()
+    def break_next(self, *faults: str, always: str = "") -> None:
+        data = json.dumps({"faults": faults, "always": always}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.root}/control", data)).close()
 
 

@@ -32,22 +32,29 @@ WORDS = (
     "Please describe possible actions in this video: hand moves lifts ball brick right left null"
 )
 PATTERN = r" ?\p{L}+| ?[^\s\p{L}\p{N}]| ?\p{N}|\s+"
-ANSWER = ("\n", " hand", (" moves", " lifts"), (" ball", " brick"), (" right", " left"))
+Answer = tuple[str | tuple[str, ...], ...]
+ANSWER: Answer = ("\n", " hand", (" moves", " lifts"), (" ball", " brick"), (" right", " left"))
 
 
-def save_qwen(folder: Path, family: str = "qwen2_5", seed: int = 1) -> Path:
+def save_qwen(
+    folder: Path, family: str = "qwen2_5", seed: int = 1, answer: Answer = ANSWER
+) -> Path:
     """Save a tiny Qwen2.5-VL or Qwen3-VL: config, weights, tokenizer, processor, chat template.
 
     The weights are random, but the output layer is tilted so that greedy answers read like
     ``hand lifts ball left``: random words would all be unreadable. The
-    picture decides between left and right.
+    picture decides between left and right. Another ``answer`` begins, like this one, with the last
+    token of the question.
     """
     torch.manual_seed(seed)
     tokenizer = _tokenizer()
+    tags = [step for step in answer if isinstance(step, str) and step.startswith("<")]
+    if tags:
+        tokenizer.add_tokens(tags)
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     config = _qwen2_5(len(tokenizer), ids) if family == "qwen2_5" else _qwen3(len(tokenizer), ids)
     model = AutoModelForImageTextToText.from_config(config)
-    _tilt(model, tokenizer)
+    _tilt(model, tokenizer, answer)
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     patch = config.vision_config.patch_size
@@ -117,12 +124,12 @@ def _marks(ids: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _tilt(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
+def _tilt(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, answer: Answer) -> None:
     """Let each word of the answer call for the next; between two, the rest of the model decides."""
     seen = model.get_input_embeddings().weight.data
     said = model.get_output_embeddings().weight.data
     seen.normal_(0.0, 0.05)
-    steps = [(step,) if isinstance(step, str) else step for step in (*ANSWER, "<|im_end|>")]
+    steps = [(step,) if isinstance(step, str) else step for step in (*answer, "<|im_end|>")]
     tokens = [[tokenizer(word)["input_ids"] for word in step] for step in steps]
     for before, after in itertools.pairwise(tokens):
         calls = torch.stack([seen[first] for (first,) in before]).sum(0)

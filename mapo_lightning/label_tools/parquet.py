@@ -1,8 +1,10 @@
-"""Exports labels to one Parquet file, to keep, share and read with other tools; and imports it.
+"""Exports labels to one Parquet file, to keep, share and read with other tools; imports and checks.
 
 mapo-labels export runs/cache/labels labels.parquet
 mapo-labels import labels.parquet runs/cache/labels
 mapo-labels show labels.parquet
+mapo-labels check runs/cache/labels            finds labels that are no answers; exit code 1 if any
+mapo-labels check runs/cache/labels --remove   removes them: the next run asks about them again
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mapo_lightning.files import atomic_write
+from mapo_lightning.label_tools.check import check_labels
+from mapo_lightning.semantics.answers import stored_fault
 from mapo_lightning.semantics.phrase import MAX_SLOT, MAX_TEXT, PROMPT, SLOTS, Phrase, clean_text
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import DescriberError, MapoError
@@ -71,13 +75,23 @@ def export_labels(store: Path, file: Path) -> int:
     return counts.total()
 
 
-def import_labels(file: Path, store: Path) -> tuple[int, int]:
+class Imported(NamedTuple):
+    """Numbers of labels in an imported file."""
+
+    new: int
+    known: int
+    """The store had a label of the same window; it stays."""
+    no_answer: int
+    """Thoughts, refusals and the like, which are left out."""
+
+
+def import_labels(file: Path, store: Path) -> Imported:
     """Put the labels of a Parquet file into a store; those already in it stay unchanged.
 
     Nothing in the file is trusted: texts are cleaned and bounded, everything else is checked.
 
     Returns:
-        Numbers of labels (new, known before).
+        What became of them.
 
     Raises:
         DescriberError: The file is not a label file, or holds a row that is not a label.
@@ -87,16 +101,17 @@ def import_labels(file: Path, store: Path) -> tuple[int, int]:
         missing = set(_SCHEMA.names) - set(table.schema_arrow.names)
         if missing:
             raise DescriberError(f"'{file}' holds no labels: it has no column {min(missing)}")
-        target, new, old = LabelStore(store, "import"), 0, 0
+        target, counts = LabelStore(store, "import"), np.zeros(3, int)
         for group in table.iter_batches(_ROWS, columns=_SCHEMA.names):
-            labels = dict(_from_row(row) for row in group.to_pylist())
+            rows = dict(_from_row(row) for row in group.to_pylist())
+            labels = {key: label for key, label in rows.items() if stored_fault(label) is None}
             known = target.get(labels)
             target.put({key: label for key, label in labels.items() if key not in known})
-            new, old = new + len(labels) - len(known), old + len(known)
+            counts += len(labels) - len(known), len(known), len(rows) - len(labels)
         target.close()
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         raise DescriberError(f"cannot read labels from '{file}': {error}") from error
-    return new, old
+    return Imported(*counts.tolist())
 
 
 def read_card(file: Path) -> dict[str, Any]:
@@ -169,6 +184,22 @@ def _card_text(card: dict[str, Any], name: str) -> str:
     return "\n".join([*lines, "", f"Prompt: {card['prompt']}", ""])
 
 
+def _check(store: Path, remove: bool) -> int:
+    """Report labels that are no answers, and remove them if asked to; returns the exit code."""
+    found = check_labels(store)
+    for line in found.lines():
+        log.info("%s", line)
+    if not found.faults:
+        return 0
+    if not remove:
+        log.info("--remove removes them: the next run that needs these labels asks for them again")
+        return 1
+    labels = LabelStore(store, "check")
+    log.info("%d labels removed", labels.remove(found.faults))
+    labels.close()
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -177,17 +208,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for command, places in (
         ("export", ("store", "file")), ("import", ("file", "store")), ("show", ("file",)),
+        ("check", ("store",)),
     ):  # fmt: skip
         added = commands.add_parser(command)
         for place in places:
             added.add_argument(place, type=Path)
+        if command == "check":
+            added.add_argument("--remove", action="store_true", help="so that they are asked again")
     words = parser.parse_args(argv)
     try:
+        if words.command == "check":
+            return _check(words.store, words.remove)
         if words.command == "export":
             log.info("%d labels -> %s", export_labels(words.store, words.file), words.file)
         elif words.command == "import":
-            new, old = import_labels(words.file, words.store)
-            log.info("%d new labels, %d known before -> %s", new, old, words.store)
+            found = import_labels(words.file, words.store)
+            log.info(
+                "%d new labels, %d known before, %d left out because they are no answers -> %s",
+                *found,
+                words.store,
+            )
         else:
             log.info("%s", _card_text(read_card(words.file), words.file.name))
     except MapoError as error:

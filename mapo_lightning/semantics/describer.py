@@ -13,9 +13,22 @@ class Reply(NamedTuple):
     """A describer's answer about one window."""
 
     text: str
-    """The raw answer; read by `phrase.parse_reply`."""
+    """The raw answer; read by `answers.read_answer` and `phrase.parse_reply`."""
     hidden: NDArray[np.float16] | None = None
     """Mean hidden state of the answer, (hidden_dim,), if the backend exposes it."""
+
+
+class NoAnswer(NamedTuple):
+    """What a describer returns about a window that it gives no answer about.
+
+    Such a window has no label: it counts as null for now, is not stored, and is queried again by
+    the next run.
+    """
+
+    reason: str
+    """For people: refused, cut short, no server ..."""
+    outage: bool = False
+    """True if nobody could be queried; this is reported where it is noticed, once for all."""
 
 
 @runtime_checkable
@@ -27,14 +40,15 @@ class Describer(Protocol):
     in_worker: bool
     """True if it may run inside a DataLoader worker (CPU or HTTP), False if it needs the GPU."""
 
-    def describe(self, clips: Sequence[Frames]) -> list[Reply]:
+    def describe(self, clips: Sequence[Frames]) -> Sequence[Reply | NoAnswer]:
         """Describe each window on its own.
 
         Args:
             clips: Windows of RGB frames, each (T, H, W, 3) uint8 with T >= 1, oldest first.
 
         Returns:
-            One reply per window, in order. A reply must not depend on the other windows.
+            One reply per window, in order, or why there is none. A reply must not depend on the
+            other windows.
         """
         ...
 
@@ -48,14 +62,14 @@ class StreamingDescriber(Describer, Protocol):
         """Largest number of queries in flight; a query is in flight until its answer is stored."""
         ...
 
-    def describe_each(self, clips: Sequence[Frames]) -> Iterator[Mapping[int, Reply | None]]:
+    def describe_each(self, clips: Sequence[Frames]) -> Iterator[Mapping[int, Reply | NoAnswer]]:
         """Yield the answers that have arrived: number of the window -> reply.
 
         Args:
             clips: As for `describe`.
 
         Yields:
-            Every window once; None if there is no answer for now.
+            Every window once.
         """
         ...
 

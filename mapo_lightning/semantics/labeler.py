@@ -12,8 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mapo_lightning.semantics.answers import read_answer
 from mapo_lightning.semantics.describer import (
     Describer,
+    NoAnswer,
     NullDescriber,
     Reply,
     StreamingDescriber,
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 _BATCH = 64  # windows decoded and queried at once: bounds memory
 _POLL_SECONDS = (0.01, 0.2)  # first and longest pause while another process holds a window
 _PATIENCE_SECONDS = 60.0  # wait for another process after which a warning is logged
+_NAMED = 20  # windows without an answer that are named in the log
+_IN_VAIN = 32  # windows without any answer at all after which the describer counts as unusable
 _NOTHING = StoredLabel("null", "null", None, None, NullDescriber.name, "")
 
 
@@ -104,6 +108,7 @@ class Labeler:
         self.reviews, self.cached_only = reviews or Reviews(), cached_only
         self.semantic_dim = encoder.semantic_dim
         self.stats = LabelStats()
+        self._answers = self._missing = 0
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
@@ -219,11 +224,11 @@ class Labeler:
             found: dict[str, StoredLabel | None] = {}
             for number, reply in answered.items():
                 key = keys[number]
-                found[key] = None if reply is None else self._read(reply, todo[key].source)
+                found[key] = self._read(reply, todo[key].source)
             self.store.put({key: label for key, label in found.items() if label is not None})
             yield found
 
-    def _replies(self, clips: Sequence[Frames]) -> Iterator[Mapping[int, Reply | None]]:
+    def _replies(self, clips: Sequence[Frames]) -> Iterator[Mapping[int, Reply | NoAnswer]]:
         if isinstance(self.describer, StreamingDescriber):
             yield from self.describer.describe_each(clips)
             return
@@ -235,12 +240,42 @@ class Labeler:
             )
         yield dict(enumerate(replies))
 
-    def _read(self, reply: Reply, source: str) -> StoredLabel:
-        phrase, status = parse_reply(reply.text)
-        text, source = clean_text(reply.text, MAX_TEXT), clean_text(source, MAX_TEXT)
+    def _read(self, reply: Reply | NoAnswer, source: str) -> StoredLabel | None:
+        """Make a label of a reply; None if it is no answer."""
+        source = clean_text(source, MAX_TEXT)
+        hidden = None if isinstance(reply, NoAnswer) else reply.hidden
+        answer = reply if isinstance(reply, NoAnswer) else read_answer(reply.text)
+        if isinstance(answer, NoAnswer):
+            self._note_missing(answer, source)
+            return None
+        with self._lock:
+            self._answers += 1
+        phrase, status = parse_reply(answer)
+        text = clean_text(answer, MAX_TEXT)
         if status == "unreadable":
             log.warning("unreadable reply about %s, counts as null: %.80r", source, text)
-        return StoredLabel(text, status, phrase, reply.hidden, self.describer.name, source)
+        return StoredLabel(text, status, phrase, hidden, self.describer.name, source)
+
+    def _note_missing(self, missing: NoAnswer, source: str) -> None:
+        """Name a window without an answer; there is no point in going on if all are like it.
+
+        Raises:
+            DescriberError: None of the first windows got an answer.
+        """
+        if missing.outage:
+            return
+        with self._lock:
+            self._missing += 1
+            count, answers = self._missing, self._answers
+        if count <= _NAMED:
+            last = "; further ones are only counted" if count == _NAMED else ""
+            log.warning("no label of %s: %s%s", source, missing.reason, last)
+        if count >= _IN_VAIN and not answers:
+            raise DescriberError(
+                f"'{self.describer.name}' has answered none of {count} windows, the last one "
+                f"because: {missing.reason}. A model that thinks first needs a larger "
+                "vlm.max_new_tokens; otherwise choose another with vlm.model=..."
+            )
 
     def _embed(self, key: str, label: StoredLabel) -> Label:
         rejected = key in self.reviews.rejected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mapo_lightning.semantics import vocabulary
 
@@ -24,12 +24,14 @@ MAX_TEXT = 256
 """Longest reply that is kept, in characters."""
 MAX_SLOT = 64
 """Longest slot that is kept, in characters."""
-_MAX_READ = 4096  # characters of a reply that are read; bounds the cost of a runaway answer
+MAX_READ = 4096
+"""Characters of a reply that are read; bounds the cost of a runaway answer."""
 
 Status = Literal["slots", "prose", "null", "unreadable"]
 """How a reply was read: as slots, as a free sentence, as "no action", or not at all."""
 
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_JSON = json.JSONDecoder()
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
 _LABEL = re.compile(
     r"^[\s*\-#\d.)`\"']*(executing body|body|action|target object|target|moving direction"
@@ -38,7 +40,8 @@ _LABEL = re.compile(
 )
 _NULLS = frozenset({"", "null", "none", "n/a", "na", "nil", "no action", "no significant action"})
 _NOTHING = re.compile(
-    r"^.{0,30}\bnull\W*$|\bno (?:\w+ ){0,2}(?:actions?|movements?|motion|changes?)\b",
+    r"^.{0,30}\bnull\W*$|(?:\bno|(?:\b(?:not|cannot|unable to)|n['\u2019]t) (?:\w+ ){0,3}any) "
+    r"(?:\w+ ){0,2}(?:actions?|movements?|motion|changes?)\b",
     re.IGNORECASE,
 )  # "Example 3: null.", "There is no significant action in this video."
 _WIDE = str.maketrans("\u3010\u3011\uff3b\uff3d", "[][]")  # brackets of Chinese text
@@ -70,7 +73,7 @@ def clean_text(text: str, limit: int) -> str:
         text: Anything.
         limit: Longest result, in characters.
     """
-    plain = _ANSI.sub("", text[: 4 * _MAX_READ])
+    plain = _ANSI.sub("", text[: 4 * MAX_READ])
     kept = (" " if c.isspace() else c for c in plain)
     visible = "".join(c for c in kept if not unicodedata.category(c).startswith("C"))
     return " ".join(visible.split())[:limit].strip()
@@ -94,7 +97,7 @@ def parse_reply(text: str) -> Parsed:
     Returns:
         The phrase, each slot at most 64 characters, and how it was found.
     """
-    lines = [clean_text(line, _MAX_READ) for line in text[:_MAX_READ].splitlines()]
+    lines = [clean_text(line, MAX_READ) for line in text[:MAX_READ].splitlines()]
     flat = " ".join(line for line in lines if line)
     if _is_null(flat):
         return Parsed(None, "null" if flat.strip(_EDGES + "[]{}") else "unreadable")
@@ -150,20 +153,24 @@ def _bracket_slots(lines: list[str]) -> list[str] | None:
 
 
 def _json_slots(text: str) -> list[str] | None:
-    start, end = text.find("{"), text.rfind("}")
-    if not 0 <= start < end:
-        return None
-    try:
-        value = json.loads(text[start : end + 1])
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict):
-        return None
-    # "Executing body", "target_object" ...: the slot's name is part of every such key.
-    named = {name: v for name in SLOTS for k, v in value.items() if name in k.lower()}
-    if not named:
-        return None
-    return ["" if named.get(name) is None else str(named[name]) for name in SLOTS]
+    """Slots of the first JSON object that names one of them."""
+    for start in (match.start() for match in re.finditer(r"\{", text)):
+        try:
+            value, _ = _JSON.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        # "Executing body", "target_object" ...: the slot's name is part of every such key.
+        named = {name: v for name in SLOTS for k, v in value.items() if name in k.lower()}
+        if named:
+            return [_leaf(named.get(name)) for name in SLOTS]
+    return None
+
+
+def _leaf(value: Any) -> str:
+    """The text of a JSON value, also where it is wrapped: ["lifts"], {"name": "lifts"}."""
+    while isinstance(value, list | dict) and len(value) == 1:
+        (value,) = value.values() if isinstance(value, dict) else value
+    return "" if value is None or isinstance(value, list | dict) else str(value)
 
 
 def _labelled_slots(lines: list[str]) -> list[str] | None:

@@ -11,17 +11,19 @@ import functools
 import hashlib
 import logging
 import threading
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mapo_lightning.semantics.describer import Reply
+from mapo_lightning.semantics.answers import MORE_ROOM, count_thoughts, read_answer
+from mapo_lightning.semantics.describer import NoAnswer, Reply
 from mapo_lightning.semantics.phrase import PROMPT
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import DescriberError, Frames
@@ -62,28 +64,50 @@ class QwenDescriber:
         """Load the weights at the first query."""
         self.cfg, self.name = state["cfg"], state["name"]
 
-    def describe(self, clips: Sequence[Frames]) -> list[Reply]:
+    def describe(self, clips: Sequence[Frames]) -> list[Reply | NoAnswer]:
         """Describe each window; the hidden state is the mean of the last layer over the answer.
 
         Raises:
             DescriberError: The model is not available, or is of another kind.
         """
-        replies: dict[int, Reply] = {}
+        replies: dict[int, Reply | NoAnswer] = {}
+        again: list[int] = []
+        for number, said in self._say(clips, range(len(clips)), self.cfg.max_new_tokens):
+            replies[number] = _reply(said)
+            if said.cut and isinstance(replies[number], NoAnswer):
+                again.append(number)
+        for number, said in self._say(clips, again, MORE_ROOM * self.cfg.max_new_tokens):
+            replies[number] = _reply(said)
+        return [replies[number] for number in range(len(clips))]
+
+    def _say(
+        self, clips: Sequence[Frames], wanted: Sequence[int], tokens: int
+    ) -> Iterator[tuple[int, Said]]:
+        """Ask the model about some of the clips, in batches of one size."""
         by_size: dict[tuple[int, ...], list[int]] = {}
-        for number, clip in enumerate(clips):
-            by_size.setdefault(clip.shape, []).append(number)
+        for number in wanted:
+            by_size.setdefault(clips[number].shape, []).append(number)
         for numbers in by_size.values():
             for first in range(0, len(numbers), self.cfg.batch_size):
                 batch = numbers[first : first + self.cfg.batch_size]
-                answers = self.model.answer([clips[n] for n in batch], self.cfg.max_new_tokens)
-                replies |= dict(zip(batch, answers, strict=True))
-        return [replies[number] for number in range(len(clips))]
+                said = self.model.answer([clips[n] for n in batch], tokens)
+                yield from zip(batch, said, strict=True)
 
     @property
     def model(self) -> LoadedModel:
         """The model in memory; loaded on first use, and shared by all describers of a process."""
         with _loading_lock:
             return _load(self.cfg.model, self.cfg.revision, _device(self.cfg.device))
+
+
+class Said(NamedTuple):
+    """What the model said about one window."""
+
+    text: str
+    hidden: NDArray[np.float16] | None
+    """Mean state over the tokens after its thoughts, (hidden_dim,); None if there are none."""
+    cut: bool
+    """It had no tokens left to end by itself."""
 
 
 class LoadedModel:
@@ -118,7 +142,7 @@ class LoadedModel:
         log.info("%s answers on %s in %s", source, self.device, str(dtype).split(".")[-1])
 
     @torch.inference_mode()
-    def answer(self, clips: Sequence[Frames], max_new_tokens: int) -> list[Reply]:
+    def answer(self, clips: Sequence[Frames], max_new_tokens: int) -> list[Said]:
         """Describe windows of one size, (T, H, W, 3) each."""
         videos = [self._patches(clip) for clip in clips]
         grid = videos[0][1]
@@ -142,13 +166,23 @@ class LoadedModel:
             ]
         ends = torch.tensor(_ends(self.model), device=self.device)
         alive_BN = (torch.isin(said_BN, ends).cumsum(1) == 0).cpu()
-        texts = self.tokenizer.batch_decode(said_BN, skip_special_tokens=True)
         # The first state is that of the prompt's end; each later one has read one more token.
         read_BND = torch.stack(states[1:], 1) if len(states) > 1 else torch.zeros(len(clips), 0, 1)
-        return [
-            Reply(text, _mean(read_ND, alive_N))
-            for text, read_ND, alive_N in zip(texts, read_BND, alive_BN, strict=True)
-        ]
+        return [self._said(*row) for row in zip(said_BN.cpu(), read_BND, alive_BN, strict=True)]
+
+    def _said(self, said_N: Tensor, read_ND: Tensor, alive_N: Tensor) -> Said:
+        """One row of a batch: its tokens, the states that read them, and which are its words."""
+
+        def text(count: int) -> str:
+            return str(self.tokenizer.decode(said_N[:count], skip_special_tokens=True))
+
+        whole = text(len(said_N))
+        thoughts = count_thoughts(whole)
+        # The tokens up to the end of the last thought: as few as show all of them.
+        begin = bisect_left(range(len(said_N)), thoughts, key=lambda n: count_thoughts(text(n)))
+        cut = bool(alive_N[-1])
+        alive_N[:begin] = False
+        return Said(whole, _mean(read_ND, alive_N), cut)
 
     def _patches(self, clip: Frames) -> tuple[Tensor, list[int]]:
         """Patches (N, 3 * TP * P * P) of a clip, and how many lie along time, height and width."""
@@ -270,6 +304,11 @@ def _states(model: Any) -> Iterator[list[Tensor]]:
 def _ends(model: Any) -> list[int]:
     found = model.generation_config.eos_token_id
     return found if isinstance(found, list) else [found]
+
+
+def _reply(said: Said) -> Reply | NoAnswer:
+    answer = read_answer(said.text, said.cut)
+    return answer if isinstance(answer, NoAnswer) else Reply(answer, said.hidden)
 
 
 def _mean(state_ND: Tensor, alive_N: Tensor) -> NDArray[np.float16] | None:

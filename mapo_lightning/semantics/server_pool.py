@@ -89,17 +89,19 @@ class ServerPool:
 
     Args:
         urls: Addresses.
+        clock: Gives the time in seconds.
     """
 
-    def __init__(self, urls: Sequence[str]) -> None:
+    def __init__(self, urls: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         self.servers = [Server(url) for url in urls]
         self.successes = 0
+        self._clock = clock
         self._lock = threading.Lock()
 
     def pick(self) -> Server | None:
         """Take the least busy server whose circuit is closed; None if there is none."""
         with self._lock:
-            now = time.monotonic()
+            now = self._clock()
             free = [server for server in self.servers if server.open_until <= now]
             # A server that has failed gets one query first, not all that wait.
             free = [s for s in free if s.failures < _PATIENCE or not s.busy]
@@ -125,13 +127,13 @@ class ServerPool:
             if server.failures >= _PATIENCE:
                 least, most = _OPEN_SECONDS
                 pause = min(most, least * 2.0 ** min(server.failures - _PATIENCE, 10))
-                server.open_until = time.monotonic() + pause
+                server.open_until = self._clock() + pause
 
     def pause(self, server: Server, seconds: float) -> None:
         """Give back a server that wants no queries for some seconds; this is no failure."""
         with self._lock:
             server.busy -= 1
-            server.open_until = max(server.open_until, time.monotonic() + seconds)
+            server.open_until = max(server.open_until, self._clock() + seconds)
 
     def returned(self, server: Server) -> None:
         """Give back a server without a verdict."""

@@ -159,6 +159,30 @@ class LabelStore:
         for key, label in labels.items():
             self._remember(key, label)
 
+    @_one_at_a_time
+    def remove(self, keys: Iterable[str]) -> int:
+        """Remove labels from every writer's file, so that their windows are queried again.
+
+        Returns:
+            How many were there.
+
+        Raises:
+            DescriberError: A file of the store cannot be changed.
+        """
+        wanted, gone = list(dict.fromkeys(keys)), set[str]()
+        for path in sorted(self.root.glob("*.sqlite")) if wanted else []:
+            gone |= {key for key, _ in self._read(path, wanted)}
+            try:
+                with self._files[path] as file:
+                    file.executemany("DELETE FROM labels WHERE key = ?", [(key,) for key in wanted])
+            except sqlite3.Error as error:
+                raise DescriberError(
+                    f"cannot remove labels from '{path}': {error}. It must be writable"
+                ) from error
+        for key in wanted:
+            self._memory.pop(key, None)
+        return len(gone)
+
     def items(self) -> dict[str, StoredLabel]:
         """Return every label of every writer, by key; for inspection and tests."""
         return dict(self.ordered())

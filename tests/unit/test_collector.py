@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
-from time import perf_counter, sleep
 from typing import Any
 
 import gymnasium as gym
@@ -229,23 +229,26 @@ def test_what_fails_in_a_process_is_said_once(
     assert replay.state()["open"] == [[0, 3]]
 
 
-class SlowClock(Clock):
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        sleep(0.25)
-        return super().step(action)
-
-
 def test_a_step_under_way_does_not_hold_up_the_learner(tmp_path: Path) -> None:
-    envs = AsyncVectorEnv([SlowClock], context="fork", autoreset_mode=AutoresetMode.NEXT_STEP)
+    gate = multiprocessing.get_context("fork").Event()
+
+    class GatedClock(Clock):
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            assert gate.wait(120), "somebody waits for a step that has not been let through"
+            return super().step(action)
+
+    envs = AsyncVectorEnv([GatedClock], context="fork", autoreset_mode=AutoresetMode.NEXT_STEP)
     replay = Replay(tmp_path / "replay", ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
     collector = Collector(envs, tracker(tmp_path, 1)[0], replay, seed=0)
     policy = RandomPolicy(2, seed=0)
+    gate.set()
     collector.collect(policy, 1)
-    started = perf_counter()
+    gate.clear()
     assert collector.collect(policy, 1, ahead=True) == 1
-    assert perf_counter() - started < 0.2
+    assert collector.live_labeler.age.tolist() == [1]
+    gate.set()
     collector.settle()
-    assert perf_counter() - started > 0.2
+    assert collector.live_labeler.age.tolist() == [2]
     collector.close()
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +23,8 @@ from mapo_lightning.data.label_corpus import LabelProgress
 from mapo_lightning.data.settings import LabelConfig
 from mapo_lightning.data.video import write_mp4
 from mapo_lightning.label_tools import parquet as labels
-from mapo_lightning.semantics.store import LabelStore
+from mapo_lightning.semantics.phrase import parse_reply
+from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import ConfigError, DescriberError
 
 pytestmark = pytest.mark.slow
@@ -135,8 +139,8 @@ def test_two_jobs_at_once_share_the_work(videos: Path, tmp_path: Path, server: R
     assert server.stats()["calls"] - before == WINDOWS
 
 
-def filled(tmp_path: Path, videos: Path) -> Path:
-    corpus(videos, tmp_path).run(lambda _: None)
+def filled(tmp_path: Path, videos: Path, **vlm: Any) -> Path:
+    corpus(videos, tmp_path, **vlm).run(lambda _: None)
     return tmp_path / "labels"
 
 
@@ -157,7 +161,7 @@ def test_export_and_import_keep_everything(
         k: v._replace(hidden=None) for k, v in two.items()
     }
     np.testing.assert_array_equal(two["0" * 32].hidden, hidden)
-    assert labels.import_labels(file, other) == (0, WINDOWS + 1)
+    assert labels.import_labels(file, other) == (0, WINDOWS + 1, 0)
     labels.export_labels(other, tmp_path / "again.parquet")
     assert (tmp_path / "again.parquet").read_bytes() == file.read_bytes()
     card = labels.read_card(file)
@@ -210,6 +214,63 @@ def test_wrong_files_are_one_sentence(tmp_path: Path, caplog: pytest.LogCaptureF
     assert [line.startswith("error: ") for line in said] == [True] * 3
     assert "is not a label store" in said[1]
     assert not (tmp_path / "s").exists()
+
+
+SPOILT = (
+    "<think>[a][drops][b][up][9 m]",
+    "I'm sorry, but I can't assist with that.",
+    "",
+    "[a][lif",
+)
+
+
+def test_labels_that_are_no_answers_are_found_removed_and_asked_again(
+    videos: Path, tmp_path: Path, server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store of version 0.1.0, which kept whatever a server said."""
+    vlm = at(server, 4)
+    right = LabelStore(filled(tmp_path, videos, **vlm), "r").items()
+    old = tmp_path / "old/labels"
+    spoilt = dict(zip(list(right)[3:60:17], SPOILT, strict=True))
+    for key, label in right.items():
+        text = spoilt.get(key, label.text)
+        phrase, status = parse_reply(text)
+        changed = label._replace(text=text, phrase=phrase, status=status)
+        LabelStore(old, f"w{len(text) % 2}").put({key: changed})
+    caplog.set_level(logging.INFO)
+    assert labels.main(["check", str(old)]) == 1
+    assert f"{WINDOWS} labels, 4 of them are no answers" in caplog.text
+    assert "1 by 'openai" in caplog.text
+    assert "thoughts instead of an answer; such as " in caplog.text
+    assert len(LabelStore(old, "r").items()) == WINDOWS  # nothing is changed yet
+    assert labels.main(["check", str(old), "--remove"]) == 0
+    assert "4 labels removed" in caplog.text
+    assert set(LabelStore(old, "r").items()) == set(right) - set(spoilt)
+    assert labels.main(["check", str(old), "--remove"]) == 0
+    done = corpus(videos, tmp_path / "old", **vlm).run(lambda _: None)
+    assert (done.missing, done.stats.asked) == (4, 4)
+    assert LabelStore(old, "r").items() == right
+
+
+def test_labels_that_are_no_answers_are_not_imported(videos: Path, tmp_path: Path) -> None:
+    store, file = filled(tmp_path, videos), tmp_path / "x.parquet"
+    label = next(iter(LabelStore(store, "r").items().values()))
+    spoilt = {f"{n:032x}": label._replace(text=text) for n, text in enumerate(SPOILT)}
+    LabelStore(store, "old").put(spoilt)
+    labels.export_labels(store, file)
+    assert labels.import_labels(file, tmp_path / "other") == (WINDOWS, 0, 4)
+    assert not set(spoilt) & set(LabelStore(tmp_path / "other", "r").items())
+
+
+def test_a_store_that_cannot_be_changed_is_named(tmp_path: Path) -> None:
+    store = LabelStore(tmp_path, "w")
+    store.put({"0" * 32: StoredLabel("", "unreadable", None, None, "d", "s")})
+    with sqlite3.connect(tmp_path / "w.sqlite") as other:
+        other.execute(
+            "CREATE TRIGGER stop BEFORE DELETE ON labels BEGIN SELECT RAISE(FAIL, 'no'); END"
+        )
+    with pytest.raises(DescriberError, match=r"cannot remove labels from '.*w\.sqlite': no"):
+        LabelStore(tmp_path, "x").remove(["0" * 32])
 
 
 @pytest.mark.parametrize("shard", ["2/2", "x", "1", "-1/2", "0/0"])

@@ -58,6 +58,14 @@ def test_published_answer() -> None:
         ("[hand][opens][upwards][2 cm]", Phrase("hand", "opens", "", "upwards", "2 cm")),
         ("[hand][opens][door][2 cm]", Phrase("hand", "opens", "door", "", "2 cm")),
         ("[hand][opens][door][null][n/a]", Phrase("hand", "opens", "door", "", "")),
+        ("[hand][opens][left][right]", Phrase("hand", "opens", "right", "left", "")),
+        ("[hand][opens][1 cm][2 cm]", Phrase("hand", "opens", "2 cm", "", "1 cm")),
+        ("[hand] with\n[opens] and\n[door]", Phrase("hand", "opens", "door", "", "")),
+        ("[hand; opens; door]", Phrase("hand", "opens", "door", "", "")),
+        ("Action: opens\nTarget object: door", Phrase("", "opens", "door", "", "")),
+        ('{"x": 1} or {"action": "opens", "body": "hand"}', Phrase("hand", "opens", "", "", "")),
+        ('{"action": ["opens"], "body": {"a": "hand"}}', Phrase("hand", "opens", "", "", "")),
+        ('{"action": "opens", "body": [1, 2]} {}', Phrase("", "opens", "", "", "")),
     ],
 )
 def test_fewer_slots_go_where_they_belong(reply: str, phrase: Phrase) -> None:
@@ -97,6 +105,10 @@ def test_nothing_happens(reply: str) -> None:
 @pytest.mark.parametrize("reply", ["", " \n", "\x00", "[][][][][]", "\U0001f600" * 9, "x" * 10**6])
 def test_garbage_is_unreadable(reply: str) -> None:
     assert parse_reply(reply) == (None, "unreadable")
+
+
+def test_a_list_of_more_than_five_in_one_bracket_is_no_phrase() -> None:
+    assert parse_reply("[red, green, blue, white, black, grey]").status == "unreadable"
 
 
 def test_repeating_the_question_is_no_answer() -> None:

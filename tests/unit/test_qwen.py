@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from tiny_models import save_bert, save_qwen
 
-from mapo_lightning.semantics.describer import Describer, StreamingDescriber
+from mapo_lightning.semantics.describer import Describer, Reply, StreamingDescriber
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.phrase import Phrase, parse_reply
 from mapo_lightning.semantics.qwen import QwenDescriber, identity
@@ -64,6 +65,54 @@ def test_company_does_not_matter(folder: Path) -> None:
     assert [reply.text for reply in together] == [reply.text for reply in alone]
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(one.hidden, other.hidden, atol=2e-3)  # a few half-precision ulps
+
+
+THINKS = ("\n", "<think>", " ball", "</think>", " hand", (" moves", " lifts"), " brick")
+THINKS = (*THINKS, (" right", " left"))
+
+
+@pytest.fixture(scope="module", params=["qwen2_5", "qwen3"])
+def thinker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen(tmp_path_factory.mktemp("thinks"), request.param, answer=THINKS)
+
+
+def test_thoughts_are_not_part_of_the_answer(thinker: Path) -> None:
+    describer = QwenDescriber(config(thinker))
+    loaded, seen, real = describer.model, {}, describer.model.model.generate
+
+    def generate(**words: object) -> torch.Tensor:
+        out = real(**words, return_dict_in_generate=True, output_hidden_states=True)
+        seen["states"] = out.hidden_states
+        return out.sequences
+
+    loaded.model.generate = generate
+    try:
+        (reply,) = describer.describe(clips()[:1])
+    finally:
+        del loaded.model.generate
+    assert isinstance(reply, Reply)
+    assert re.fullmatch("hand (moves|lifts) brick (right|left)", reply.text)
+    # The state that has read token n comes one step later; the three of the thought are left out.
+    wanted = torch.stack([step[-1][0, -1] for step in seen["states"][4:8]]).mean(0)
+    np.testing.assert_allclose(reply.hidden, wanted.numpy().astype(np.float16), atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4, 7])
+def test_an_answer_that_is_cut_gets_more_room(thinker: Path, tokens: int) -> None:
+    whole = QwenDescriber(config(thinker)).describe(clips())
+    again = QwenDescriber(config(thinker, max_new_tokens=tokens)).describe(clips())
+    assert [r.text for r in again] == [r.text for r in whole]
+
+
+def test_what_stays_cut_is_not_stored(
+    thinker: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labeler = build_labeler(config(thinker, max_new_tokens=1), tmp_path, "w")
+    (label,) = labeler.label_frames(clips()[:1], "v.mp4 frames 0..3 step 1")
+    assert not label.answered
+    assert labeler.store.items() == {}
+    assert labeler.stats.unanswered == 1
+    assert "no label of v.mp4 frames 0..3 step 1: its answer is cut short" in caplog.text
 
 
 def test_hidden_state_is_that_of_generate(folder: Path) -> None:

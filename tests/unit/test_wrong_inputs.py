@@ -37,6 +37,8 @@ def wrong(hint: Any) -> Iterator[str]:
         yield from ("zzz", "-1")
 
 
+pytestmark = pytest.mark.slow  # hundreds of compositions
+
 CASES = [f"{setting.key}={text}" for setting in walk(RunConfig) for text in wrong(setting.type)]
 SLIPS = {setting.key.rpartition(".")[0]: setting.key + "x" for setting in walk(RunConfig)}
 CASES += [f"{key}=1" for key in SLIPS.values()]  # one misspelt key of each section
