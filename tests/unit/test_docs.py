@@ -150,9 +150,14 @@ def settings() -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.parametrize(("where", "words"), list(settings()), ids=lambda x: x)
 def test_every_setting_in_the_text_exists(where: str, words: list[str]) -> None:
     # Some are one half of a pair that the sentence has completely.
-    needed = {"stage": ["checkpoint=PATH"], "vlm": ["vlm.server.base_url=http://HOST:8000/v1"]}
+    needed = {
+        "stage=evaluate": ["checkpoint=PATH"],
+        "checkpoint": ["stage=evaluate"],
+        "init_from": ["stage=finetune"],
+        "vlm": ["vlm.server.base_url=http://HOST:8000/v1"],
+    }
     keys = {word.partition("=")[0] for word in words}
-    extra = [w for key, more in needed.items() if key in keys for w in more]
+    extra = [w for key, more in needed.items() if key in {*keys, *words} for w in more]
     composed([*words, *(w for w in extra if w.partition("=")[0] not in keys)])
 
 
