@@ -23,6 +23,7 @@ from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
 from mapo_lightning.run.trainer import best_device, check_hardware
 from mapo_lightning.semantics.factory import build_labeler
+from mapo_lightning.tracking.logger import check_store
 from mapo_lightning.training.checkpoint import check_fit, load_pretrained, read_checkpoint
 from mapo_lightning.training.cuda_graph import cuda_recorder
 from mapo_lightning.types import CheckpointError, ConfigError
@@ -37,6 +38,7 @@ def check_run(cfg: RunConfig) -> None:
     earlier = resumed(cfg)
     phases = _phases(cfg, earlier)
     _check_folders(cfg)
+    check_store(cfg.tracking)
     if cfg.trainer.capture:
         cuda_recorder(cfg.trainer.accelerator, cfg.trainer.processes)
     if phases:
