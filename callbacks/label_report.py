@@ -22,7 +22,7 @@ from mapo_lightning.types import Batch, MapoError
 
 log = logging.getLogger(__name__)
 
-COUNTS = ("asked", "hits", "null", "rejected", "windows")
+COUNTS = ("asked", "hits", "null", "rejected", "unanswered", "windows")
 
 
 class LabelReport(L.Callback):
@@ -56,8 +56,18 @@ class LabelReport(L.Callback):
                     "vlm/hit_rate": self.total["hits"] / windows,
                     "vlm/null_rate": self.total["null"] / windows,
                     "vlm/rejected": self.total["rejected"].float(),
+                    "vlm/unanswered": self.total["unanswered"].float(),
                 }
             )
+
+    def __str__(self) -> str:
+        """What became of the windows of this process, in one line."""
+        count = {name: int(total) for name, total in self.total.items()}
+        return (
+            f"labels of {count['windows']} windows: {count['asked']} asked about, "
+            f"{count['hits']} known before; {count['null']} count as null, "
+            f"{count['unanswered']} of them for lack of an answer"
+        )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record phrases and the page, and judge the labels; a failure only logs a warning."""

@@ -56,6 +56,8 @@ class LabelExample(NamedTuple):
     """Last frame of the window in the video."""
     label: str = ""
     """Class that the data set gives the video; empty where it gives none."""
+    answered: bool = True
+    """False if the describer gave no answer."""
 
 
 class ClipDataset(IterableDataset[Clip]):
@@ -257,6 +259,7 @@ class ClipDataset(IterableDataset[Clip]):
                     path=info.path,
                     last=end,
                     label=info.label,
+                    answered=label.answered,
                 )
             )
         return examples

@@ -75,7 +75,7 @@ class Estimate(NamedTuple):
     windows: int
     missing: int
     rate: float | None
-    """Windows per second, measured; None if nothing was queried."""
+    """Windows per second that got a label, measured; None if none did."""
 
     def __str__(self) -> str:
         """One line for people."""
@@ -164,10 +164,9 @@ class CorpusLabelling:
             self.labeler.label([next(wanted)])
             requests = [r for r, _ in zip(wanted, range(probe), strict=False)]
             started = time.monotonic()
-            if requests:
-                self.labeler.label(requests)
-                rate = len(requests) / (time.monotonic() - started)
-            missing -= 1 + len(requests)
+            answered = sum(label.answered for label in self.labeler.label(requests))
+            rate = answered / (time.monotonic() - started) if answered else None
+            missing = self.missing()
         return Estimate(self.windows, missing, rate)
 
     def _unknown(self) -> Iterator[WindowRequest]:

@@ -151,12 +151,14 @@ def pending_windows(
 
 def count_labels(labels: Iterable[Label]) -> dict[str, int]:
     """Count labels by what became of their windows; keys as in ``mapo_lightning.types``."""
-    counts = dict.fromkeys(("vlm_asked", "vlm_hits", "vlm_null", "vlm_rejected"), 0)
+    names = ("vlm_asked", "vlm_hits", "vlm_null", "vlm_rejected", "vlm_unanswered")
+    counts = dict.fromkeys(names, 0)
     for label in labels:
         counts["vlm_asked"] += label.asked
         counts["vlm_hits"] += label.answered and not label.asked
         counts["vlm_null"] += not label.known
         counts["vlm_rejected"] += label.rejected
+        counts["vlm_unanswered"] += not label.answered
     return counts
 
 

@@ -226,20 +226,24 @@ class LiveLabeler:
             self.labeler.close()
             return
         self._late.stop(self.collect.drain)
+        cause = (
+            "the describer was slower than the environments. Raise vlm.collect.every or "
+            "vlm.collect.queue, or use more servers"
+        )
         try:
             self._to_complete += self._late.collect()
         except DescriberError as error:  # costs nothing but these labels
+            cause = "the describer failed"
             log.warning("the labels still to come are lost: %s", error)
         if replay is not None:
             self.complete(replay)
         self.skipped += self._late.waiting
         if self.skipped:
             log.warning(
-                "%d windows of %s have no label and count as null: the describer was slower than "
-                "the environments. Raise vlm.collect.every or vlm.collect.queue, or use more "
-                "servers",
+                "%d windows of %s have no label and count as null: %s",
                 self.skipped,
                 self.source,
+                cause,
             )
 
     def _newest_answer(self, env: int) -> Label | None:

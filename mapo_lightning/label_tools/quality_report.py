@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mapo_lightning.data.clips import ClipDataset, LabelExample
@@ -19,7 +19,7 @@ from mapo_lightning.semantics.agreement import (
 )
 from mapo_lightning.semantics.labeler import Label, Labeler
 from mapo_lightning.semantics.point_tracking import dominant_motion
-from mapo_lightning.types import ConfigError, Frames
+from mapo_lightning.types import ConfigError, DescriberError, Frames
 
 _AT_ONCE = 16  # windows queried at once
 _WORST = 40  # videos listed by name
@@ -33,6 +33,8 @@ class Quality:
     """Its name, as in the key of every label."""
     windows: int
     """Number of windows measured."""
+    unanswered: int
+    """Windows and copies of them that the describer gave no answer about; they count nowhere."""
     null: float
     """Share of windows with the label null, in [0, 1]."""
     unreadable: float
@@ -55,6 +57,7 @@ class Quality:
         row: dict[str, object] = {
             "describer": self.describer,
             "windows": self.windows,
+            "without an answer": self.unanswered,
             "null": _percent(self.null),
             "unreadable": _percent(self.unreadable),
         }
@@ -86,26 +89,35 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
     """
     if not examples:
         raise ConfigError("there is no window to judge labels by: callbacks.quality must be > 0")
+    asked = len(examples)
+    examples = [example for example in examples if example.answered]
+    if not examples:
+        raise DescriberError(
+            f"'{labeler.describer.name}' has answered about none of {asked} windows"
+        )
     ground_truth = GroundTruth({example.path.parent for example in examples})
     judged = [_judge(example, ground_truth) for example in examples]
     count = len(judged)
     still = _ask(labeler, [frozen(example.frames) for example in examples], "frozen")
+    unanswered = asked - count + sum(not label.answered for label in still)
     words: dict[str, float] = {}
     directions: dict[str, float] = {}
     copies = [jittered(example.frames) for example in examples]
     for kind in copies[0]:
         again = _ask(labeler, [copy[kind] for copy in copies], f"jitter {kind}")
-        pairs = list(zip(judged, again, strict=True))
-        words[kind] = sum(one.phrase == two.phrase for one, two in pairs) / count
-        directions[kind] = sum(same_direction(one.phrase, two.phrase) for one, two in pairs) / count
+        pairs = [(one, two) for one, two in zip(judged, again, strict=True) if two.answered]
+        unanswered += count - len(pairs)
+        words[kind] = _share(one.phrase == two.phrase for one, two in pairs)
+        directions[kind] = _share(same_direction(one.phrase, two.phrase) for one, two in pairs)
     return Quality(
         describer=labeler.describer.name,
         windows=count,
-        null=sum(one.status == "null" for one in judged) / count,
-        unreadable=sum(one.status == "unreadable" for one in judged) / count,
+        unanswered=unanswered,
+        null=_share(one.status == "null" for one in judged),
+        unreadable=_share(one.status == "unreadable" for one in judged),
         flow=agreement(judged, [one.by_points for one in judged]),
         truth=agreement(judged, [one.by_simulator for one in judged]),
-        still_null=sum(not label.known for label in still) / count,
+        still_null=_share(not label.known for label in still if label.answered),
         words_kept=words,
         direction_kept=directions,
         by_video=_by_video(examples, judged),
@@ -160,6 +172,12 @@ def _ask(labeler: Labeler, windows: Sequence[Frames], what: str) -> list[Label]:
     for first in range(0, len(windows), _AT_ONCE):
         labels += labeler.label_frames(windows[first : first + _AT_ONCE], f"quality: {what}")
     return labels
+
+
+def _share(cases: Iterable[bool]) -> float:
+    """Share of true cases, in [0, 1]; NaN where there are none."""
+    found = list(cases)
+    return sum(found) / len(found) if found else math.nan
 
 
 def _percent(share: float) -> str:

@@ -22,7 +22,7 @@ from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
 from mapo_lightning.run.trainer import best_device, check_hardware
 from mapo_lightning.semantics.factory import build_labeler
-from mapo_lightning.tracking.logger import is_main_process
+from mapo_lightning.tracking.logger import check_store, is_main_process
 from mapo_lightning.training.checkpoint import check_fit, load_pretrained, read_checkpoint
 from mapo_lightning.training.cuda_graph import cuda_recorder
 from mapo_lightning.types import CheckpointError, ConfigError
@@ -39,6 +39,7 @@ def check_run(cfg: RunConfig) -> None:
     _check_folders(cfg)
     _check_method(cfg, earlier)
     _check_unused(cfg, earlier)
+    check_store(cfg.tracking)
     if cfg.trainer.capture:
         cuda_recorder(cfg.trainer.accelerator, cfg.trainer.processes)
     if phases:

@@ -73,10 +73,7 @@ def pretrain(session: Session) -> Path:
     labels = LabelReport(cfg.callbacks)
     extra = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
     fit(session, "pretrain", module, data, cfg.pretrain.updates, extra, {"image": "train/image"})
-    asked, windows = int(labels.total["asked"]), int(labels.total["windows"])
-    log.info(
-        "the describer was asked about %d of %d windows; the others were known", asked, windows
-    )
+    log.info("%s", labels)
     return session.folder / "pretrain" / "last.ckpt"
 
 

@@ -74,7 +74,7 @@ class LabelStats(NamedTuple):
     hits: int = 0
     """Windows whose label was in the store, or came from another process."""
     null: int = 0
-    """Windows, queried or not, in which nothing significant happens."""
+    """Windows, queried or not, about which the answer is that nothing significant happens."""
     unreadable: int = 0
     """Windows, queried or not, whose answer could not be read; treated as null."""
     unanswered: int = 0
@@ -293,7 +293,7 @@ class Labeler:
             self.stats = LabelStats(
                 asked=self.stats.asked + sum(label.asked for label in labels),
                 hits=self.stats.hits + hits,
-                null=self.stats.null + sum(label.status == "null" for label in labels),
+                null=self.stats.null + sum(x.status == "null" and x.answered for x in labels),
                 unreadable=self.stats.unreadable + sum(x.status == "unreadable" for x in labels),
                 unanswered=self.stats.unanswered + sum(not label.answered for label in labels),
                 rejected=self.stats.rejected + sum(label.rejected for label in labels),

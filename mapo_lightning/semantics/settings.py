@@ -121,7 +121,8 @@ class VlmConfig:
     batch_size: int = 16
     """Windows that a model in this process describes at once."""
     max_new_tokens: int = 64
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens. One that is cut there is asked for once more, with four times as
+    many; what is still cut then is not stored."""
     hidden_dim: int | None = None
     """Width of the model's hidden state; null reads it from the model's configuration."""
     cached_only: bool = False

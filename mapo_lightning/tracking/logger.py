@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "SilentLogger",
     "Status",
     "TrackingConfig",
+    "check_store",
     "finish_parent",
     "is_main_process",
     "make_logger",
@@ -71,16 +73,32 @@ def open_store(cfg: TrackingConfig) -> str | None:
     if not cfg.enabled or not is_main_process():
         return None
     uri = store_uri(cfg)
-    try:
+    with _in_one_sentence(uri):
         identity = mlflow_client.open_experiment(uri, cfg.experiment, cfg.artifacts)
+        mlflow_client.close_dead_runs(mlflow_client.client(uri), identity)
+    return identity
+
+
+def check_store(cfg: TrackingConfig) -> None:
+    """See whether the store can take the run; makes and changes nothing.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if cfg.enabled and is_main_process():
+        with _in_one_sentence(store_uri(cfg)):
+            mlflow_client.check_experiment(store_uri(cfg), cfg.experiment, cfg.artifacts)
+
+
+@contextmanager
+def _in_one_sentence(uri: str) -> Iterator[None]:
+    try:
+        yield
     except mlflow_client.errors() as error:
-        reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"cannot open the MLflow store '{redact_text(uri)}': {redact_text(reason)}. "
+            f"cannot open the MLflow store '{redact_text(uri)}': {mlflow_client.reason(error)}. "
             "Give another with tracking.uri=..., or switch it off with tracking.enabled=false."
         ) from error
-    mlflow_client.close_dead_runs(mlflow_client.client(uri), identity)
-    return identity
 
 
 def start_parent(
@@ -100,9 +118,9 @@ def start_parent(
     experiment = open_store(cfg)
     if experiment is None:
         return None
-    return mlflow_client.start_run(
-        mlflow_client.client(store_uri(cfg)), experiment, name, tags, run_id
-    )
+    uri = store_uri(cfg)
+    with _in_one_sentence(uri):
+        return mlflow_client.start_run(mlflow_client.client(uri), experiment, name, tags, run_id)
 
 
 def finish_parent(
@@ -121,7 +139,7 @@ def finish_parent(
     try:
         client.set_terminated(run_id, status)
     except mlflow_client.errors() as error:
-        log.warning("MLflow run %s could not be closed: %s", run_id, error)
+        log.warning("MLflow run %s could not be closed: %s", run_id, mlflow_client.reason(error))
 
 
 def make_logger(
@@ -149,10 +167,11 @@ def make_logger(
     if experiment is None:
         return SilentLogger()
     linked = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
-    client = mlflow_client.client(store_uri(cfg))
-    wanted = {**linked, **(tags or {})}
-    identity = mlflow_client.start_run(client, experiment, run_name, wanted, run_id)
-    return RunLogger(cfg, run_name, identity, resumed=run_id is not None)
+    uri, wanted = store_uri(cfg), {**linked, **(tags or {})}
+    with _in_one_sentence(uri):
+        client = mlflow_client.client(uri)
+        identity = mlflow_client.start_run(client, experiment, run_name, wanted, run_id)
+        return RunLogger(cfg, run_name, identity, resumed=run_id is not None)
 
 
 class SilentLogger(DummyLogger):
@@ -181,16 +200,18 @@ class RunLogger(MLFlowLogger):
         self._queue: MetricQueue[Point] | None = None
         self._seen = mlflow_client.last_steps(self.experiment, run_id) if resumed else {}
         self._beat = time.monotonic()
+        self._refused: set[str] = set()
         self.failed_calls = 0
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Queue values; steps at or before the last recorded one of a resumed run are left out."""
         now, at = int(time.time() * 1000), step or 0
+        named = {clean_name(name): float(value) for name, value in metrics.items()}
         points = [
-            (clean_name(name), float(value), now, at)
-            for name, value in metrics.items()
-            if at > self._seen.get(clean_name(name), -1)
+            (name, value, now, at)
+            for name, value in named.items()
+            if at > self._seen.get(name, -1) and name not in self._refused
         ]
         if self._queue is None:
             self._queue = MetricQueue(self._send, tick=self._heartbeat)
@@ -225,12 +246,13 @@ class RunLogger(MLFlowLogger):
             call()
         except mlflow_client.errors() as error:
             self.failed_calls += 1
-            log.warning("MLflow did not take %s: %s", what, redact_text(str(error)))
+            log.warning("MLflow did not take %s: %s", what, mlflow_client.reason(error))
             return False
         return True
 
     def _send(self, points: list[Point]) -> None:
-        mlflow_client.log_points(self.experiment, self.active_run, points)
+        # A value that MLflow does not take must not hold up those behind it for ever.
+        self._refused.update(mlflow_client.log_points(self.experiment, self.active_run, points))
 
     def _heartbeat(self) -> None:
         if time.monotonic() - self._beat >= _HEARTBEAT:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -13,14 +12,22 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psutil
 
 from mapo_lightning.config.redact import redact, redact_text
 from mapo_lightning.files import FileLock
+from mapo_lightning.tracking.store_check import (
+    SERVER_SECONDS,
+    StoreError,
+    check_file,
+    deleted,
+    make_file,
+    within,
+)
 from mapo_lightning.tracking.versions import own_git_state
 
 if TYPE_CHECKING:
@@ -32,6 +39,7 @@ log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Point = tuple[str, float, int, int]
 """Name, value, time in ms since 1970, step."""
+T = TypeVar("T")
 
 MAX_PARAM = 6000  # characters MLflow keeps of one parameter
 _MAX_TAG = 5000  # characters MLflow keeps of one tag
@@ -39,10 +47,21 @@ _SILENT = 600.0  # seconds without a heartbeat after which a run of this machine
 
 
 def errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions by which MLflow and the disk under it say no."""
+    """Return the exceptions by which MLflow, its database and the disk under it say no."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, OSError)
+    return (MlflowException, SQLAlchemyError, OSError, StoreError)
+
+
+def reason(error: BaseException) -> str:
+    """Say why a call failed, in one line; a broken connection is at the bottom of many errors."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror and found is not error:
+            return f"it cannot be reached ({found.strerror})"
+        found = found.__cause__ or found.__context__
+    return " ".join(redact_text(str(error)).split())[:300].rstrip(".")
 
 
 def client(uri: str | None) -> MlflowClient:
@@ -50,12 +69,34 @@ def client(uri: str | None) -> MlflowClient:
     # Before the first import: a run does not phone home, nor list the migrations of a new store.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # MLflow's own patience with a server is minutes for every call, and training waits for some.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
 
     if uri is not None:
         mlflow.set_tracking_uri(uri)
     return mlflow.MlflowClient()
+
+
+def check_experiment(uri: str, name: str, artifacts: str) -> None:
+    """See whether a store can take runs of an experiment; changes nothing.
+
+    Args:
+        uri: Absolute address.
+        name: Name of the experiment.
+        artifacts: Folder for artifacts of a new experiment in a local store.
+
+    Raises:
+        StoreError: It cannot; other exceptions of :func:`errors` may come from a server.
+    """
+    path = _sqlite_file(uri)
+    if path is not None:
+        check_file(path, name, Path(artifacts).expanduser().absolute())
+        return
+    log.info("asking the MLflow server at %s", redact_text(uri))
+    within(SERVER_SECONDS, lambda: _find_active(client(uri), name))
 
 
 def open_experiment(uri: str, name: str, artifacts: str) -> str:
@@ -68,28 +109,45 @@ def open_experiment(uri: str, name: str, artifacts: str) -> str:
 
     Returns:
         The experiment's id.
+
+    Raises:
+        StoreError: The store cannot be used; other exceptions of :func:`errors` may come too.
     """
-    with _first_use_lock(uri):
+    path = _sqlite_file(uri)
+    # Without this tag the UI opens its page for language-model applications.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    folder = Path(artifacts).expanduser().absolute()
+    place = folder.as_uri() if path is not None else None
+
+    def find_or_make() -> str:
         mlflow = client(uri)
-        found = mlflow.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        local = uri.startswith("sqlite:")
-        folder = Path(artifacts).expanduser().absolute()
-        # Without this tag the UI opens its page for language-model applications.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        return str(mlflow.create_experiment(name, folder.as_uri() if local else None, tags))
+        return _find_active(mlflow, name) or str(mlflow.create_experiment(name, place, tags))
 
-
-@contextlib.contextmanager
-def _first_use_lock(uri: str) -> Iterator[None]:
-    """Hold a file lock beside a SQLite store: two first users at once ruin it for good."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(uri.removeprefix("sqlite:///"))
+    if path is None:
+        return within(SERVER_SECONDS, find_or_make)
+    check_file(path, name, folder)
+    # Two first users at once ruin a SQLite store for good.
     with FileLock(path.with_name(f".{path.name}.lock")):
-        yield
+        make_file(path)
+        return find_or_make()
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _find_active(mlflow: MlflowClient, name: str) -> str | None:
+    """Id of an experiment; None if there is none of that name.
+
+    Raises:
+        StoreError: It was deleted, so it takes no runs, and its name is not free either.
+    """
+    found = mlflow.get_experiment_by_name(name)
+    if found is None:
+        return None
+    if found.lifecycle_stage != "active":
+        raise StoreError(deleted(name, found.experiment_id))
+    return str(found.experiment_id)
 
 
 def start_run(
@@ -139,11 +197,45 @@ def _lives(tags: Mapping[str, str]) -> bool:
     return beat is None or time.time() - int(beat) < _SILENT
 
 
-def log_points(mlflow: MlflowClient, run_id: str, points: list[Point]) -> None:
-    """Record values; at most 1,000 at once."""
+def log_points(mlflow: MlflowClient, run_id: str, points: list[Point]) -> list[str]:
+    """Record values; at most 1,000 at once.
+
+    Returns:
+        Names of those that MLflow does not take; all others are recorded.
+    """
     from mlflow.entities import Metric
 
-    mlflow.log_batch(run_id, metrics=[Metric(*point) for point in points])
+    def send(some: list[Point]) -> None:
+        mlflow.log_batch(run_id, metrics=[Metric(*point) for point in some])
+
+    return [point[0] for point in _all_but_refused(send, points, "metric")]
+
+
+def _all_but_refused(send: Callable[[list[T]], object], items: list[T], what: str) -> list[T]:
+    """Send items together; MLflow refuses a whole call because of one of them.
+
+    Returns:
+        The items that it refuses on their own, each of which is logged.
+
+    Raises:
+        Exception: One of :func:`errors`: the store does not take anything now.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        send(items)
+    except (MlflowException, ValueError, TypeError) as error:  # also text that is no Unicode
+        code = getattr(error, "error_code", "INVALID_PARAMETER_VALUE")
+        if code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            raise
+        if len(items) == 1:
+            reason = " ".join(redact_text(str(error)).split())[:200]
+            log.warning("MLflow does not take a %s, which is left out: %s", what, reason)
+            return items
+        half = len(items) // 2
+        parts = (items[:half], items[half:])
+        return [item for part in parts for item in _all_but_refused(send, part, what)]
+    return []
 
 
 def last_steps(mlflow: MlflowClient, run_id: str) -> dict[str, int]:
@@ -167,7 +259,11 @@ def log_params(mlflow: MlflowClient, run_id: str, params: Mapping[str, Any]) -> 
     }
     new = [Param(name, text) for name, text in wanted.items() if name not in run.data.params]
     for start in range(0, len(new), 100):  # MLflow's limit of one call
-        mlflow.log_batch(run_id, params=new[start : start + 100])
+        _all_but_refused(
+            lambda some: mlflow.log_batch(run_id, params=some),
+            new[start : start + 100],
+            "parameter",
+        )
     changed = _changed(run, wanted)
     if changed:
         count = run.data.tags.get("resume.count", "0")
@@ -185,7 +281,9 @@ def set_tags(mlflow: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None
 
     pairs = [RunTag(name, text) for name, text in _short_tags(tags).items()]
     for start in range(0, len(pairs), 100):
-        mlflow.log_batch(run_id, tags=pairs[start : start + 100])
+        _all_but_refused(
+            lambda some: mlflow.log_batch(run_id, tags=some), pairs[start : start + 100], "tag"
+        )
 
 
 def system_monitor(run_id: str) -> Any:
@@ -198,11 +296,14 @@ def system_monitor(run_id: str) -> Any:
 
 def clean_name(name: str) -> str:
     """Replace what MLflow does not take in the name of a metric or parameter by ``_``."""
-    return re.sub(r"[^A-Za-z0-9_\-./ :]", "_", name)[:250] or "_"
+    plain = re.sub(r"[^A-Za-z0-9_\-./ :]", "_", name)[:250]
+    # It is part of a path there, which must be the shortest of its kind and lead downwards.
+    return "/".join(part for part in plain.split("/") if part not in ("", ".", "..")) or "_"
 
 
 def shorten(text: str, limit: int) -> str:
     """Cut a text to ``limit`` characters and say so at its end."""
+    text = text.encode("utf-8", "replace").decode()  # odd file names hold half characters
     if len(text) <= limit:
         return text
     note = f" ... [shortened, {len(text)} characters]"

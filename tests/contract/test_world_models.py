@@ -173,3 +173,10 @@ def test_gradients_reach_the_actions_or_the_agent_that_needs_them_is_refused(kin
     dream = world.imagine_with_gradients(start, lambda feat: push, 3)
     (grad,) = torch.autograd.grad(dream.reward.square().sum(), push)
     assert bool((grad != 0).any(dim=1).all())
+
+
+def test_convolutions_keep_their_weights_as_frames_are_kept() -> None:
+    """Channels last: any other order costs a copy per layer, and nobody would see it."""
+    weights = [p for p in rssm_world("method=mapo").parameters() if p.ndim == 4]
+    assert weights
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)

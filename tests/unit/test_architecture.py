@@ -49,7 +49,7 @@ DOORS = {
     "mlflow": {"tracking/mlflow_client.py"},
     "mujoco": {"envs/gl.py"},
     "omegaconf": {"config/compose.py"},
-    "openai": {"semantics/openai_server.py"},
+    "openai": {"semantics/chat_client.py"},
     "pyarrow": {"label_tools/parquet.py"},
     "scipy": {"training/evaluation.py", "semantics/agreement.py"},
     "transformers": {"semantics/qwen.py", "semantics/text_encoder.py"},

@@ -255,6 +255,10 @@ def test_loss_terms_and_scales_must_have_the_same_names() -> None:
     assert log["kl_lower"] == 3.0
     with pytest.raises(ConfigError, match=r"without a scale: \['kl_lower'\].*\['kl_lowr'\]"):
         weigh(terms, {"image": 1.0, "kl_lowr": 1.0})
+    with pytest.raises(ConfigError, match=r"without a scale: \['kl_lower'\]"):
+        weigh(terms, {"image": 1.0})
+    with pytest.raises(ConfigError, match=r"scales without a term: \['reward'\]"):
+        weigh(terms, {"image": 1.0, "kl_lower": 1.0, "reward": 1.0})
 
 
 def test_uniform_policy_entropy_is_below_that_of_the_uniform_distribution() -> None:

@@ -12,6 +12,7 @@ import torch
 from mapo_lightning.run.build import build_finetune, build_pretrain
 from tests.unit.test_methods import METHODS, configured, synthetic
 
+pytestmark = pytest.mark.slow
 SMALL = ["size=tiny", "world_model.image.channels=[4,8,16]", "env=toy"]
 
 

@@ -89,6 +89,15 @@ def test_estimate_asks_only_its_probe(videos: Path, tmp_path: Path, server: Runn
     assert "label.probe=N" in str(none)
 
 
+def test_estimate_counts_only_windows_that_got_a_label(
+    videos: Path, tmp_path: Path, server: Running
+) -> None:
+    server.break_next(always="sorry")
+    estimate = corpus(videos, tmp_path, **at(server, 4)).estimate(16)
+    server.break_next()
+    assert (estimate.missing, estimate.rate) == (WINDOWS, None)
+
+
 def test_lost_video_is_counted_and_the_rest_labelled(videos: Path, tmp_path: Path) -> None:
     work = corpus(videos, tmp_path)
     work.clips.videos[1] = work.clips.videos[1]._replace(path=tmp_path / "gone.mp4")

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scenes import cases, moving_camera, moving_square, still
 
+from callbacks.label_report import LabelReport
+from callbacks.settings import CallbacksConfig
 from mapo_lightning.data.clips import LabelExample
 from mapo_lightning.data.ground_truth import FILE, GroundTruth
 from mapo_lightning.data.video import write_mp4
@@ -25,14 +28,14 @@ from mapo_lightning.semantics.agreement import (
     jittered,
     said_direction,
 )
-from mapo_lightning.semantics.describer import Reply
+from mapo_lightning.semantics.describer import NoAnswer, Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.flow import FlowDescriber
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.phrase import Phrase, parse_reply
 from mapo_lightning.semantics.point_tracking import dominant_motion
 from mapo_lightning.semantics.store import LabelStore
-from mapo_lightning.types import ConfigError, Frames, VideoError
+from mapo_lightning.types import ConfigError, DescriberError, Frames, VideoError
 
 ANGLES = [math.pi / 4 * way for way in range(8)]  # right, lower right, down ...
 
@@ -209,6 +212,48 @@ def test_a_good_describer_is_told_from_a_stubborn_one(tmp_path: Path) -> None:
     assert "| film2.mp4 | 0 of 1 |" in lines  # down
     assert not any("film1.mp4" in line for line in lines)  # nobody knows its truth
     assert "| direction as simulator | 100.0 % of 8 [68, 100] |" in table
+
+
+class Shy(FlowDescriber):
+    """Gives no answer about every third window, by its content."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.silent = "shy", 0
+
+    def describe(self, clips: Sequence[Frames]) -> list[Reply | NoAnswer]:
+        quiet = [int(clip.astype(np.int64).sum()) % 3 == 0 for clip in clips]
+        self.silent += sum(quiet)
+        replies = super().describe(clips)
+        return [NoAnswer("shy") if q else r for q, r in zip(quiet, replies, strict=True)]
+
+
+def test_windows_without_an_answer_count_nowhere(tmp_path: Path) -> None:
+    describer = Shy()
+    labeler = Labeler(describer, LabelStore(tmp_path / "s", "w", durable=False), HashedSlots())
+    windows = examples(tmp_path, FlowDescriber())
+    windows[3] = windows[3]._replace(answered=False, status="null", phrase=None)
+    found = measure(labeler, windows)
+    assert describer.silent > 3
+    assert found.unanswered == describer.silent + 1
+    assert found.windows == 15
+    assert found.null == 0.0
+    assert found.still_null == 1.0  # of those that got an answer
+    assert min(found.direction_kept.values()) > 0.9
+    assert f"| without an answer | {found.unanswered} |" in markdown([found])
+    nobody = [window._replace(answered=False) for window in windows]
+    with pytest.raises(DescriberError, match="'shy' has answered about none of 16 windows"):
+        measure(labeler, nobody)
+
+
+def test_training_prints_what_it_counted() -> None:
+    report = LabelReport(CallbacksConfig())
+    counts = {"windows": 9, "asked": 4, "hits": 3, "null": 5, "rejected": 1, "unanswered": 2}
+    report.total = {name: torch.tensor(count) for name, count in counts.items()}
+    assert str(report) == (
+        "labels of 9 windows: 4 asked about, 3 known before; 5 count as null, 2 of them for lack "
+        "of an answer"
+    )
 
 
 def test_nothing_to_judge_by_is_an_error(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.pretrain import PretrainModule
 from mapo_lightning.types import Batch
 
+pytestmark = pytest.mark.slow
 WORDS = ["env=dmc/walker_run", "finetune.batch_size=2", "finetune.chunk_length=8"]
 ACTION = 3
 

@@ -76,6 +76,7 @@ def test_labels_are_counted_by_what_became_of_their_windows() -> None:
         "vlm_hits": 2,
         "vlm_null": 2,
         "vlm_rejected": 1,
+        "vlm_unanswered": 1,
     }
     assert set(count_labels([]).values()) == {0}
 
