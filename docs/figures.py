@@ -231,13 +231,13 @@ def _robot(axes: Axes) -> None:
     axes.add_patch(Rectangle((103, 336), 10, 10, facecolor=ORANGE))
 
 
-# Floors of the house from the ground up, as tests/unit/test_architecture.py holds them: the rooms
-# of each, with what is in them.
+# The layers from the lowest up, as tests/unit/test_architecture.py checks them: the subpackages of
+# each, with what is in them.
 FLOORS: list[dict[str, str]] = [
     {
         "types": "batch keys, time, errors",
         "files": "atomic writes, locks",
-        "waiting": "says what is awaited",
+        "waiting": "messages of long waits",
     },
     {
         "config": "YAML and command line\nbecome dataclasses",
@@ -251,8 +251,8 @@ FLOORS: list[dict[str, str]] = [
         "training": "Lightning modules, data modules,\ncheckpoints",
         "label_tools": "gallery, Parquet",
     },
-    {"callbacks": "what happens around an update: collect, evaluate, look at the dream"},
-    {"run": "composes a run, builds its objects, plays its stages; load_agent; doctor"},
+    {"callbacks": "what happens around an update: collect, evaluate, record"},
+    {"run": "composes a run, builds its objects, runs its stages; load_agent; doctor"},
 ]
 
 PATHS: list[tuple[str, str, list[tuple[str, str]]]] = [
@@ -261,10 +261,11 @@ PATHS: list[tuple[str, str, list[tuple[str, str]]]] = [
         BLUE,
         [
             ("data/scan.py", "which videos are usable"),
-            ("data/clips.py", "draws a clip and its windows"),
+            ("data/clips.py", "draws a clip"),
             ("data/reader.py", "reads the frames"),
+            ("data/window_labels.py", "the clip's windows and labels"),
             ("semantics/labeler.py", "window to phrase to vector"),
-            ("training/datamodule.py", "clips become a batch"),
+            ("training/datamodule.py", "the data loader"),
             ("training/pretrain.py", "one update, eq. (2)"),
             ("models/rssm_world/world_model.py", "named loss terms"),
             ("models/rssm_world/rssm.py", "the dynamics"),
@@ -275,9 +276,9 @@ PATHS: list[tuple[str, str, list[tuple[str, str]]]] = [
         ORANGE,
         [
             ("callbacks/collect.py", "when the agent acts"),
-            ("training/acting.py", "belief and action"),
             ("envs/collector.py", "steps the environments"),
             ("envs/live_labels.py", "labels what they show"),
+            ("training/acting.py", "belief and action"),
             ("data/replay.py", "keeps the experience"),
             ("training/datamodule.py", "chunks become a batch"),
             ("training/finetune.py", "one update, eq. (3) to (5)"),
@@ -289,31 +290,31 @@ PATHS: list[tuple[str, str, list[tuple[str, str]]]] = [
 
 
 def architecture() -> Figure:
-    """The rooms on their floors, and the files that the two data paths go through."""
-    figure, axes = page(900, 508)
-    left, wide, high = 34, 530, 60
+    """The subpackages in their layers, and the files that the two data paths go through."""
+    figure, axes = page(900, 524)
+    left, wide, high = 34, 530, 62
     for floor, rooms in enumerate(FLOORS):
         low, each = 16 + high * floor, (wide - 8 * (len(rooms) - 1)) / len(rooms)
         for i, (room, what) in enumerate(rooms.items()):
             corner = (left + i * (each + 8), low)
             box(axes, corner, (each, high - 8), face="#f6f6f6", edge=GREY)
             _room(axes, corner, room, what)
-    arrow(axes, (18, 488), (18, 16), color=GREY)
-    write(axes, 10, 250, "a room knows only the rooms below it", 11, GREY, rotation=90)
-    top = 482.0
+    arrow(axes, (18, 504), (18, 16), color=GREY)
+    write(axes, 10, 258, "a subpackage imports only from lower layers", 11, GREY, rotation=90)
+    top = 498.0
     for title, color, files in PATHS:
         write(axes, 586, top, title, 14, color, ha="left", va="baseline", weight="bold")
         for number, (name, what) in enumerate(files, 1):
-            y = top - 24.8 * number
+            y = top - 24.4 * number
             _stop(axes, (594, y), number, color)
             write(axes, 611, y + 1.5, name, 11, ha="left", va="baseline", family="DejaVu Sans Mono")
             write(axes, 611, y - 10, what, 10.5, GREY, ha="left", va="baseline")
-        top -= 24.8 * len(files) + 38
+        top -= 24.4 * len(files) + 34
     return figure
 
 
 def _room(axes: Axes, corner: Point, room: str, what: str) -> None:
-    """Name and content of a room, and which steps of the paths happen in it."""
+    """Name and content of a subpackage, and which steps of the paths happen in it."""
     x, y = corner
     write(axes, x + 10, y + 34, room, 13.5, ha="left", va="baseline", weight="bold")
     for i, line in enumerate(what.split("\n")):

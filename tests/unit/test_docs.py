@@ -11,13 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from gymnasium.utils.env_checker import check_env
 
 from mapo_lightning.config.compose import compose
+from mapo_lightning.envs.wrappers import PixelEnv
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.doctor import CHECKS
 from mapo_lightning.run.renamed import RENAMED
+from mapo_lightning.semantics.describer import Describer
+from mapo_lightning.semantics.phrase import parse_reply
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -26,7 +31,7 @@ PAGES = [README, *OTHERS, *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 # These have words of earlier versions, or of other programs.
 HISTORY = {"CHANGELOG.md", "renamed.md", "facts.md"}
-NO_SETTINGS = {"name=value", "weights_only=True", "describe=False"}  # of Python, or an example
+NO_SETTINGS = {"key=value", "group=file", "weights_only=True", "describe=False"}  # not of a run
 
 
 def name(path: Path) -> str:
@@ -178,6 +183,21 @@ def test_python_in_the_pages_can_be_read(path: Path) -> None:
     for language, block in blocks(path):
         if language == "python" and path.name != "api.md":  # which has signatures
             ast.parse(block)
+
+
+def test_the_examples_of_extending_fulfil_their_interfaces() -> None:
+    names: dict[str, Any] = {}
+    for language, block in blocks(ROOT / "docs" / "extending.md"):
+        if language == "python":
+            exec(block, names)
+    describer = names["BrightnessDescriber"]()
+    assert isinstance(describer, Describer)
+    shades = [np.full((2, 8, 8, 3), 10, np.uint8) for _ in range(3)]
+    shades[1][1], shades[2][0] = 60, 60
+    read = [parse_reply(reply.text) for reply in describer.describe(shades)]
+    assert [parsed.status for parsed in read] == ["null", "slots", "slots"]
+    assert [parsed.phrase.action for parsed in read[1:]] == ["brightening", "dimming"]
+    check_env(PixelEnv(names["Lamp"]()), skip_render_check=True)
 
 
 def test_the_api_reference_is_that_of_the_code() -> None:
