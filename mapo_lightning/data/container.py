@@ -15,7 +15,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from mapo_lightning.data.video_info import Access, Entry, Geometry, VideoFileError
+from mapo_lightning.data.video_info import Access, Entry, Geometry, VideoFileError, inaccessible
 from mapo_lightning.types import Frames
 
 VERSION = f"PyAV {av.__version__}"
@@ -97,12 +97,6 @@ def is_utf8(path: Path) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def inaccessible(path: Path, error: BaseException) -> VideoFileError:
-    """The error for a file that could not be read just now, whatever it holds."""
-    detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return VideoFileError(path, "inaccessible", f"reading it fails: {detail}")
 
 
 def read_header(path: Path) -> Header:

@@ -52,6 +52,12 @@ class VideoFileError(VideoError):
         return type(self), (self.path, self.reason, self.detail)
 
 
+def inaccessible(path: Path, error: BaseException) -> VideoFileError:
+    """The error for a file that could not be read just now, whatever it holds."""
+    detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return VideoFileError(path, "inaccessible", f"reading it fails: {detail}")
+
+
 class Geometry(NamedTuple):
     """How the stored pixels of a video lie on the screen."""
 
@@ -159,7 +165,7 @@ def fingerprint(path: Path) -> str:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise VideoFileError(path, "missing", "there is no such file") from error
     except OSError as error:
-        raise VideoFileError(path, "inaccessible", f"{error.strerror or error}") from error
+        raise inaccessible(path, error) from error
 
 
 @lru_cache(maxsize=4096)
