@@ -125,15 +125,15 @@ def read_header(path: Path) -> Header:
         stamped = len(set(known)) == len(shown)
         seconds = [float(t * stream.time_base) for t in sorted(known if stamped else decoded_at)]
         rate = float(stream.average_rate or stream.guessed_rate or 0)
-        if rate and not stamped:  # times of decoding say nothing about single frames
-            seconds = []
+        # AVI and unstamped tracks count frames in the order of decoding.
+        slack = 1.5 if not stamped or container.format.name == "avi" else 0.5
         aspect = float(stream.sample_aspect_ratio or 1)
     # The longest track decides: sound may outlast the picture.
     if promised - reached > _SHORT * promised:
         detail = f"it ends after {float(reached):.1f} of {float(promised):.1f} s: cut off?"
         raise VideoFileError(path, "damaged", detail)
     geometry = _geometry(path, aspect)
-    fps, times = spacing(seconds, rate)
+    fps, times = spacing(seconds, rate, slack)
     hidden = packets - len(shown)
     return Header(geometry, fps, packets, hidden, stamped, times, len(tracks))
 
@@ -174,12 +174,15 @@ def _geometry(path: Path, pixel_aspect: float) -> Geometry:
     return Geometry(height, width, pixel_aspect, True, b < 0, c < 0)
 
 
-def spacing(seconds: Sequence[float], stated: float) -> tuple[float, tuple[int, ...] | None]:
+def spacing(
+    seconds: Sequence[float], stated: float, slack: float
+) -> tuple[float, tuple[int, ...] | None]:
     """Find the frame rate of ascending time stamps.
 
     Args:
         seconds: Time of every frame.
         stated: Frames per second that the header states; 0.0 if it does not.
+        slack: Frames by which evenly spaced ones may be off.
 
     Returns:
         Frames per second on average, and the times in milliseconds from the first frame if the
@@ -188,12 +191,11 @@ def spacing(seconds: Sequence[float], stated: float) -> tuple[float, tuple[int, 
     if len(seconds) < 2 or seconds[-1] <= seconds[0]:
         return stated, None
     at = np.asarray(seconds) - seconds[0]
-    rate = (len(at) - 1) / at[-1]
-    if stated and abs(rate / stated - 1) < 0.01:
-        rate = stated
-    off = np.abs(at - np.arange(len(at)) / rate).max()
-    even = off <= 0.5 / rate + 0.001
-    return float(rate), None if even else tuple(round(1000 * t) for t in at)
+    mean = float((len(at) - 1) / at[-1])
+    for rate in (stated, mean):
+        if rate and np.abs(at - np.arange(len(at)) / rate).max() <= slack / rate + 0.001:
+            return rate, None
+    return mean, tuple(round(1000 * t) for t in at)
 
 
 def decode(container: Any, stream: Any, path: Path) -> Iterator[Any]:

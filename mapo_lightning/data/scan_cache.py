@@ -90,10 +90,12 @@ class ScanCache:
             videos = cast(dict[str, dict[str, Any]], stored["videos"])
             self._facts = {name: facts for name, facts in videos.items() if _is_sane(facts)}
             files = cast(dict[str, list[Any]], stored["untouched"])
-            self._untouched = {path: known for path, known in files.items() if len(known) == 3}
+            self._untouched = {
+                path: known for path, known in files.items() if isinstance(known[-1], str)
+            }
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             log.warning("the scan cache '%s' is unreadable (%s): scanning anew", self.path, error)
             self._facts, self._untouched = {}, {}
 

@@ -214,7 +214,8 @@ def read_video(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, i
     # The decoder shrinks huge pictures, but leaves them large enough to average over.
     scale = [min(1.0, _OVERSAMPLED * size[i] / part[i]) for i in (0, 1)]
     decoded = round(turned[0] * scale[0]), round(turned[1] * scale[1])
-    if access.decoder == "pyav":
+    # A copy under a name that decord cannot open shares the proof: content is examined once.
+    if access.decoder == "pyav" or not container.is_utf8(path):
         if max(indices) >= info.frames and info.numbers is None:
             raise _beyond(path, indices, info.frames)
         frames = read_by_entries(path, access, indices, decoded)
