@@ -64,7 +64,7 @@ class LabelReport(L.Callback):
         """What became of the windows of this process, in one line."""
         count = {name: int(total) for name, total in self.total.items()}
         return (
-            f"labels of {count['windows']} windows: {count['asked']} asked about, "
+            f"labels of {count['windows']} windows: {count['asked']} queried, "
             f"{count['hits']} known before; {count['null']} count as null, "
             f"{count['unanswered']} of them for lack of an answer"
         )

@@ -251,7 +251,7 @@ def test_training_prints_what_it_counted() -> None:
     counts = {"windows": 9, "asked": 4, "hits": 3, "null": 5, "rejected": 1, "unanswered": 2}
     report.total = {name: torch.tensor(count) for name, count in counts.items()}
     assert str(report) == (
-        "labels of 9 windows: 4 asked about, 3 known before; 5 count as null, 2 of them for lack "
+        "labels of 9 windows: 4 queried, 3 known before; 5 count as null, 2 of them for lack "
         "of an answer"
     )
 
