@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch, numpy and mlflow are imported: tiny models are many times faster on one thread.
@@ -15,6 +16,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 import pytest
 import torch
 from hypothesis import settings
+from label_servers import Running, running
 
 torch.set_num_threads(1)
 settings.register_profile("mapo", deadline=None, derandomize=True, print_blob=True)
@@ -34,3 +36,17 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in an empty folder: for code whose defaults write beside the user."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[Running]:
+    """Run one label server for the tests of a file."""
+    with running(schema="ignored") as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server: Running) -> Running:
+    """Return the label server of the file, well again whatever it was told before."""
+    shared_server.break_next()
+    return shared_server

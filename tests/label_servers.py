@@ -295,6 +295,12 @@ def running(**words: Any) -> Iterator[Running]:
         server.kill()
 
 
+def clips(count: int) -> list[np.ndarray]:
+    """Windows of noise; the same for the same count."""
+    rng = np.random.default_rng(count)
+    return [rng.integers(0, 255, (4, 32, 40, 3)).astype(np.uint8) for _ in range(count)]
+
+
 if __name__ == "__main__":
     words = json.loads(sys.argv[1])
     port = int(words.pop("port", 0))

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from label_servers import NONE, PHRASES, WHOLE, Running, running
+from label_servers import NONE, PHRASES, WHOLE, Running, clips, running
 
 from mapo_lightning.semantics.describer import NoAnswer, Reply
 from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.settings import ServerConfig, VlmConfig
-from mapo_lightning.types import DescriberError, Frames
+from mapo_lightning.types import DescriberError
 
 RED = np.full((4, 32, 32, 3), (255, 0, 0), np.uint8)
-
-
-def clips(count: int) -> list[Frames]:
-    rng = np.random.default_rng(count)
-    return [rng.integers(0, 255, (4, 32, 40, 3)).astype(np.uint8) for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Running]:
-    with running(schema="ignored") as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: Running) -> Running:
-    shared.break_next()
-    return shared
 
 
 def config(server: Running, structured: str = "brackets", **words: Any) -> VlmConfig:

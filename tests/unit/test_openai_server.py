@@ -4,7 +4,7 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from label_servers import PHRASES, Running, running
+from label_servers import PHRASES, Running, clips, running
 
 from mapo_lightning.semantics import server_pool as servers
 from mapo_lightning.semantics.describer import NoAnswer, StreamingDescriber
@@ -20,26 +20,9 @@ from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.phrase import parse_reply
 from mapo_lightning.semantics.server_pool import OutageLog, Server, ServerPool, as_they_come
 from mapo_lightning.semantics.settings import ServerConfig, VlmConfig
-from mapo_lightning.types import ConfigError, DescriberError, Frames
+from mapo_lightning.types import ConfigError, DescriberError
 
 NOWHERE = "http://127.0.0.1:9/v1"  # the discard port: nobody listens
-
-
-def clips(count: int) -> list[Frames]:
-    rng = np.random.default_rng(count)
-    return [rng.integers(0, 255, (4, 32, 40, 3)).astype(np.uint8) for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Running]:
-    with running(schema="ignored") as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: Running) -> Running:
-    shared.break_next()
-    return shared
 
 
 def describer(
