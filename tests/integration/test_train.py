@@ -47,9 +47,9 @@ def test_a_second_run_asks_the_describer_nothing(toy_videos: Path, tmp_path: Pat
     words = [*with_videos(toy_videos), "stage=pretrain", f"work_dir={tmp_path}/work"]
     words += ["data.workers=2", "pretrain.updates=12"]
     first = train(tmp_path, *words, "run_dir=one")
-    assert "asked about 0 of" not in first
+    assert ": 0 queried," not in first
     # The same seed draws the same clips, so every window of the second run is known.
-    assert "asked about 0 of" in train(tmp_path, *words, "run_dir=two")
+    assert ": 0 queried," in train(tmp_path, *words, "run_dir=two")
 
 
 def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path: Path) -> None:

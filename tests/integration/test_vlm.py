@@ -46,13 +46,13 @@ def test_real_model_behind_a_server(videos: Path, qwen: Path, tmp_path: Path) ->
             "vlm.window.size=64",
         ]
         said = train(tmp_path, *words(videos, *server_words, "data.workers=2", "run_dir=one"))
-        assert "asked about 0 of" not in said
+        assert ": 0 queried," not in said
     labels = LabelStore(tmp_path / "runs/cache/labels", "r").items().values()
     assert {label.status for label in labels} == {"prose"}
     assert all("hand" in label.text for label in labels)
     # The server is gone: what it said is enough, and proof of it is that nobody is asked.
     said = train(tmp_path, *words(videos, *server_words, "vlm.cached_only=true", "data.workers=2"))
-    assert "asked about 0 of" in said
+    assert ": 0 queried," in said
     server_words[-1] = "vlm.window.size=72"  # other pictures, other questions
     said = train(tmp_path, *words(videos, *server_words, "vlm.cached_only=true"), code=2)
     assert "there is no label of" in said
@@ -63,11 +63,11 @@ def test_real_model_behind_a_server(videos: Path, qwen: Path, tmp_path: Path) ->
 def test_model_in_the_process(videos: Path, qwen: Path, tmp_path: Path) -> None:
     model = ["vlm=qwen2_5_vl_7b", f"vlm.model={qwen}", "vlm.max_new_tokens=8", "vlm.window.size=64"]
     said = train(tmp_path, *words(videos, *model, "data.workers=2", "work_dir=online"))
-    assert "asked about 0 of" not in said
+    assert ": 0 queried," not in said
     said = train(tmp_path, *words(videos, *model, "stage=label"))
     assert "30 of 30 windows: 30 queried, 0 known before" in said
     said = train(tmp_path, *words(videos, *model, "vlm.cached_only=true", "data.workers=2"))
-    assert "asked about 0 of" in said
+    assert ": 0 queried," in said
     labels = LabelStore(tmp_path / "runs/cache/labels", "r").items().values()
     assert {label.hidden.shape for label in labels if label.hidden is not None} == {(64,)}
 

@@ -230,6 +230,31 @@ def test_troubleshooting_has_every_check_of_the_doctor() -> None:
         assert re.search(rf"^\| `{check}` \|", page, re.MULTILINE), check
 
 
+def texts_of(path: Path) -> Iterator[str]:
+    """Texts in a program's file; a null character stands for what is filled in."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            parts = [x.value if isinstance(x, ast.Constant) else "\0" for x in node.values]
+            yield "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_troubleshooting_quotes_messages_that_the_program_has() -> None:
+    places = [*ROOT.glob("mapo_lightning/**/*.py"), *ROOT.glob("callbacks/*.py")]
+    said = "\n".join(text for path in places for text in texts_of(path))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    table = page.partition("## Frequent messages\n")[2].partition("\n## ")[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        pieces = [piece.strip(" ':()") for piece in re.split(r"\.\.\.|\b[NM]\b", message)]
+        pieces = [piece for piece in pieces if len(piece) > 3]
+        assert pieces, message
+        for piece in pieces:
+            assert piece in said, f"{message}: nothing in the program says '{piece}'"
+
+
 def test_renamed_words_are_those_of_the_program() -> None:
     page = (ROOT / "docs" / "renamed.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|$", page, re.MULTILINE))
