@@ -64,13 +64,8 @@ class LabelReport(L.Callback):
         """What became of the windows of this process, in one line."""
         count = {name: int(total) for name, total in self.total.items()}
         return (
-<<<<<<< HEAD
-            f"the describer was asked about {count['asked']} of {count['windows']} windows; "
-            f"{count['hits']} were known before, {count['null']} count as null, "
-=======
             f"labels of {count['windows']} windows: {count['asked']} queried, "
             f"{count['hits']} known before; {count['null']} count as null, "
->>>>>>> h/prose
             f"{count['unanswered']} of them for lack of an answer"
         )
 

@@ -251,13 +251,8 @@ def test_training_prints_what_it_counted() -> None:
     counts = {"windows": 9, "asked": 4, "hits": 3, "null": 5, "rejected": 1, "unanswered": 2}
     report.total = {name: torch.tensor(count) for name, count in counts.items()}
     assert str(report) == (
-<<<<<<< HEAD
-        "the describer was asked about 4 of 9 windows; 3 were known before, 5 count as null, 2 of "
-        "them for lack of an answer"
-=======
         "labels of 9 windows: 4 queried, 3 known before; 5 count as null, 2 of them for lack "
         "of an answer"
->>>>>>> h/prose
     )
 
 
