@@ -52,7 +52,7 @@ class Film(NamedTuple):
     marks: list[tuple[int | None, bytes]]
     """Time stamp and hash of every frame."""
     thumbs: Frames
-    """(T, 16, 16, 3) uint8, as shown."""
+    """(T, 16, 16) uint8, grey, as shown."""
     keys: list[int]
     """Numbers of the key frames."""
     corrupt: int
@@ -220,9 +220,9 @@ def thumb(frame: Any, geometry: Geometry) -> Frames:
 
 
 def halve(thumbs: Frames) -> Frames:
-    """Average thumbs (T, 32, 32, 3) to (T, 16, 16, 3)."""
+    """Average thumbs (T, 32, 32, 3) to grey ones, (T, 16, 16): all frames of a film are kept."""
     parts: NDArray[np.uint16] = thumbs.reshape(-1, 16, 2, 16, 2, 3).astype(np.uint16)
-    averages: Frames = (parts.sum(axis=(2, 4)) // 4).astype(np.uint8)
+    averages: Frames = (parts.sum(axis=(2, 4, 5)) // 12).astype(np.uint8)
     return averages
 
 
@@ -233,7 +233,7 @@ def decode_in_order(path: Path, geometry: Geometry) -> Film:
         VideoFileError: It cannot be opened or read.
     """
     film = Film([], np.empty(0, np.uint8), [], 0)
-    thumbs, corrupt = [np.empty((0, 16, 16, 3), np.uint8)], 0
+    thumbs, corrupt = [np.empty((0, 16, 16), np.uint8)], 0
     with open_track(path) as (container, stream):
         for number, frame in enumerate(decode(container, stream, path)):
             small = thumb(frame, geometry)

@@ -41,7 +41,7 @@ class Proof(NamedTuple):
     repeats: int = 0
     """Frames that repeat the one before exactly."""
     thumbs: Frames | None = None
-    """All frames in order, (T, 16, 16, 3) uint8."""
+    """All frames in order, (T, 16, 16) uint8."""
     broken: bool = False
     """It could not even decode the frames in order."""
 
@@ -114,7 +114,10 @@ def prove_decord(path: Path, header: Header) -> Proof:
             return Proof(error.detail, broken=True)
         if not _same_start(path, header, reader):
             return Proof("decord shows another first frame")
-        for indices in _visits([int(key) for key in reader.get_key_indices()], len(marks)):
+        keys = [int(key) for key in reader.get_key_indices()]
+        if keys[:1] != [0]:
+            return Proof("it does not begin with a key frame")
+        for indices in _visits(keys, len(marks)):
             found = _marks(decode_frames(reader, path, indices))
             if found != [marks[index] for index in indices]:
                 return Proof(f"decord gives other frames than {indices[0]}..{indices[-1]}")
@@ -153,8 +156,6 @@ def _visits(keys: Sequence[int], frames: int) -> Iterator[range]:
     """Frames to ask for, so that every key frame is sought from before and from behind it."""
     ends = [*keys[1:], frames]
     groups = [range(first, end) for first, end in zip(keys, ends, strict=True)]
-    if not keys or keys[0]:
-        yield range(frames)  # an index without its first key frame: looked at as a whole
     # Every other group, since going on to the next one is no seek.
     for group in [*groups[::2], *groups[1::2]]:
         yield group[:_HEAD]
@@ -169,7 +170,7 @@ def differs(thumbs: Frames, truth: Frames) -> str:
     """Say where decord's frames in order are not those of another decoder; empty if nowhere.
 
     Args:
-        thumbs: decord's, (T, 16, 16, 3) uint8.
+        thumbs: decord's, (T, 16, 16) uint8.
         truth: The other's.
     """
     if len(thumbs) != len(truth):
@@ -181,7 +182,7 @@ def differs(thumbs: Frames, truth: Frames) -> str:
         if not len(rows):
             continue
         pairs = thumbs[rows].astype(np.int16) - truth[rows + shift]
-        off = np.abs(pairs).mean(axis=(1, 2, 3))
+        off = np.abs(pairs).mean(axis=(1, 2))
         best[rows] = np.minimum(best[rows], off)
         if shift == 0:
             own = off
