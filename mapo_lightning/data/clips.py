@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mapo_lightning.data.prefetch import prefetch
 from mapo_lightning.data.reader import read
 from mapo_lightning.data.settings import VideoDataConfig
-from mapo_lightning.data.video_info import VideoFileError, VideoInfo
+from mapo_lightning.data.video_info import VideoFileError, VideoInfo, printable
 from mapo_lightning.data.window_labels import (
     WindowFrames,
     WindowGrid,
@@ -251,7 +251,7 @@ class ClipDataset(IterableDataset[Clip]):
             examples.append(
                 LabelExample(
                     frames=request.frames(),
-                    video=info.path.name,
+                    video=printable(info.path.name),
                     start=self.grid.window(end)[0],
                     text=label.text,
                     status=label.status,
@@ -277,7 +277,7 @@ class ClipDataset(IterableDataset[Clip]):
     def _report(self, error: VideoFileError) -> None:
         log.warning("dropped from %s: %s", self.split, error)
         if self.quarantine is not None:
-            row = {"path": str(error.path), "reason": error.reason, "detail": error.detail}
+            row = {"path": printable(error.path), "reason": error.reason, "detail": error.detail}
             self.quarantine.parent.mkdir(parents=True, exist_ok=True)
             with self.quarantine.open("a") as file:  # one short line: appended as a whole
                 file.write(json.dumps(row) + "\n")

@@ -45,7 +45,7 @@ def list_human36m(root: Path) -> Listing:
         VideoError: No file is named like one of the data set.
     """
     listing, runs = Listing(), defaultdict[tuple[Path, str, bool], list[int]](list)
-    for folder, _, files in walk(root):
+    for folder, _, files in walk(root, listing.unreadable):
         for file in files:
             path = folder / file
             suffix = path.suffix.lower()

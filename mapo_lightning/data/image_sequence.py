@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from mapo_lightning.data.video import resize
 from mapo_lightning.data.video_info import (
+    Reason,
     VideoFileError,
     VideoInfo,
-    fingerprint,
     middle_square,
     target_size,
 )
@@ -61,7 +61,8 @@ def find_run(folder: Path) -> tuple[Path, tuple[int, ...]]:
     try:
         names = [entry.name for entry in os.scandir(folder) if is_run(Path(entry.name))]
     except OSError as error:
-        raise VideoFileError(folder, "missing", f"{error.strerror}") from error
+        reason: Reason = "missing" if isinstance(error, FileNotFoundError) else "inaccessible"
+        raise VideoFileError(folder, reason, f"{error.strerror}") from error
     parts = sorted(found.groups() for name in names if (found := _NUMBERED.fullmatch(name)))
     runs = {(prefix, suffix) for prefix, _, suffix in parts}
     if len(runs) != 1:
@@ -92,17 +93,30 @@ def even_numbers(run: Path, numbers: Sequence[int]) -> range:
     return range(numbers[0], numbers[-1] + 1, step)
 
 
-def fingerprint_run(run: Path, numbers: range) -> str:
-    """Hash the numbers and the content of the first, the middle and the last image.
+def state_of_run(run: Path, numbers: range) -> str:
+    """Hash sizes and dates of all images.
 
     Raises:
-        VideoFileError: There is no image, or one of the three cannot be read.
+        OSError: One cannot be looked at.
+    """
+    stats = (_place(run, number).stat() for number in numbers)
+    seen = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    return hashlib.blake2b(f"{numbers} {seen}".encode(), digest_size=16).hexdigest()
+
+
+def fingerprint_run(run: Path, numbers: range) -> str:
+    """Hash the numbers and the content of all images.
+
+    Raises:
+        VideoFileError: There is no image, or one cannot be read.
     """
     if not numbers:
         raise VideoFileError(run, "empty", "there is no image")
-    places = (0, len(numbers) // 2, len(numbers) - 1)
-    content = [fingerprint(_place(run, numbers[place])) for place in places]
-    return hashlib.blake2b(f"{numbers} {content}".encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(f"{numbers}".encode(), digest_size=16)
+    for number in numbers:
+        content = _bytes(run, number)
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
 
 
 def probe_run(run: Path, numbers: range) -> VideoInfo:
@@ -131,7 +145,7 @@ def check_run(info: VideoInfo) -> None:
 
 
 def read_run(info: VideoInfo, numbers: Sequence[int], size: int | tuple[int, int]) -> Frames:
-    """Decode images by number; see `video.read_frames` for ``size``.
+    """Decode images by number; see `video.read_video` for ``size``.
 
     Raises:
         VideoFileError: One is missing, damaged, or has another size than the first.
@@ -161,13 +175,19 @@ def _place(run: Path, number: int) -> Path:
 
 def _image(run: Path, number: int, flag: int = cv2.IMREAD_COLOR) -> Frames:
     """One image, (H, W, 3) uint8, blue first."""
-    path = _place(run, number)
-    try:
-        data: NDArray[np.uint8] = np.frombuffer(path.read_bytes(), np.uint8)
-    except OSError as error:
-        detail = f"image '{path.name}' cannot be read: {error.strerror}"
-        raise VideoFileError(run, "missing", detail) from error
+    data: NDArray[np.uint8] = np.frombuffer(_bytes(run, number), np.uint8)
     image = cv2.imdecode(data, flag) if len(data) else None
     if image is None:
-        raise VideoFileError(run, "damaged", f"image '{path.name}' cannot be decoded")
+        name = _place(run, number).name
+        raise VideoFileError(run, "damaged", f"image '{name}' cannot be decoded")
     return image.astype(np.uint8, copy=False)
+
+
+def _bytes(run: Path, number: int) -> bytes:
+    path = _place(run, number)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        reason: Reason = "missing" if isinstance(error, FileNotFoundError) else "inaccessible"
+        detail = f"image '{path.name}' cannot be read: {error.strerror}"
+        raise VideoFileError(run, reason, detail) from error

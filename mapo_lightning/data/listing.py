@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from mapo_lightning.data.video_info import printable
 from mapo_lightning.types import ConfigError
 
 SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".avi", ".m4v", ".mov"})
@@ -41,19 +42,34 @@ class Listing:
     """Videos in a list that were not found."""
     unlisted: list[str] = field(default_factory=list)
     """Videos that were found but are in no list, or whose name cannot be read."""
+    unreadable: list[str] = field(default_factory=list)
+    """Folders that could not be listed, with the reason."""
 
 
-def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Walk a folder as `os.walk` does, without hidden names and without links to folders."""
-    for folder, names, files in os.walk(root):
+def walk(root: Path, unreadable: list[str]) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Walk a folder as `os.walk` does, without hidden names and without links to folders.
+
+    Args:
+        root: Where to begin.
+        unreadable: Folders that cannot be listed are appended, with the reason.
+    """
+
+    def note(error: OSError) -> None:
+        unreadable.append(f"{printable(error.filename)}: {error.strerror}")
+
+    for folder, names, files in os.walk(root, onerror=note):
         names[:] = sorted(name for name in names if not name.startswith("."))
         yield Path(folder), names, sorted(name for name in files if not name.startswith("."))
 
 
 def list_folder(root: Path) -> Listing:
     """List every video file of a folder and its subfolders: no classes, no split."""
-    paths = (folder / name for folder, _, files in walk(root) for name in files)
-    return Listing(sorted(Entry(path) for path in paths if path.suffix.lower() in SUFFIXES))
+    listing = Listing()
+    for folder, _, files in walk(root, listing.unreadable):
+        paths = (folder / name for name in files)
+        listing.entries += [Entry(path) for path in paths if path.suffix.lower() in SUFFIXES]
+    listing.entries.sort()
+    return listing
 
 
 def restrict(listing: Listing, classes: Sequence[str], limit: int | None, seed: int) -> list[Entry]:
@@ -84,7 +100,7 @@ def restrict(listing: Listing, classes: Sequence[str], limit: int | None, seed: 
         return kept
 
     def draw(entry: Entry) -> str:
-        return hashlib.blake2b(f"{seed} {entry.path.name}".encode()).hexdigest()
+        return hashlib.blake2b(os.fsencode(f"{seed} {entry.path.name}")).hexdigest()
 
     parts = [[entry for entry in kept if bool(entry.validation) is side] for side in (False, True)]
     held = min(len(parts[1]), max(bool(parts[1]), round(limit * len(parts[1]) / len(kept))))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from mapo_lightning.data import image_sequence, video
-from mapo_lightning.data.video_info import VideoFileError, VideoInfo, fingerprint
+from mapo_lightning.data.video_info import VideoFileError, VideoInfo, fingerprint, printable
 from mapo_lightning.types import Frames
 
 
@@ -28,6 +31,19 @@ class FrameSource(NamedTuple):
             return fingerprint(self.path)
         return image_sequence.fingerprint_run(self.path, self.numbers)
 
+    def state(self) -> list[object]:
+        """Sizes and dates of the files: while they stay the same, so does the content.
+
+        Empty if a file cannot be looked at.
+        """
+        try:
+            if self.numbers is not None:
+                return [image_sequence.state_of_run(self.path, self.numbers)]
+            stat = self.path.stat()
+        except OSError:
+            return []
+        return [stat.st_size, stat.st_mtime_ns]
+
     def examine(self, max_undecodable: float) -> VideoInfo:
         """Decode all of it once.
 
@@ -38,8 +54,7 @@ class FrameSource(NamedTuple):
             VideoFileError: It cannot be used.
         """
         if self.numbers is None:
-            info = video.probe_video(self.path)
-            video.check_video(info, max_undecodable)
+            info = video.check_video(video.probe_video(self.path), max_undecodable)
         else:
             info = image_sequence.probe_run(self.path, self.numbers)
             image_sequence.check_run(info)
@@ -68,26 +83,45 @@ def thin_out(info: VideoInfo, rate: float | None, square: bool) -> VideoInfo:
 
     Args:
         info: The video with all its frames.
-        rate: Frames per second, met as closely as whole steps allow; None: all frames. A video of
-            unknown rate keeps all its frames.
+        rate: Frames per second; None: all frames. Evenly spaced frames are thinned out by whole
+            steps, others by their times. No frame is used twice, and a video of unknown rate
+            keeps all its frames.
         square: See `VideoInfo`.
 
     Returns:
         The video, with another fingerprint if it shows anything else than before.
     """
-    step = max(1, round(info.fps / rate)) if rate and info.fps else 1
-    if step == 1 and not square:
+    numbers, fps = range(info.frames) if info.numbers is None else info.numbers, info.fps
+    seen = "every 1"
+    if rate and info.times:
+        numbers = _at_rate(info.times, rate)
+        seconds = (info.times[numbers[-1]] - info.times[0]) / 1000
+        fps = (len(numbers) - 1) / seconds if seconds else fps
+        seen = f"at {rate} Hz"
+    elif rate and info.fps:
+        step = max(1, round(info.fps / rate))
+        numbers, fps, seen = numbers[::step], info.fps / step, f"every {step}"
+    if len(numbers) == info.frames and not square:
         return info
-    numbers = (range(info.frames) if info.numbers is None else info.numbers)[::step]
-    seen = f"{info.fingerprint} every {step}, square {square}"
-    name = hashlib.blake2b(seen.encode(), digest_size=16).hexdigest()
+    name = hashlib.blake2b(
+        f"{info.fingerprint} {seen}, square {square}".encode(), digest_size=16
+    ).hexdigest()
     return info._replace(
-        fingerprint=name, frames=len(numbers), fps=info.fps / step, numbers=numbers, square=square
+        fingerprint=name, frames=len(numbers), fps=fps, numbers=numbers, square=square, times=None
     )
 
 
+def _at_rate(times: Sequence[int], rate: float) -> tuple[int, ...]:
+    """Numbers of the frames nearest to the ticks of a clock of ``rate`` Hz; each at most once."""
+    stamps = np.asarray(times)
+    ticks = np.arange(0, stamps[-1] + 500 / rate, 1000 / rate)
+    after = np.searchsorted(stamps, ticks).clip(1, len(stamps) - 1)
+    earlier = ticks - stamps[after - 1] <= stamps[after] - ticks
+    return tuple(int(n) for n in np.unique(after - earlier))
+
+
 def read(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, int]) -> Frames:
-    """Read frames of a video, scaled down by averaging; see `video.read_frames`.
+    """Read frames of a video, scaled down by averaging; see `video.read_video`.
 
     Args:
         info: The video.
@@ -103,7 +137,7 @@ def read(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, int]) -
     numbers = indices if info.numbers is None else _numbers(info, indices)
     if image_sequence.is_run(info.path):
         return image_sequence.read_run(info, numbers, size)
-    return video.read_frames(info.path, numbers, size, info.square)
+    return video.read_video(info, numbers, size)
 
 
 def name_window(info: VideoInfo, window: range, size: int) -> tuple[str, str]:
@@ -118,9 +152,15 @@ def name_window(info: VideoInfo, window: range, size: int) -> tuple[str, str]:
         Its identity; and the file's name with the frame numbers of the file itself, which differ
         from those of the video where frames were left out.
     """
-    own = window if info.numbers is None else info.numbers[window.start : window.stop : window.step]
-    seen, shown = (f"frames {part[0]}..{part[-1]} step {part.step}" for part in (window, own))
-    return f"{info.fingerprint} {seen} size {size}", f"{info.path.name} {shown}"
+    own: Sequence[int] = window
+    if info.numbers is not None:
+        own = info.numbers[window.start : window.stop : window.step]
+    steps = {later - earlier for earlier, later in pairwise(own)} or {window.step}
+    seen = f"frames {window[0]}..{window[-1]} step {window.step}"
+    shown = f"frames {own[0]}..{own[-1]} step {steps.pop()}"
+    if steps:  # thinned out by time stamps, unevenly
+        shown = f"frames {', '.join(map(str, own))}"
+    return f"{info.fingerprint} {seen} size {size}", f"{printable(info.path.name)} {shown}"
 
 
 def _numbers(info: VideoInfo, indices: Sequence[int]) -> list[int]:

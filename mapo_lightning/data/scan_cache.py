@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from mapo_lightning.data.reader import FrameSource
-from mapo_lightning.data.video_info import Reason, VideoFileError, VideoInfo
+from mapo_lightning.data.video import DECODERS
+from mapo_lightning.data.video_info import (
+    OF_THE_CONTENT,
+    Access,
+    Entry,
+    Geometry,
+    VideoFileError,
+    VideoInfo,
+    printable,
+)
 from mapo_lightning.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = [3, DECODERS]  # a proof of access holds for the decoders that it was made with
 
 
 class ScanCache:
@@ -28,7 +37,7 @@ class ScanCache:
     def __init__(self, path: Path, max_undecodable: float) -> None:
         self.path, self.max_undecodable = path, max_undecodable
         self._facts: dict[str, dict[str, Any]] = {}
-        # Reading 128 KiB of each of 200,000 files takes minutes; their dates take a second.
+        # Reading 200,000 files takes hours; their dates take a second.
         self._untouched: dict[str, list[Any]] = {}
         self._load()
 
@@ -39,18 +48,17 @@ class ScanCache:
             VideoFileError: It cannot be used.
         """
         name = self._fingerprint(source)
-        if name not in self._facts:
-            self._facts[name] = self._examined(source)
-        facts = self._facts[name]
+        facts = self._facts.get(name) or self._examined(source)
+        if facts["reason"] is None or facts["reason"] in OF_THE_CONTENT:
+            self._facts[name] = facts
         if facts["reason"]:
             raise VideoFileError(source.path, facts["reason"], facts["detail"])
-        counts = facts["frames"], facts["width"], facts["height"], facts["fps"]
-        return VideoInfo(source.path, name, *counts, numbers=source.numbers)
+        return _info(source, name, facts)
 
     def save(self) -> None:
         """Write the file, as a whole."""
         stored = {
-            "version": [_VERSION, self.max_undecodable],
+            "version": [*_VERSION, self.max_undecodable],
             "videos": dict(self._facts),  # copies: other threads may go on adding
             "untouched": dict(self._untouched),
         }
@@ -58,45 +66,71 @@ class ScanCache:
             draft.write_text(json.dumps(stored, indent=0, sort_keys=True))
 
     def _fingerprint(self, source: FrameSource) -> str:
-        if source.numbers is not None:
-            return source.fingerprint()
-        key = str(source.path)
-        try:
-            stat = source.path.stat()
-        except OSError:
-            return source.fingerprint()  # raises the error that says what is wrong
-        size, time, name = self._untouched.get(key, (None, None, ""))
-        if (size, time) != (stat.st_size, stat.st_mtime_ns):
-            name = source.fingerprint()
-            self._untouched[key] = [stat.st_size, stat.st_mtime_ns, name]
-        return str(name)
+        key, state = printable(source.path), source.state()
+        known = self._untouched.get(key, [])
+        if state and known[:-1] == state:
+            return str(known[-1])
+        name = source.fingerprint()  # raises the error that says what is wrong
+        self._untouched[key] = [*state, name]
+        return name
 
     def _examined(self, source: FrameSource) -> dict[str, Any]:
         try:
             info = source.examine(self.max_undecodable)
         except VideoFileError as error:
             return {"reason": error.reason, "detail": error.detail}
-        numbers = {key: getattr(info, key) for key in ("frames", "width", "height", "fps")}
-        return numbers | {"reason": None}
+        names = ("frames", "width", "height", "fps", "access", "times")
+        return {key: getattr(info, key) for key in names} | {"reason": None}
 
     def _load(self) -> None:
         try:
             stored = json.loads(self.path.read_text())
-            if stored["version"] != [_VERSION, self.max_undecodable]:
+            if stored["version"] != [*_VERSION, self.max_undecodable]:
                 return
             videos = cast(dict[str, dict[str, Any]], stored["videos"])
             self._facts = {name: facts for name, facts in videos.items() if _is_sane(facts)}
             files = cast(dict[str, list[Any]], stored["untouched"])
-            self._untouched = {path: known for path, known in files.items() if len(known) == 3}
+            self._untouched = {
+                path: known for path, known in files.items() if isinstance(known[-1], str)
+            }
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             log.warning("the scan cache '%s' is unreadable (%s): scanning anew", self.path, error)
             self._facts, self._untouched = {}, {}
 
 
+def _info(source: FrameSource, name: str, facts: dict[str, Any]) -> VideoInfo:
+    """Facts as they were found, or as JSON gives them back: lists in place of tuples."""
+    access, times = facts["access"], facts["times"]
+    if access is not None:
+        decoder, geometry, entries, *rest = access
+        places = tuple(Entry(*entry) for entry in entries)
+        access = Access(decoder, Geometry(*geometry), places, *rest)
+    return VideoInfo(
+        source.path,
+        name,
+        facts["frames"],
+        facts["width"],
+        facts["height"],
+        facts["fps"],
+        numbers=source.numbers,
+        access=access,
+        times=None if times is None else tuple(times),
+    )
+
+
 def _is_sane(facts: dict[str, Any]) -> bool:
     if facts["reason"] is not None:
-        return facts["reason"] in get_args(Reason) and isinstance(facts["detail"], str)
-    numbers = [facts[name] for name in ("frames", "width", "height", "fps")]
+        return facts["reason"] in OF_THE_CONTENT and isinstance(facts["detail"], str)
+    try:
+        info = _info(FrameSource(Path()), "", facts)
+    except (KeyError, TypeError, ValueError):
+        return False
+    numbers = [info.frames, info.width, info.height, info.fps, *(info.times or ())]
+    if info.access is not None:
+        known = info.access.decoder in ("decord", "pyav")
+        geometry = info.access.geometry
+        numbers += [*geometry, *(place.first for place in info.access.entries)]
+        return known and all(isinstance(n, int | float) and n >= 0 for n in numbers)
     return all(isinstance(n, int | float) and n >= 0 for n in numbers)

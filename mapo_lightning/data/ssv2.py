@@ -29,9 +29,9 @@ def list_ssv2(root: Path) -> Listing:
     Raises:
         VideoError: The folder is not SSv2, a list is damaged, or no listed video was found.
     """
-    files, videos = _find(root)
-    classes = _read(files["labels"], dict)
     listing, listed = Listing(), set()
+    files, videos = _find(root, listing.unreadable)
+    classes = _read(files["labels"], dict)
     for split in ("train", "validation"):
         for row in _read(files[split], list):
             name, label = _row(row, classes, files[split])
@@ -52,11 +52,11 @@ def list_ssv2(root: Path) -> Listing:
     return listing
 
 
-def _find(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+def _find(root: Path, unreadable: list[str]) -> tuple[dict[str, Path], dict[str, Path]]:
     """(split or "labels" -> JSON file, id -> video file or folder of frames)."""
     files: dict[str, Path] = {}
     videos: dict[str, Path] = {}
-    for folder, names, found in walk(root):
+    for folder, names, found in walk(root, unreadable):
         for name in found:
             stem, _, suffix = name.rpartition(".")
             if suffix == "json":

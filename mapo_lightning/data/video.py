@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import cv2
-import decord
 import numpy as np
 
+from mapo_lightning.data import container, random_access
+from mapo_lightning.data.container import (
+    Header,
+    decode_in_order,
+    find_entries,
+    read_by_entries,
+    read_header,
+)
+from mapo_lightning.data.random_access import (
+    decode_frames,
+    differs,
+    open_decord,
+    prove_decord,
+)
 from mapo_lightning.data.video_info import (
+    Access,
     Reason,
     VideoFileError,
     VideoInfo,
     fingerprint,
-    middle_square,
+    middle,
     target_size,
 )
 from mapo_lightning.files import atomic_write
 from mapo_lightning.types import Frames, VideoError
 
 __all__ = [
+    "DECODERS",
     "Reason",
     "VideoFileError",
     "VideoInfo",
@@ -33,126 +48,118 @@ __all__ = [
     "fingerprint",
     "probe_video",
     "read_frames",
+    "read_video",
     "resize",
     "write_mp4",
 ]
+
+DECODERS = f"{container.VERSION}, {random_access.VERSION}"
+"""The decoders that examine files; another version may treat a file otherwise."""
 
 # OpenCV's threads do not survive a fork: a DataLoader worker would wait for them forever.
 cv2.setNumThreads(1)
 
 _MAX_PIXELS = 8192 * 4320
 _MAX_FRAMES = 5_000_000
-_CHUNK = 32  # frames decoded at once when a whole file is checked
 _OVERSAMPLED = 4  # decode at most this many times larger than requested, then average
-_DECORD_ERRORS = (RuntimeError, IndexError, decord.DECORDError)
+_CLIP = 25  # frames of the clip whose reading is timed
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Read a video's header; decodes nothing.
+    """Read a video's header, packets and first frame.
 
     Raises:
         VideoFileError: The file is missing, no video, cut off, or absurdly large.
     """
-    name = fingerprint(path)
-    width, height, fps, promised = _header(path)
-    if width * height > _MAX_PIXELS:
-        raise VideoFileError(path, "too_large", f"its frames have {width}x{height} pixels")
-    found = len(_open(path, None))
-    if found > _MAX_FRAMES:
-        raise VideoFileError(path, "too_large", f"it has {found} frames")
-    # Some containers open "successfully" when cut off, and are merely shorter.
-    if promised - found > max(2, 0.1 * promised):
-        raise VideoFileError(path, "damaged", f"{found} of {promised} frames are there: cut off?")
-    return VideoInfo(path, name, found, width, height, fps)
+    name, header = fingerprint(path), _header(path)
+    height, width = header.geometry.shown()
+    if header.geometry.height * header.geometry.width > _MAX_PIXELS:
+        detail = f"its frames have {header.geometry.width}x{header.geometry.height} pixels"
+        raise VideoFileError(path, "too_large", detail)
+    frames = header.packets - header.hidden
+    if frames > _MAX_FRAMES:
+        raise VideoFileError(path, "too_large", f"it has {frames} frames")
+    return VideoInfo(path, name, frames, width, height, header.fps, times=header.times)
 
 
-def _header(path: Path) -> tuple[int, int, float, int]:
-    """(width, height, frames per second, promised frames or 0); before any decoder allocates."""
+def _header(path: Path) -> Header:
+    """`read_header`, remembered as long as the file is not changed."""
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise VideoFileError(path, "no_video", "it holds no pictures, perhaps only sound")
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or stream.guessed_rate or 0)
-            promised = stream.frames
-            if not promised and container.duration and rate:
-                promised = int(container.duration / av.time_base * rate)
-            return int(stream.width), int(stream.height), rate, promised
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoFileError(
-            path, "unreadable", "it is not a video, or it is cut off; check it with ffprobe"
-        ) from error
+        stat = path.stat()
+    except OSError as error:
+        raise VideoFileError(path, "missing", "there is no such file") from error
+    return _header_once(path, stat.st_size, stat.st_mtime_ns)
 
 
-def _open(path: Path, size: tuple[int, int] | None) -> Any:
-    """Open a decoder that gives frames of ``size`` (height, width), or of the file's size."""
-    shape = {} if size is None else {"height": size[0], "width": size[1]}
-    try:
-        # One thread each: the parallelism is that of the DataLoader's workers.
-        return decord.VideoReader(str(path), num_threads=1, **shape)
-    except _DECORD_ERRORS as error:
-        raise VideoFileError(
-            path, "codec", "the decoder does not open it; convert it to H.264 in mp4"
-        ) from error
+@functools.lru_cache(maxsize=64)
+def _header_once(path: Path, size: int, date: int) -> Header:
+    return read_header(path)
 
 
-def check_video(info: VideoInfo, max_undecodable: float) -> None:
-    """Decode a whole video once and count what is lost.
+def check_video(info: VideoInfo, max_undecodable: float) -> VideoInfo:
+    """Decode a whole video, count what is lost, and find out how to reach each of its frames.
+
+    decord reads the video if it passes `prove_decord`. Otherwise PyAV does, from the start or
+    from a key frame behind which it was seen to decode the right frames.
 
     Args:
-        info: The video.
-        max_undecodable: Largest share of frames that may be exact repeats made by the decoder
-            in place of broken ones, in [0, 1].
+        info: The video, from `probe_video`.
+        max_undecodable: Largest share of frames that may be lost, or exact repeats made by the
+            decoder in place of broken ones, in [0, 1].
+
+    Returns:
+        The video with ``access``, and with the frames that it really shows.
 
     Raises:
-        VideoFileError: A frame cannot be decoded, or too many are such repeats.
+        VideoFileError: Too many frames are lost.
     """
-    reader, before, repeats = _open(info.path, (32, 32)), None, 0
-    for first in range(0, info.frames, _CHUNK):
-        indices = range(first, min(first + _CHUNK, info.frames))
-        for frame in _decode(reader, info.path, indices):
-            repeats += before is not None and np.array_equal(frame, before)
-            before = frame
-    # A scene that truly stands still repeats too: let a second decoder count the intact frames.
-    if repeats > max_undecodable * info.frames:
-        intact = _count_intact(info.path)
-        if info.frames - intact > max_undecodable * info.frames:
-            raise VideoFileError(
-                info.path, "damaged", f"{info.frames - intact} of {info.frames} frames are lost"
-            )
+    path, header = info.path, _header(info.path)
+    proof = prove_decord(path, header)
+    trusted = info._replace(access=Access("decord", header.geometry))
+    if not proof.why and not proof.repeats:
+        return trusted
+    # A scene that truly stands still repeats too: let a second decoder look at the frames.
+    film = decode_in_order(path, header.geometry)
+    promised, shown = header.packets - header.hidden, len(film.marks)
+    lost = promised - (shown - film.corrupt)
+    if proof.broken and lost:
+        raise VideoFileError(path, "damaged", proof.why)
+    if not shown or lost > max_undecodable * promised:
+        raise VideoFileError(path, "damaged", f"{lost} of {promised} frames are lost")
+    why = proof.why if proof.thumbs is None else differs(proof.thumbs, film.thumbs)
+    if not why:
+        return trusted
+    access = Access("pyav", header.geometry, find_entries(path, header.geometry, film), why)
+    # Without one packet per frame, the stamps of the packets are not those of the frames.
+    times = header.times if shown == promised else None
+    return _timed(info._replace(frames=shown, times=times, access=access), access)
 
 
-def _decode(reader: Any, path: Path, indices: Sequence[int]) -> Frames:
+def _timed(info: VideoInfo, access: Access) -> VideoInfo:
+    """Measure what reading a clip costs on the slower way, and what it would with decord."""
+    first = info.frames // 2
+    indices = range(first, min(first + _CLIP, info.frames))
+    began = time.perf_counter()
+    read_video(info, indices, (64, 64))
+    ours, began = time.perf_counter() - began, time.perf_counter()
     try:
-        frames: Frames = reader.get_batch(list(indices)).asnumpy()
-    except _DECORD_ERRORS as error:
-        raise VideoFileError(
-            path, "damaged", f"decoding fails within frames {min(indices)}..{max(indices)}"
-        ) from error
-    return frames
-
-
-def _count_intact(path: Path) -> int:
-    intact = 0
-    with av.open(str(path)) as container:
-        for packet in container.demux(video=0):
-            try:
-                intact += sum(not frame.is_corrupt for frame in packet.decode())
-            except av.FFmpegError:
-                continue  # a lost packet is what is being counted
-    return intact
+        reader = open_decord(info.path, (256, 256))
+        decode_frames(reader, info.path, [n for n in indices if n < len(reader)])
+        decords = time.perf_counter() - began
+    except (VideoFileError, UnicodeEncodeError):
+        decords = 0.0
+    return info._replace(access=access._replace(seconds=ours, seconds_decord=decords))
 
 
 def read_frames(
     path: Path, indices: Sequence[int], size: int | tuple[int, int], square: bool = False
 ) -> Frames:
-    """Decode frames, scaled down by averaging so that fine detail does not flicker.
+    """Read frames of a file that no scan has examined; it is examined once per process.
 
     Args:
         path: The video.
         indices: Frame numbers, from 0, in any order.
-        size: (height, width) in pixels, the aspect ratio is not kept; or the short side, the
-            aspect ratio is kept.
+        size: See `read_video`.
         square: Cut the square in the middle out first.
 
     Returns:
@@ -161,31 +168,73 @@ def read_frames(
     Raises:
         VideoFileError: The file is missing or broken, or has fewer frames.
     """
+    return read_video(_examined(path)._replace(square=square), indices, size)
+
+
+def _examined(path: Path) -> VideoInfo:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise VideoFileError(path, "missing", "there is no such file") from error
+    return _examined_once(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _examined_once(path: Path, size: int, date: int) -> VideoInfo:
+    return check_video(probe_video(path), 1.0)
+
+
+def read_video(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, int]) -> Frames:
+    """Decode frames, scaled down by averaging so that fine detail does not flicker.
+
+    Args:
+        info: The video, examined by `check_video`; otherwise it is examined first.
+        indices: Numbers of the frames in the file, from 0, in any order; ``info.numbers`` is not
+            looked at.
+        size: (height, width) in pixels, the aspect ratio is not kept; or the short side, the
+            aspect ratio is kept.
+
+    Returns:
+        RGB frames (T, height, width, 3), uint8, as a player shows them.
+
+    Raises:
+        VideoFileError: The file is missing or broken, or has fewer frames.
+    """
+    path, access = info.path, info.access or _examined(info.path).access
+    assert access is not None
     if not path.is_file():
         raise VideoFileError(path, "missing", "there is no such file")
-    height, width = _source_size(path)
-    kept = (min(height, width),) * 2 if square else (height, width)
+    if min(indices) < 0:
+        raise _beyond(path, indices, info.frames)
+    shown, turned = access.geometry.shown(), access.geometry.turned()
+    kept = (min(shown),) * 2 if info.square else shown
     size = target_size(kept, size)
+    # The part that is kept, in rows and columns of the file.
+    part = [turned[i] * kept[i] / shown[i] for i in (0, 1)]
     # The decoder shrinks huge pictures, but leaves them large enough to average over.
-    rows, columns = (min(1.0, _OVERSAMPLED * size[i] / kept[i]) for i in (0, 1))
-    decoded = round(height * rows), round(width * columns)
-    reader = _open(path, None if decoded == (height, width) else decoded)
-    if max(indices) >= len(reader) or min(indices) < 0:
-        raise VideoFileError(
-            path,
-            "too_short",
-            f"frames {min(indices)}..{max(indices)} were requested, it has {len(reader)}; was it "
-            "changed while in use? Start again to scan the folder anew",
-        )
-    frames = _decode(reader, path, indices)
-    return resize(middle_square(frames) if square else frames, size)
+    scale = [min(1.0, _OVERSAMPLED * size[i] / part[i]) for i in (0, 1)]
+    decoded = round(turned[0] * scale[0]), round(turned[1] * scale[1])
+    # A copy under a name that decord cannot open shares the proof: content is examined once.
+    if access.decoder == "pyav" or not container.is_utf8(path):
+        if max(indices) >= info.frames and info.numbers is None:
+            raise _beyond(path, indices, info.frames)
+        frames = read_by_entries(path, access, indices, decoded)
+    else:
+        reader = open_decord(path, None if decoded == turned else decoded)
+        if max(indices) >= len(reader):
+            raise _beyond(path, indices, len(reader))
+        frames = decode_frames(reader, path, indices)
+    if info.square:
+        frames = middle(frames, round(part[0] * scale[0]), round(part[1] * scale[1]))
+    return resize(frames, size)
 
 
-@functools.lru_cache(maxsize=65536)
-def _source_size(path: Path) -> tuple[int, int]:
-    """(height, width) that the header states, pixels."""
-    width, height, _, _ = _header(path)
-    return height, width
+def _beyond(path: Path, indices: Sequence[int], frames: int) -> VideoFileError:
+    detail = (
+        f"frames {min(indices)}..{max(indices)} were requested, it has {frames}; was it "
+        "changed while in use? Start again to scan the folder anew"
+    )
+    return VideoFileError(path, "too_short", detail)
 
 
 def resize(frames: Frames, size: tuple[int, int]) -> Frames:
@@ -230,12 +279,12 @@ def _encode(path: Path, frames: Frames, fps: float) -> None:
     rate = Fraction(fps).limit_denominator(1000)
     # The index goes before the frames, so that a browser can start at once. For that FFmpeg
     # rewrites the file, which a buffer in memory does not allow.
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=rate)
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
+        stream = file.add_stream("libx264", rate=rate)
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
         stream.options = {"crf": "18", "preset": "veryfast"}
         stream.codec_context.thread_count = 1
         for frame in even:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+            file.mux(stream.encode(picture))
+        file.mux(stream.encode())

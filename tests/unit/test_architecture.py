@@ -35,14 +35,14 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SEPARATE = {"config", "models", "semantics"}
 
 DOORS = {
-    "av": {"data/video.py"},
+    "av": {"data/container.py", "data/video.py"},
     "cv2": {
         "semantics/flow.py",
         "semantics/point_tracking.py",
         "data/image_sequence.py",
         "data/video.py",
     },
-    "decord": {"data/video.py"},
+    "decord": {"data/random_access.py"},
     "dm_control": {"envs/dmc.py"},
     "jinja2": {"label_tools/page.py"},
     "metaworld": {"envs/metaworld.py", "envs/demo.py"},

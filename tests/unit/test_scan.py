@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -8,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from miniatures import write_images
 from scenes import damage, numbered, write_sound
 
 from mapo_lightning.data import scan as windows
-from mapo_lightning.data.reader import FrameSource
+from mapo_lightning.data.reader import FrameSource, locate, name_window, read
 from mapo_lightning.data.scan import scan_videos
+from mapo_lightning.data.scan_cache import ScanCache
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import write_mp4
-from mapo_lightning.data.video_info import VideoInfo
+from mapo_lightning.data.video_info import VideoInfo, fingerprint
 from mapo_lightning.types import ConfigError, VideoError
 
 
@@ -219,3 +222,106 @@ def test_real_damaged_video_is_quarantined(root: Path, tmp_path: Path) -> None:
     assert [path.name for path, _ in index.quarantined] == ["corrupted.mp4"]
     assert index.quarantined[0][1].startswith("damaged: decoding fails within frames")
     assert len(index.videos) == 5
+
+
+def test_equal_heads_and_tails_are_not_equal_content(tmp_path: Path) -> None:
+    """Raw recordings of one scene differ in the middle only."""
+    head, size = np.random.default_rng(0).bytes(1 << 17), 1 << 20
+    for name, middle in (("a.avi", b"\0"), ("b.avi", b"\1")):
+        (tmp_path / name).write_bytes(head + middle * (size - 2 * len(head)) + head)
+    assert fingerprint(tmp_path / "a.avi") != fingerprint(tmp_path / "b.avi")
+    images = numbered(9)
+    write_images(tmp_path / "u" / "%d.png", images)
+    images[2, 5, 5] += 1
+    write_images(tmp_path / "v" / "%d.png", images)
+    assert locate(tmp_path / "u").fingerprint() != locate(tmp_path / "v").fingerprint()
+
+
+def test_content_is_hashed_once_for_each_state_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(tmp_path / "v" / "a.mp4", 0)
+    write_images(tmp_path / "v" / "images" / "%d.png", numbered(30))
+    first = [source.fingerprint() for source in map(locate, sorted((tmp_path / "v").iterdir()))]
+    cache = ScanCache(tmp_path / "videos.json", 0.1)
+    for path in sorted((tmp_path / "v").iterdir()):
+        cache.examine(locate(path))
+    cache.save()
+    asked: list[Path] = []
+    monkeypatch.setattr(FrameSource, "fingerprint", lambda self: asked.append(self.path) or "new")
+    known = ScanCache(tmp_path / "videos.json", 0.1)
+    assert [known.examine(locate(p)).fingerprint for p in sorted((tmp_path / "v").iterdir())] == (
+        first
+    )
+    assert asked == []
+    os.utime(tmp_path / "v" / "images" / "4.png", ns=(1, 1))
+    with contextlib.suppress(VideoError):
+        known.examine(locate(tmp_path / "v" / "images"))
+    assert [path.name for path in asked] == ["%d.png"]
+
+
+@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), MemoryError("no memory")])
+def test_faults_that_are_not_the_contents_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    for number in range(2):
+        film(tmp_path / "v" / f"{number}.mp4", number)
+    examine = FrameSource.examine
+
+    def fail(self: FrameSource, max_undecodable: float) -> VideoInfo:
+        if self.path.name == "0.mp4":
+            raise fault
+        return examine(self, max_undecodable)
+
+    monkeypatch.setattr(FrameSource, "examine", fail)
+    index = scan_videos(config(tmp_path / "v"), tmp_path / "cache")
+    ((path, why),) = index.quarantined
+    assert (path.name, why.split(":")[0]) == ("0.mp4", "inaccessible")
+    monkeypatch.setattr(FrameSource, "examine", examine)
+    assert len(scan_videos(config(tmp_path / "v"), tmp_path / "cache").videos) == 2
+
+
+@pytest.mark.parametrize("folder", ["a:b", "http:", "%d"])
+def test_folders_with_odd_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    film(tmp_path / folder / "a.mp4", 0)
+    monkeypatch.chdir(tmp_path)  # a relative path would be taken for a protocol
+    (video,) = scan_videos(config(Path(folder)), tmp_path / "cache").videos
+    assert read(video, [3, 29], (32, 32)).shape == (2, 32, 32, 3)
+
+
+def test_a_name_that_is_not_utf8_is_read_like_any_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    film(tmp_path / "v" / "a.mp4", 0)
+    odd = Path(os.fsdecode(os.fsencode(tmp_path / "v") + b"/caf\xe9.mp4"))
+    odd.write_bytes((tmp_path / "v" / "a.mp4").read_bytes())
+    Path(os.fsdecode(os.fsencode(tmp_path / "v") + b"/bad\xe9.mp4")).write_bytes(b"")
+    for _ in range(2):  # and from the cache
+        index = scan_videos(config(tmp_path / "v", limit=3), tmp_path / "cache")
+        assert len(index.videos) == 2
+    assert "bad\\xe9" in (tmp_path / "cache" / "quarantine.jsonl").read_text().replace("\\\\", "\\")
+    frames = [read(video, [0, 7], (32, 32)).astype(int) for video in index.videos]
+    assert np.abs(frames[0] - frames[1]).mean() < 1.0
+    identity, source = name_window(next(v for v in index.videos if v.path == odd), range(4), 32)
+    assert (identity + source).encode()
+
+
+def test_folders_that_cannot_be_listed_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    film(tmp_path / "v" / "a.mp4", 0)
+    (tmp_path / "v" / "locked").mkdir()
+    scandir = os.scandir
+
+    def guarded(path: str) -> object:  # the tests may run as root, who may read everything
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    scan_videos(config(tmp_path / "v"), tmp_path / "cache")
+    report = json.loads((tmp_path / "cache" / "report.json").read_text())
+    assert report["unreadable_folders"] == [f"{tmp_path}/v/locked: Permission denied"]
+    assert "1 folders cannot be listed" in caplog.text

@@ -165,5 +165,5 @@ def test_real_footage_is_frame_accurate(root: Path, name: str) -> None:
     with av.open(str(folder / name)) as container:
         for number, frame in enumerate(container.decode(video=0)):
             if number in wanted:
-                truth = frame.to_ndarray(format="rgb24").astype(int)
+                truth = frame.to_ndarray(format="rgb24", width=info.width).astype(int)
                 assert np.abs(truth - frames[wanted.index(number)]).mean() < 2.0
