@@ -23,7 +23,7 @@ class CallbacksConfig:
     """Windows in the page of labels that is recorded at the end of pre-training; 0: no page."""
     quality: int = 48
     """Windows by which the labels are judged at the end of pre-training; each costs four more
-    questions to the describer. 0: not at all."""
+    queries to the describer. 0: not at all."""
     progress: bool = True
     """Show a progress bar."""
 

@@ -148,7 +148,7 @@ class Groups:
 
     def _unknown_group(self, group: str) -> str:
         if group in self._keys:
-            return f"'{group}' is a key and no group: write it beside 'defaults', not in it."
+            return f"'{group}' is a key, not a group: write it beside 'defaults', not in it."
         return (
             f"unknown configuration group '{group}'.{did_you_mean(group, self.files)} "
             f"Groups: {', '.join(self.files)}."

@@ -40,7 +40,7 @@ def help_text(
     if not shown and not leaves:
         groups.renamed.check_word(prefix, "VALUE")
         known = {*groups.files, *(f.key for f in walk(schema)), *hints(schema)}
-        raise ConfigError(f"nothing to help with under '{prefix}'.{did_you_mean(prefix, known)}")
+        raise ConfigError(f"there is no group or key '{prefix}'.{did_you_mean(prefix, known)}")
     lines: list[str] = []
     if not prefix:
         lines += ["Usage: mapo-train [group=file[/variant] ...] [key=value ...]"]

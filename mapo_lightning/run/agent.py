@@ -36,8 +36,8 @@ def load_agent(
     Args:
         checkpoint: A fine-tuning checkpoint, such as ``runs/NAME/finetune/last.ckpt``.
         device: Where the networks run, such as ``cpu`` or ``cuda:0``.
-        describe: Ask the describer of the checkpoint's run about the frames as they come. False
-            asks nobody: the agent then acts as with ``vlm=none``.
+        describe: Query the describer of the checkpoint's run about the frames as they come. If
+            False, no describer is queried, and the agent acts as with ``vlm=none``.
 
     Raises:
         CheckpointError: The file is no checkpoint of an agent.

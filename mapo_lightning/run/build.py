@@ -75,7 +75,7 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
 def build_labelling(cfg: RunConfig, rank: int, world: int) -> CorpusLabelling:
     """Everything that labels this process's part of all videos."""
     module = build_videos(cfg)
-    # A corpus is labelled to the end: nulls for want of a server are of no use here.
+    # A corpus is labelled to the end: nulls because a server was missing are of no use here.
     if cfg.vlm.server.on_outage == "skip":
         server = replace(module.vlm.server, on_outage="wait")
         module.vlm = replace(module.vlm, server=server)

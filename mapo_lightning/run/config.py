@@ -1,4 +1,4 @@
-"""One run, as nested dataclasses. Every room owns its own settings; this file only nests them."""
+"""One run, as nested dataclasses. Every subpackage has its own settings; this file nests them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class RunConfig:
     """One run of train.py."""
 
     stage: Literal["all", "pretrain", "finetune", "evaluate", "label"] = "all"
-    """all: pre-train, fine-tune and evaluate in one go; or one of them; label: only fill the label
-    store with every window of the videos."""
+    """all: pre-train, fine-tune and evaluate, one after the other; or one of the three. label: only
+    fill the label store with every window of the videos."""
     method: str = "mapo"
-    """Published system, for the record; chosen with method=NAME."""
+    """Name of the method, which is recorded with the run; method=NAME chooses it."""
     seed: int = 0
-    """Of initialisation, sampling and environments."""
+    """Seed of initialisation, sampling and environments."""
     run_dir: str = ""
     """Folder of this run; empty: runs/<date>-<method>-<task>."""
     work_dir: str = "runs/cache"
@@ -40,10 +40,10 @@ class RunConfig:
     init_from: str | None = None
     """Pre-training checkpoint that fine-tuning starts from; null starts fresh."""
     checkpoint: str | None = None
-    """Fine-tuning checkpoint that stage=evaluate plays, with the settings it was made with."""
+    """Fine-tuning checkpoint that stage=evaluate evaluates, with the checkpoint's own settings."""
     resume: str | None = None
-    """Checkpoint, or folder of a run, whose training goes on: with its settings, optimiser, replay,
-    counters and MLflow runs."""
+    """Checkpoint, or folder of a run, from which training continues, with its settings, optimiser,
+    replay, counters and MLflow runs."""
     data: VideoDataConfig = field(default_factory=VideoDataConfig)
     """Videos."""
     demo: DemoConfig = field(default_factory=DemoConfig)
@@ -92,8 +92,8 @@ class RunConfig:
             raise ConfigError("stage=evaluate needs checkpoint=PATH of a fine-tuned agent")
         if self.checkpoint and self.stage != "evaluate":
             raise ConfigError(
-                f"checkpoint= is what stage=evaluate plays, and stage={self.stage} does not read "
-                "it; resume= goes on with a training, init_from= fine-tunes a pre-trained model"
+                f"checkpoint= is for stage=evaluate, and stage={self.stage} does not read it; "
+                "resume= continues a training, init_from= fine-tunes a pre-trained model"
             )
         if self.init_from and self.stage != "finetune" and not self.resume:
             raise ConfigError(

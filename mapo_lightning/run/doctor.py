@@ -1,6 +1,6 @@
 """Checks the machine, one line per check: ``mapo-doctor [--json]``.
 
-The answer belongs into a bug report. The exit code is 1 where something a run needs fails.
+Its output belongs in a bug report. The exit code is 1 if something that a run needs fails.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def agent_settings(path: Path) -> Base:
     """What a checkpoint's agent needs in order to act, without what belonged to its training.
 
     Raises:
-        CheckpointError: The file is no checkpoint, or does not tell its settings.
+        CheckpointError: The file is no checkpoint, or does not hold its settings.
     """
     base = _settings(path, _read(path)["mapo"])
     for name in _OF_THE_START:
@@ -133,7 +133,7 @@ def _settings(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     content = yaml.safe_load(metadata.get("config") or "")
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"'{path}' does not tell the settings it was made with; give them with config=FILE, "
+            f"'{path}' does not hold the settings it was made with; give them with config=FILE, "
             "the config.yaml of its run"
         )
     shown: dict[str, Any] = _without_hidden(content)

@@ -1,4 +1,4 @@
-"""Checks, before a run begins, that it can: nothing is written, drawn or trained.
+"""Checks, before a run begins, that it can work; nothing is written, rendered or trained.
 
 Whatever can be known to fail fails here, in one sentence, and leaves no folder and no MLflow run
 behind. Models are built on torch's meta device, which gives their shapes without their numbers.
@@ -86,7 +86,7 @@ def _check_unused(cfg: RunConfig, earlier: Resumed) -> None:
     if not cfg.run_dir or folder in earlier.path.absolute().parents or not is_main_process():
         return
     for result in (*sorted(folder.glob("*/*.ckpt")), *folder.glob("evaluation.json")):
-        more = f"resume={cfg.run_dir} goes on with it, or " if result.suffix == ".ckpt" else ""
+        more = f"resume={cfg.run_dir} continues it, or " if result.suffix == ".ckpt" else ""
         raise ConfigError(
             f"run_dir='{cfg.run_dir}' holds the results of an earlier run "
             f"({result.relative_to(folder)}): {more}give another folder"
@@ -103,7 +103,7 @@ def _check_method(cfg: RunConfig, earlier: Resumed) -> None:
     if metadata.get("method", cfg.method) != cfg.method:
         raise CheckpointError(
             f"'{path}' was trained with method={metadata['method']} and cannot "
-            f"{'be played' if played else 'go on'} as method={cfg.method}; leave out method="
+            f"{'be evaluated' if played else 'continue'} as method={cfg.method}; leave out method="
         )
 
 

@@ -45,7 +45,7 @@ def train_all(session: Session) -> None:
     """Pre-train where the method does, fine-tune from it, and sum up."""
     checkpoint = None
     if session.resumed.phase == "finetune":
-        log.info("pre-training was finished before; fine-tuning goes on")
+        log.info("pre-training was finished before; fine-tuning continues")
     elif session.cfg.world_model.lower is not None:
         checkpoint = pretrain(session)
     else:
@@ -140,7 +140,7 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
 
 def test_best(session: Session, path: Path) -> None:
     """Play the agent of the best evaluation, on reset seeds that none of them had."""
-    log.info("the agent of the best evaluation plays episodes that none of them had")
+    log.info("evaluating the best agent on reset seeds that no evaluation has used")
     test(session, replace(session.cfg, evaluate=session.cfg.evaluate.unseen), path)
 
 
@@ -234,7 +234,7 @@ def summary(session: Session, found: Evaluation) -> None:
     if session.cfg.tracking.enabled:
         store = redact_text(tracking.store_uri(session.cfg.tracking))
         page = f"mlflow ui --backend-store-uri {store}" if store.startswith("sqlite:") else store
-        lines.append(f"Videos of the dreams, curves and phrases: {page}")
+        lines.append(f"Videos, curves and phrases: {page}")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -36,9 +36,9 @@ class ServerConfig:
     """Address of the server, such as http://127.0.0.1:8000/v1; several, separated by commas, share
     the work. The key comes from the environment: MAPO_VLM_API_KEY or OPENAI_API_KEY."""
     concurrency: int = 16
-    """Questions to the servers in flight from one training process and its loader's workers."""
+    """Queries in flight to the servers from one training process and its loader's workers."""
     timeout_seconds: float = 60.0
-    """How long one question may take."""
+    """Seconds that one query may take."""
     retries: int = 5
     """Failed attempts after which a window is left without a label, if others are answered."""
     on_outage: Literal["wait", "skip", "error"] = "wait"
@@ -72,7 +72,7 @@ class CollectConfig:
     """How the frames of environments are described while an agent collects experience."""
 
     every: int = 4
-    """Agent steps from one question about an environment to the next (O6)."""
+    """Agent steps from one query about an environment to the next (O6)."""
     size: int | None = None
     """Side of the environment frames shown to the describer, in pixels; null: the 64 px image
     (O10)."""
@@ -83,7 +83,7 @@ class CollectConfig:
     """Windows of environments that may wait for a late answer at once. Where the queue is full, a
     window is skipped as null and counted in labels/skipped: no environment waits."""
     drain: float = 30.0
-    """Seconds that the end of fine-tuning waits for answers under way; the rest stay null."""
+    """Seconds to wait for outstanding answers at the end of fine-tuning; the rest stay null."""
 
     def __post_init__(self) -> None:
         _at_least(self, every=1, queue=1)

@@ -56,7 +56,7 @@ def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"cannot write the checkpoint '{path}': {reason}. Free some disk space; the checkpoint "
-            "before it is intact, resume= goes on from there"
+            "before it is intact, and resume= continues from there"
         ) from error
 
 
@@ -142,7 +142,7 @@ def load_pretrained(
     if checkpoint["mapo"].get("stage") == "finetune":
         raise CheckpointError(
             "init_from= takes a checkpoint of pre-training, and this one was made by fine-tuning; "
-            "resume= goes on with it, stage=evaluate checkpoint= plays its agent"
+            "resume= continues it, stage=evaluate checkpoint= evaluates its agent"
         )
     stored: dict[str, dict[str, Tensor]] = {}
     for key, tensor in checkpoint["state_dict"].items():

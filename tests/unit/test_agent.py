@@ -142,7 +142,7 @@ def test_what_holds_no_agent_is_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a pre-training checkpoint and holds no agent"):
         mapo_lightning.load_agent(tmp_path / "pre.ckpt")
     write_checkpoint({"state_dict": {}, "mapo": card | {"config": ""}}, tmp_path / "bare.ckpt")
-    with pytest.raises(CheckpointError, match="does not tell the settings it was made with"):
+    with pytest.raises(CheckpointError, match="does not hold the settings it was made with"):
         mapo_lightning.load_agent(tmp_path / "bare.ckpt")
     with pytest.raises(ConfigError, match="device='cuda:7' cannot be used"):
         mapo_lightning.load_agent(saved, device="cuda:7")

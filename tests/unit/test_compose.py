@@ -220,7 +220,7 @@ RENAMED = Renamed(
         ),
         (["experiment=old"], "conf/experiment/old.yaml: renamed keys: note is now train.note"),
         (["experiment=older"], "'env=cartoon' is now 'env=suite/reach'"),
-        (["experiment=oldest"], "'seed' is a key and no group: write it beside 'defaults', not"),
+        (["experiment=oldest"], "'seed' is a key, not a group: write it beside 'defaults', not"),
         (["experiment=rows/a"], "rows.yaml, variant 'a': renamed keys: train.lr is now train.rate"),
         (["--help", "train.lr"], "train.lr is now train.rate"),
     ],
@@ -319,7 +319,7 @@ def test_values_are_read_as_the_schema_wants_them(conf: Path, word: str, value: 
         (["train.rate=${nope}"], "cannot resolve 'train.rate': Interpolation key 'nope'"),
         (["train.rate=${oc.env:MAPO_NOT_SET}"], "cannot resolve 'train.rate': Environment"),
         (["config=missing.yaml"], "cannot read the configuration file 'missing.yaml':"),
-        (["--help", "nothing"], "nothing to help with under 'nothing'."),
+        (["--help", "nothing"], "there is no group or key 'nothing'."),
     ],
 )
 def test_every_mistake_gets_one_clear_sentence(conf: Path, words: list[str], message: str) -> None:

@@ -117,9 +117,9 @@ def test_an_agent_is_not_played_or_resumed_as_another_method(
     path = tmp_path / "last.ckpt"
     save(path)
     said = refused("stage=evaluate", f"checkpoint={path}", "method=apv", "trainer=cpu")
-    assert "was trained with method=mapo and cannot be played as method=apv" in said
+    assert "was trained with method=mapo and cannot be evaluated as method=apv" in said
     said = refused(f"resume={path}", "method=apv", "trainer=cpu")
-    assert "was trained with method=mapo and cannot go on as method=apv" in said
+    assert "was trained with method=mapo and cannot continue as method=apv" in said
 
 
 def test_an_agent_is_no_start_of_fine_tuning(tmp_path: Path, refused: Refused) -> None:
@@ -140,7 +140,7 @@ def test_results_of_an_earlier_run_are_not_overwritten(
     words = [f"checkpoint={path}"] if stage == "evaluate" else SMALL
     said = refused(*words, f"stage={stage}", "run_dir=../run", "trainer=cpu")
     assert "run_dir='../run' holds the results of an earlier run (finetune/last.ckpt)" in said
-    assert "resume=../run goes on with it, or give another folder" in said
+    assert "resume=../run continues it, or give another folder" in said
     assert path.read_bytes() == before
     assert list((tmp_path / "run").iterdir()) == [path.parent]
 

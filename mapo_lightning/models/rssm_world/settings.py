@@ -39,8 +39,8 @@ class QuantizerConfig:
     codes: int = 512
     """Number M of codes in each codebook (O12)."""
     shape: Literal["spatial", "global"] = "spatial"
-    """``spatial``: every location of the 16x16 and of the 8x8 map has its code, one codebook a
-    scale; ``global``: one code a frame, nearest to the pooled features of both scales (O11)."""
+    """``spatial``: every location of the 16x16 and of the 8x8 map has its code, one codebook per
+    scale; ``global``: one code per frame, nearest to the pooled features of both scales (O11)."""
     decay: float = 0.99
     """Share of the moving averages that survives one update (O13)."""
     dead_below: float = 0.01
@@ -184,8 +184,8 @@ class WorldModelConfig:
     """The plugs and sizes of the world model (docs/methods.md has the table)."""
 
     recurrence: Literal["fused", "plain"] = "fused"
-    """How the state-space models run: with a backward through time written by hand, or as the plain
-    loop that specifies it. The results are equal within rounding."""
+    """How the state-space models run: with a backward pass through time written by hand, or as the
+    plain loop that specifies it. The results are equal within rounding."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """Encoder and decoder of frames."""
     context: ContextConfig = field(default_factory=ContextConfig)
