@@ -41,7 +41,7 @@ class CollectExperience(L.Callback):
         self._resumed: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Play at random until the prefill is there and at least one episode is whole."""
+        """Play at random until the prefill is there and at least one episode is complete."""
         assert isinstance(pl_module, FinetuneModule)
         self.policy = ActingPolicy(pl_module.world_model, pl_module.agent, explore=True)
         if self._resumed is not None:
@@ -95,7 +95,7 @@ class CollectExperience(L.Callback):
         _data(trainer).rng.bit_generator.state = self._resumed["chunks"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw on where the checkpoint's process was."""
+        """Continue the random numbers of the checkpoint's process."""
         if self._resumed is not None:
             torch.set_rng_state(self._resumed["torch"].cpu())
             if "cuda" in self._resumed and pl_module.device.type == "cuda":
@@ -133,7 +133,7 @@ class CollectExperience(L.Callback):
             finished.clear()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take in the step under way."""
+        """Write the step that is still being simulated."""
         self.collector.settle()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

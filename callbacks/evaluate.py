@@ -50,7 +50,7 @@ class EvaluatePolicy(L.Callback):
         return {"best_return": self.best_return}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What a resumed run has to beat is the agent that is kept, whichever it resumes from."""
+        """A resumed run must beat the agent that is kept, whatever checkpoint it resumes from."""
         if self.best is not None and self.best.exists():
             kept = read_checkpoint(self.best, mapped=True)["callbacks"][self.state_key]
             self.best_return = float(kept["best_return"])

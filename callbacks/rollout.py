@@ -29,7 +29,7 @@ class _HasRollouts(Protocol):
 
 
 class ImaginationRollout(L.Callback):
-    """Show the model a few frames, let it dream the rest, and lay it beside the truth.
+    """Show the model a few frames, let it dream the rest, and compare it with the truth.
 
     Args:
         every: Updates between rollouts; one more is made at the end.

@@ -86,7 +86,7 @@ class ConfigError(MapoError):
 
 
 class VideoError(MapoError):
-    """A video cannot be read, or a folder holds none that can."""
+    """A video cannot be read, or a folder holds no readable one."""
 
 
 class DescriberError(MapoError):

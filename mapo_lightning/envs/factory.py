@@ -70,7 +70,7 @@ def probed_action_dim(cfg: EnvConfig) -> int:
 def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> VectorEnv:
     """Build several environments that act side by side.
 
-    Suites that draw with OpenGL get one spawned process each. Forked ones would hang at their
+    Each environment that draws with OpenGL gets a spawned process. Forked ones would hang at their
     first frame, with EGL and with OSMesa, if the parent has rendered before. With ``kind=gym``
     programs therefore need the usual ``if __name__ == "__main__"``.
 

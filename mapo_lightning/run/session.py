@@ -58,8 +58,8 @@ def opened(composed: Composed[RunConfig]) -> Iterator[Session]:
     cfg = composed.config
     recorder = _settle_process(cfg)
     earlier = resumed(cfg)
-    name = f"{cfg.method}-{cfg.env.name}" if cfg.stage != "pretrain" else f"{cfg.method}-videos"
-    folder = run_folder(name, cfg.run_dir)
+    about = {"pretrain": "videos", "label": "labels"}.get(cfg.stage, cfg.env.name)
+    folder = run_folder(f"{cfg.method}-{about}", cfg.run_dir)
     tags = {"method": cfg.method, "stage": cfg.stage, "run_dir": str(folder)}
     parent = tracking.start_parent(cfg.tracking, folder.name, tags, earlier.tracked("parent"))
     status: tracking.Status = "FAILED"

@@ -24,8 +24,8 @@ class FinetuneModule(TrainedModule):
     as in DreamerV3; DreamerV2 updates the model first.
 
     Raises:
-        ConfigError: ``finetune.freeze`` names a part that the world model has not, or a group of
-            parameters has no learning rate.
+        ConfigError: ``finetune.freeze`` names a part that the world model does not have, or a
+            group of parameters has no learning rate.
     """
 
     world_model: WorldModel
