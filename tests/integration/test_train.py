@@ -77,7 +77,7 @@ def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path:
     (page,) = (tmp_path / "runs/artifacts").rglob("pages/labels/*.html")
     assert page.read_text().count("<article") == 4
     (table,) = (tmp_path / "runs/artifacts").rglob("tables/label_quality/*.csv")
-    assert table.read_text().startswith("describer,windows,null,")
+    assert table.read_text().startswith("describer,windows,without an answer,null,")
 
 
 def test_evaluate_plays_a_checkpoint(toy_videos: Path, tmp_path: Path) -> None:
