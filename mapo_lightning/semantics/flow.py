@@ -2,7 +2,7 @@
 
 It finds moving pixels, not hands or doors, so the body is a region of a colour at a place, or the
 whole scene when the camera moves. Directions are those of the pixels on the screen; distances are
-in percent of the frame width. It needs no weights and answers the same on every machine.
+in percent of the frame width. It needs no weights and draws no random numbers.
 """
 
 from __future__ import annotations
