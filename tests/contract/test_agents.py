@@ -86,6 +86,7 @@ def test_an_agent_acts_in_environments_step_after_step(pair: Pair) -> None:
         assert act(step).shape == (2, ACTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_three_updates_move_what_an_agent_has(pair: Pair) -> None:
     module = module_of(pair)
@@ -95,6 +96,7 @@ def test_three_updates_move_what_an_agent_has(pair: Pair) -> None:
     assert not {n for n in still if not n.startswith("agent.target")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_checkpoint_holds_all_of_an_agent(pair: Pair, tmp_path: Path) -> None:
     """Two modules go on alike from one file; Lightning's own optimiser is not part of this."""

@@ -132,6 +132,7 @@ def test_answers_repeat(describer: Describer) -> None:
     assert_same(describer.describe(clips()), describer.describe(clips()))
 
 
+@pytest.mark.slow
 def test_company_does_not_matter(describer: Describer) -> None:
     alone = [describer.describe([clip])[0] for clip in clips()]
     assert_same(describer.describe(clips()), alone)
@@ -172,6 +173,7 @@ def test_streams_every_window_once(describer: Describer, entry: Entry) -> None:
     assert in_order == list(describer.describe(clips()))
 
 
+@pytest.mark.slow
 def test_travels_to_a_process(describer: Describer) -> None:
     replies = describer.describe(clips())  # after use, with whatever it has built inside
     copy = pickle.loads(pickle.dumps(describer))

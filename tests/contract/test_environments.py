@@ -105,6 +105,7 @@ def play(env: PixelEnv, seed: int | None, agent_steps: int = 4) -> tuple[list[An
     return images, rewards
 
 
+@pytest.mark.slow
 def test_spaces_are_the_promised_ones(case: tuple[EnvConfig, PixelEnv]) -> None:
     cfg, env = case
     assert env.observation_space == spaces.Dict({"image": spaces.Box(0, 255, (64, 64, 3), "uint8")})
@@ -133,6 +134,7 @@ def test_another_seed_and_the_next_episode_differ(case: tuple[EnvConfig, PixelEn
     assert any((a != b).any() for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [1, 3, 5, 9], ids=lambda i: CONFIGS[i].name)
 def test_a_fresh_environment_repeats_what_its_seed_promises(index: int) -> None:
     env = make_env(CONFIGS[index], seed=3)
@@ -153,6 +155,7 @@ def test_observations_share_no_memory(case: tuple[EnvConfig, PixelEnv]) -> None:
     np.testing.assert_array_equal(images[0], before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "index", [i for i, c in enumerate(CONFIGS) if c.name != "InvertedPendulum-v5"], ids=name_of
 )  # the pendulum falls before its clock runs out: the next test
@@ -178,6 +181,7 @@ def test_a_task_that_ends_is_terminated_and_not_truncated() -> None:
     assert (terminated, truncated) == (True, False)
 
 
+@pytest.mark.slow
 def test_a_shorter_limit_is_kept_and_a_label_image_is_drawn() -> None:
     env = make_env(EnvConfig(kind="dmc", name="walker_run", time_limit=2, label_size=128), 0)
     observation, _ = env.reset()

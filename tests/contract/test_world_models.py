@@ -68,6 +68,7 @@ def modes(module: nn.Module) -> list[bool]:
     return [m.training for m in module.modules()]
 
 
+@pytest.mark.slow
 def test_a_belief_is_sliced_merged_and_repeated(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
     belief = world.observe(experience())
@@ -159,6 +160,7 @@ def test_parts_and_groups_hold_every_parameter_once(world: nn.Module) -> None:
     assert sorted(id(p) for part in world.parts().values() for p in part.parameters()) == every
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(MAKERS))
 def test_gradients_reach_the_actions_or_the_agent_that_needs_them_is_refused(kind: str) -> None:
     torch.manual_seed(0)

@@ -56,6 +56,7 @@ def losses(method: str) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_first_losses_are_those_on_file(method: str) -> None:
     expected = json.loads(FILE.read_text())[method]

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +32,7 @@ NASTY = st.text(max_size=400) | st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(NASTY)
 @example("[" * 5000)
@@ -51,6 +53,7 @@ def test_parse_never_throws_and_is_bounded(text: str) -> None:
     assert clean_text(text, 256).isprintable()
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(PHRASES)
 def test_parse_after_format_is_the_identity(phrase: Phrase) -> None:
@@ -68,6 +71,7 @@ def test_vectors_are_bounded_and_repeat(phrase: Phrase) -> None:
     np.testing.assert_array_equal(vector, HashedSlots().encode(phrase))
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=10), st.data())
 def test_labels_do_not_depend_on_how_requests_are_split(

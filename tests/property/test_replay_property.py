@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,6 +95,7 @@ def test_chunks_leave_an_episode_at_its_end_only(
             check_chunks(replay.sample(rng, 16, length), length)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     lengths=lengths,

@@ -62,6 +62,7 @@ FINITE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("space", "count"), FINITE.values(), ids=FINITE.keys())
 def test_every_value_of_a_finite_space_is_chosen_equally_often(
     space: spaces.Space[Any], count: int
@@ -81,6 +82,7 @@ CONTINUOUS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", CONTINUOUS.values(), ids=CONTINUOUS.keys())
 def test_a_float_box_is_covered_evenly_up_to_its_bounds(space: spaces.Space[Any]) -> None:
     box = space["move"] if isinstance(space, spaces.Dict) else space

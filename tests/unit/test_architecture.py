@@ -122,6 +122,7 @@ sys.exit(f"imported: {sorted(heavy & sys.modules.keys())}" if heavy & sys.module
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code"), [("--help", 0), ("--show env=toy", 0), ("method=mapoo", 2), ("--amp", 2)]
 )

@@ -73,6 +73,7 @@ def test_clip_content(videos: list[VideoInfo], tmp_path: Path) -> None:
     assert clip["vlm_windows"] == clip["vlm_asked"] == 3  # windows 8..11, 12..15 and 16..19
 
 
+@pytest.mark.slow
 def test_labels_name_what_moves(videos: list[VideoInfo], tmp_path: Path) -> None:
     source = dataset(videos, tmp_path)
     for video, way in enumerate(("right", "down", "left")):
@@ -126,6 +127,7 @@ def test_drawing_is_seeded_and_differs_by_rank(videos: list[VideoInfo], tmp_path
     assert first(rank=0, world=2) != first(rank=1, world=2)
 
 
+@pytest.mark.slow
 def test_all_videos_and_starts_are_drawn(counter: VideoInfo, tmp_path: Path) -> None:
     data = VideoDataConfig(clip_length=25)
     clips = iter(ClipDataset([counter], data, VlmConfig(kind="none"), tmp_path))

@@ -152,6 +152,7 @@ def settings() -> Iterator[tuple[str, list[str]]]:
                     yield f"{name(path)}: {span}", whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "words"), list(settings()), ids=lambda x: x)
 def test_every_setting_in_the_text_exists(where: str, words: list[str]) -> None:
     # Some are one half of a pair that the sentence has completely.
@@ -200,6 +201,7 @@ def test_the_examples_of_extending_fulfil_their_interfaces() -> None:
     check_env(PixelEnv(names["Lamp"]()), skip_render_check=True)
 
 
+@pytest.mark.slow
 def test_the_api_reference_is_that_of_the_code() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "api.py"))
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ def say(film: Frames) -> Phrase | None:
     return parse_reply(FlowDescriber().describe([film])[0].text).phrase
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", ["flat", "textured"])
 @pytest.mark.parametrize("size", [(64, 64), (128, 170), (240, 320)])
 def test_square_direction(background: str, size: tuple[int, int]) -> None:
@@ -33,6 +34,7 @@ def test_square_direction(background: str, size: tuple[int, int]) -> None:
     assert 0.75 < np.median(amounts) < 1.15
 
 
+@pytest.mark.slow
 def test_camera_is_told_from_object() -> None:
     rng, right = np.random.default_rng(1), 0
     for way, percent in cases(40):
@@ -101,6 +103,7 @@ def test_wrong_clip_is_refused(clip: Frames) -> None:
         FlowDescriber().describe([clip])
 
 
+@pytest.mark.slow
 def test_pool_cleaning_camera_directions(root: Path) -> None:
     """Windows judged by eye: how the edge of the pool shifts on the screen.
 

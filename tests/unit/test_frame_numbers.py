@@ -96,6 +96,7 @@ def check_every_frame(path: Path, truth: np.ndarray) -> VideoInfo:
     return info
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_frames_of_every_kind_of_file(tmp_path: Path, kind: str) -> None:
     film = KINDS[kind]
@@ -118,6 +119,7 @@ def test_frames_of_combinations_of_codec_container_gop_and_rotation(
     check_every_frame(path, in_order(path, COMBINATIONS[name].matrix))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [3, 14])
 def test_an_edit_list_hides_frames(tmp_path: Path, hidden: int) -> None:
     path = hide_first(write(tmp_path / "film", Film(options=X264)), hidden)
@@ -155,6 +157,7 @@ def test_the_square_is_the_middle_of_what_is_shown(tmp_path: Path) -> None:
     assert (info.width, info.height) == (120, 320)
 
 
+@pytest.mark.slow
 def test_a_rate_goes_by_time_stamps(tmp_path: Path) -> None:
     def ticks(number: int) -> int:  # 30 Hz, later 10 Hz
         return number if number < 24 else 24 + 3 * (number - 24)

@@ -82,6 +82,7 @@ def test_every_renamed_key_was_one_and_leads_to_one() -> None:
     assert set(RENAMED.keys.values()) <= {leaf.key for leaf in walk(RunConfig)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", ["in the checkpoint", "beside it"])
 def test_settings_of_version_0_1_0_are_translated(run: Path, saved: str) -> None:
     checkpoint, old = run / "finetune/last.ckpt", dict(flatten(yaml.safe_load(OLD.read_text())))

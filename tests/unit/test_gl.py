@@ -36,6 +36,7 @@ def ask(code: str, cache: Path, **variables: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_a_nonsense_backend_is_named_with_the_packages_to_install(
     tmp_path: Path,
 ) -> None:

@@ -94,6 +94,7 @@ def test_what_is_stored_is_bounded_printable_and_readable(
         assert all(len(slot) <= MAX_SLOT for slot in label.phrase or ())
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(st.text(max_size=300) | st.sampled_from(HOSTILE), min_size=1, max_size=4))
 def test_no_text_at_all_raises(words: list[str]) -> None:

@@ -83,6 +83,7 @@ def test_no_belief_reaches_into_the_next_episode(method: str) -> None:
     assert not torch.equal(found[0][:, :JOIN], found[1][:, :JOIN])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_from_joined_chunks(method: str) -> None:
     module, width = finetuning(method)

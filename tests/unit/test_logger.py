@@ -78,6 +78,7 @@ def test_a_child_belongs_to_its_parent(cfg: TrackingConfig) -> None:
     assert client(cfg).get_run(parent).info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_metrics_arrive_in_order_under_clean_names(cfg: TrackingConfig, run: RunLogger) -> None:
     for step in range(2500):  # more than one delivery
         run.log_metrics({"train/loss": 1.0 / (step + 1), "a@b[0]": 1.0}, step)

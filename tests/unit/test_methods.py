@@ -42,6 +42,7 @@ def synthetic(cfg: RunConfig, action_dim: int, batch: int = 2, steps: int = 7) -
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("env", ENVS)
 def test_fine_tuning_loss_reaches_every_part_it_should(method: str, env: str) -> None:
@@ -92,6 +93,7 @@ def test_the_actor_loss_leaves_world_model_and_critics_alone() -> None:
     assert touched == {"actor"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_dreams_have_the_shape_of_the_truth(method: str) -> None:
     cfg = configured(f"method={method}", "env=toy", *SMALL)
@@ -101,6 +103,7 @@ def test_dreams_have_the_shape_of_the_truth(method: str) -> None:
     assert 0.0 <= float(frames.min()) <= float(frames.max()) <= 1.0
 
 
+@pytest.mark.slow
 def test_the_published_sizes_in_both_stages() -> None:
     """Every part has as many parameters as the published one (facts 2.1 and 3)."""
     cfg = configured("method=mapo", "size=paper", "env=dmc/walker_run")

@@ -29,6 +29,7 @@ def labeler(server: Running, folder: Path, **words: Any) -> Labeler:
     return build_labeler(config(server, **words), folder, "w")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WHOLE)
 def test_an_answer_is_taken_from_where_it_is(kind: str, server: Running) -> None:
     right = OpenAIDescriber(config(server)).describe(clips(6))
@@ -38,6 +39,7 @@ def test_an_answer_is_taken_from_where_it_is(kind: str, server: Running) -> None
     assert server.stats()["calls"] - before == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NONE)
 def test_what_is_no_answer_is_asked_again_and_never_stored(
     kind: str, server: Running, tmp_path: Path, caplog: pytest.LogCaptureFixture

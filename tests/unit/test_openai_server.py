@@ -33,6 +33,7 @@ def describer(
     return OpenAIDescriber(VlmConfig(kind="openai", server=server), clock)
 
 
+@pytest.mark.slow
 def test_answers_come_in_order_and_repeat(server: Running) -> None:
     asked = describer(server.url)
     assert isinstance(asked, StreamingDescriber)
@@ -45,6 +46,7 @@ def test_answers_come_in_order_and_repeat(server: Running) -> None:
     assert asked.describe([]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schema", "extra"), [("offered", 0), ("ignored", 0), ("refused", 1)])
 def test_schema_is_tried_once_and_what_works_is_remembered(schema: str, extra: int) -> None:
     with running(schema=schema) as server:

@@ -111,12 +111,14 @@ waits.wait()
 """
 
 
+@pytest.mark.slow
 def test_a_program_ends_although_no_server_answers(videos: list[VideoInfo], tmp_path: Path) -> None:
     here, tests = (str(folder) for folder in Path(__file__).parents[:2])
     command = [sys.executable, "-c", ABANDONED, str(videos[0].path), str(tmp_path), here, tests]
     subprocess.run(command, timeout=280, check=True)  # only ends a program that hangs
 
 
+@pytest.mark.slow
 def test_windows_without_an_answer_are_null_now_and_asked_later(
     videos: list[VideoInfo], tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def pretrained(path: Path, *words: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -111,6 +112,7 @@ def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path: Path, refused: Ref
     assert "brings its own settings along" in said
 
 
+@pytest.mark.slow
 def test_an_agent_is_not_played_or_resumed_as_another_method(
     tmp_path: Path, refused: Refused
 ) -> None:
@@ -129,6 +131,7 @@ def test_an_agent_is_no_start_of_fine_tuning(tmp_path: Path, refused: Refused) -
     assert "takes a checkpoint of pre-training, and this one was made by fine-tuning" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["all", "finetune", "evaluate"])
 def test_results_of_an_earlier_run_are_not_overwritten(
     stage: str, tmp_path: Path, refused: Refused
@@ -145,6 +148,7 @@ def test_results_of_an_earlier_run_are_not_overwritten(
     assert list((tmp_path / "run").iterdir()) == [path.parent]
 
 
+@pytest.mark.slow
 def test_an_agent_is_not_played_where_actions_are_others(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "last.ckpt"
     save(path)
@@ -153,6 +157,7 @@ def test_an_agent_is_not_played_where_actions_are_others(tmp_path: Path, refused
     assert "acts with 2 numbers, but gym/InvertedPendulum-v5 takes 1" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

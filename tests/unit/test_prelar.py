@@ -173,6 +173,7 @@ def gradients(method: str, scale: float) -> dict[str, Tensor]:
     return {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_the_published_preset_trains_as_if_the_term_were_not_there_and_the_fixed_one_does_not() -> (
     None
 ):
@@ -184,6 +185,7 @@ def test_the_published_preset_trains_as_if_the_term_were_not_there_and_the_fixed
     assert all(bool(torch.isfinite(g).all()) for g in with_it.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["prelar", "apv"])
 def test_fine_tuning_takes_the_dynamics_over_and_drops_the_video_action_network(of: str) -> None:
     """Facts 7.4; from APV it is the naive variant, true actions in a slot that held zeros."""

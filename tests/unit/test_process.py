@@ -40,6 +40,7 @@ def test_freed_blocks_are_used_again_without_page_faults() -> None:
     assert faults("keep") < faults("give back") / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("works", [True, False])
 def test_a_part_that_cannot_be_compiled_runs_as_it_is(works: bool) -> None:
     tried = []

@@ -81,6 +81,7 @@ def counts(module: nn.Module) -> dict[str, int]:
     return {name: sum(p.numel() for p in m.parameters()) for name, m in module.named_children()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "env", "action"), PUBLISHED)
 def test_parts_have_the_published_parameter_counts(method: str, env: str, action: int) -> None:
     cfg = configured(f"method={method}", "size=paper", f"env={env}")
@@ -106,6 +107,7 @@ def test_the_official_dreamerv2_has_its_counts() -> None:
     assert cfg.replay.capacity == 2_000_000
 
 
+@pytest.mark.slow
 def test_pre_training_models_have_no_more_than_what_they_hand_on_or_drop() -> None:
     for method, source in (("mapo", None), ("contextwm", 0), ("apv", 0), ("prelar", 4_841_360)):
         cfg = configured(f"method={method}", "size=paper")
@@ -119,6 +121,7 @@ def test_pre_training_models_have_no_more_than_what_they_hand_on_or_drop() -> No
 LATE = ["upper", "decoder", "heads"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "groups"),
     [
@@ -156,6 +159,7 @@ def test_the_world_model_has_two_groups_with_learning_rates_and_clip_norms_of_th
     assert norms == pytest.approx(dict.fromkeys(held, 100.0), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "held"),
     [

@@ -228,6 +228,7 @@ class Shy(FlowDescriber):
         return [NoAnswer("shy") if q else r for q, r in zip(quiet, replies, strict=True)]
 
 
+@pytest.mark.slow
 def test_windows_without_an_answer_count_nowhere(tmp_path: Path) -> None:
     describer = Shy()
     labeler = Labeler(describer, LabelStore(tmp_path / "s", "w", durable=False), HashedSlots())
@@ -279,6 +280,7 @@ def test_truth_is_read_per_folder_and_checked(tmp_path: Path) -> None:
             GroundTruth([tmp_path])
 
 
+@pytest.mark.slow
 def test_the_program_prints_and_writes_one_table(
     root: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def test_describes_in_words_with_a_hidden_state(folder: Path) -> None:
     assert not np.allclose(replies[0].hidden, replies[6].hidden, atol=1e-2)  # it sees the picture
 
 
+@pytest.mark.slow
 def test_company_does_not_matter(folder: Path) -> None:
     describer = QwenDescriber(config(folder))
     together = describer.describe(clips())
@@ -97,6 +98,7 @@ def test_thoughts_are_not_part_of_the_answer(thinker: Path) -> None:
     np.testing.assert_allclose(reply.hidden, wanted.numpy().astype(np.float16), atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [2, 3, 4, 7])
 def test_an_answer_that_is_cut_gets_more_room(thinker: Path, tokens: int) -> None:
     whole = QwenDescriber(config(thinker)).describe(clips())

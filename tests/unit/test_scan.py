@@ -214,6 +214,7 @@ def test_a_rate_thins_any_folder_out(tmp_path: Path) -> None:
         scan_videos(config(tmp_path / "v", rate=5.0), tmp_path)
 
 
+@pytest.mark.slow
 def test_real_damaged_video_is_quarantined(root: Path, tmp_path: Path) -> None:
     folder = Path(os.environ.get("MAPO_TEST_VIDEOS", root.parent / "shared" / "videos"))
     if not (folder / "corrupted.mp4").is_file():

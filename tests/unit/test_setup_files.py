@@ -45,6 +45,7 @@ def script(path: Path, body: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_pages_are_served_to_this_machine_only(checkout: Path) -> None:
     commands = make(checkout, "-n", "ui").stdout
     assert "--host 127.0.0.1" in commands

@@ -11,6 +11,7 @@ from benchmarks.measures import Operations, Work, operations
 CEILING = {"pretrain tiny": 1215, "finetune tiny": 2354}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(CEILING))
 def test_a_step_starts_few_kernels_and_never_waits_for_the_device(case: str) -> None:
     torch.set_num_threads(1)

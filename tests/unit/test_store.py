@@ -133,6 +133,7 @@ for i in range(10**6):
 """
 
 
+@pytest.mark.slow
 def test_killed_writer_loses_nothing_it_reported(tmp_path: Path) -> None:
     for turn in range(3):
         folder = tmp_path / str(turn)

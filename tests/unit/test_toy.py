@@ -33,11 +33,13 @@ def play(name: str, policy: str, episodes: int) -> list[float]:
     return returns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_optimal_actions_earn_the_documented_return_in_every_episode(name: str) -> None:
     np.testing.assert_allclose(play(name, "optimal", 20), OPTIMAL_RETURN, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_random_actions_earn_less_than_a_quarter_of_it(name: str) -> None:
     assert np.mean(play(name, "random", 50)) < OPTIMAL_RETURN / 4

@@ -151,6 +151,7 @@ def test_error_travels_between_processes() -> None:
     assert (error.reason, str(error)) == ("codec", "cannot use video 'a.mp4': why")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["arm_wrestling.mp4", "flipping_a_pancake.mkv", "testsrc2_vp9.webm"]
 )

@@ -81,6 +81,7 @@ def test_labels_are_counted_by_what_became_of_their_windows() -> None:
     assert set(count_labels([]).values()) == {0}
 
 
+@pytest.mark.slow
 def test_model_in_the_training_process_labels_whole_batches(
     videos: list[VideoInfo], tmp_path: Path
 ) -> None:
