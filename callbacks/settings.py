@@ -24,11 +24,14 @@ class CallbacksConfig:
     quality: int = 48
     """Windows by which the labels are judged at the end of pre-training; each costs four more
     queries to the describer. 0: not at all."""
+    told: int = 48
+    """Held-out clips that are dreamt with and without their phrases at the end of pre-training, to
+    see whether the phrases lead the dream. 0: none."""
     progress: bool = True
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("phrases", "gallery", "quality"):
+        for name in ("phrases", "gallery", "quality", "told"):
             if not 0 <= getattr(self, name) <= 2000:
                 raise ConfigError(f"{name} must lie in [0, 2000], got {getattr(self, name)}")
         for name in ("rollout_every", "checkpoint_every"):

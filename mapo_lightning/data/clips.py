@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from mapo_lightning.data.frame_cache import FrameCache
 from mapo_lightning.data.prefetch import prefetch
-from mapo_lightning.data.reader import read
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video_info import VideoFileError, VideoInfo, printable
 from mapo_lightning.data.window_labels import (
@@ -106,10 +106,19 @@ class ClipDataset(IterableDataset[Clip]):
         self.grid = WindowGrid(window.frames, window.stride, window.offset, data.frame_stride)
         self.semantic_dim = semantic_dim(vlm)
         self._labeler: Labeler | None = None
+        self._cache: FrameCache | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is open here: a worker process opens its own."""
-        return self.__dict__ | {"_labeler": None}
+        return self.__dict__ | {"_labeler": None, "_cache": None}
+
+    @property
+    def cache(self) -> FrameCache:
+        """The frames of this process, empty at first."""
+        if self._cache is None:
+            side = self.data.image_size
+            self._cache = FrameCache(self.videos, (side, side), self.data.cache_mb)
+        return self._cache
 
     @property
     def labeler(self) -> Labeler:
@@ -191,8 +200,7 @@ class ClipDataset(IterableDataset[Clip]):
         frames = [start + t * stride for t in range(length)]
         if not 0 <= start <= info.frames - self.data.span:
             raise VideoFileError(info.path, "too_short", f"it has {info.frames} frames")
-        size = self.data.image_size
-        obs = read(info, frames, (size, size))
+        obs = self.cache.read(info, frames)
         # Index 0 has no past inside the clip: the state starts afresh there.
         ends = [None, *(self.grid.end_for(frame) for frame in frames[1:])]
         wanted = sorted({end for end in ends if end is not None})

@@ -40,6 +40,9 @@ class VideoDataConfig:
     with the data set's own split."""
     max_undecodable: float = 0.1
     """Share of lost frames above which a video is rejected, in [0, 1]."""
+    cache_mb: int = 256
+    """Memory, in megabytes, in which each worker may keep all frames of all videos at the networks'
+    size, so that each video is decoded once; a set that needs more is not kept. 0: never."""
     workers: int = 2
     """Processes that decode clips, and threads that scan the folder; 0 decodes in the main one."""
     seed: int = 0
@@ -63,6 +66,8 @@ class VideoDataConfig:
             raise ConfigError(f"holdout must lie in [0, 0.5], got {self.holdout}")
         if not 0.0 <= self.max_undecodable <= 1.0:
             raise ConfigError(f"max_undecodable must lie in [0, 1], got {self.max_undecodable}")
+        if self.cache_mb < 0:
+            raise ConfigError(f"cache_mb must not be negative, got {self.cache_mb}")
         if not 0 <= self.workers <= 256:
             raise ConfigError(f"workers must lie in [0, 256], got {self.workers}")
         if self.rate is not None and not 0.0 < self.rate <= 1000.0:

@@ -48,6 +48,9 @@ with mujoco.Renderer(model, 16, 16) as renderer:
 """
 _PROBE_SECONDS = 120.0
 
+SMALLEST = 64
+"""Side of the smallest picture that is drawn, in pixels."""
+
 _SCENERY = ("", "skybox", "grid", "T_floor", "T_table", "T_wallmetal")  # names of textures
 
 
@@ -162,10 +165,17 @@ class OffscreenCamera:
             model.vis.quality.offsamples = 0
 
     def frame(self, data: Any, size: int) -> Frames:
-        """Draw the state ``data`` (``mjData``) as a new array (size, size, 3) uint8."""
-        renderer = self._renderers.get(size) or self._new_renderer(size)
+        """Draw the state ``data`` (``mjData``) as a new array (size, size, 3) uint8.
+
+        Small pictures are the means of larger ones: a thin leg would fall between their pixels.
+        """
+        times = max(1, SMALLEST // size)
+        renderer = self._renderers.get(size * times) or self._new_renderer(size * times)
         renderer.update_scene(data, camera=self._camera)
         image: Frames = renderer.render()
+        if times > 1:
+            blocks = image.reshape(size, times, size, times, 3)
+            image = blocks.mean(axis=(1, 3)).round().astype(np.uint8)
         return np.ascontiguousarray(image[::-1]) if self._is_upside_down(data) else image
 
     def project(self, data: Any, points: NDArray[np.float64], size: int) -> NDArray[np.float64]:

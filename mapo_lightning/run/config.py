@@ -100,15 +100,13 @@ class RunConfig:
                 f"init_from= is what stage=finetune starts from, and stage={self.stage} does not "
                 "read it; add stage=finetune, or leave it out"
             )
-        if self.data.image_size != self.env.size:
-            raise ConfigError(
-                f"data.image_size and env.size must agree, got {self.data.image_size} and "
-                f"{self.env.size}"
-            )
-        if self.env.size != 64:
-            raise ConfigError(
-                f"env.size must be 64, the side the networks have, got {self.env.size}"
-            )
+        size = self.world_model.image.size
+        for name, value in (("data.image_size", self.data.image_size), ("env.size", self.env.size)):
+            if value != size:
+                raise ConfigError(
+                    f"{name} must be world_model.image.size, the side that the networks have: "
+                    f"got {value} and {size}; set world_model.image.size, the others follow"
+                )
 
 
 def conf_folder() -> Path:

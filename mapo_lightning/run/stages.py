@@ -21,6 +21,7 @@ from callbacks.label_report import LabelReport
 from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
+from callbacks.told import ToldUntold
 from mapo_lightning.config.redact import redact_text
 from mapo_lightning.envs.collector import Episode, Policy, run_episodes
 from mapo_lightning.envs.demo import render_demo_videos
@@ -71,9 +72,15 @@ def pretrain(session: Session) -> Path:
     )
     module = build.build_pretrain(cfg)
     labels = LabelReport(cfg.callbacks)
-    extra = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
+    extra: list[L.Callback] = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
+    told = ToldUntold(cfg.callbacks.told) if cfg.world_model.source.kind == "semantic" else None
+    if told is not None:
+        extra.append(told)
     fit(session, "pretrain", module, data, cfg.pretrain.updates, extra, {"image": "train/image"})
     log.info("%s", labels)
+    if told is not None and told.report is not None:
+        told.save(session.folder / "pretrain")
+        log.info("%s", told)
     return session.folder / "pretrain" / "last.ckpt"
 
 

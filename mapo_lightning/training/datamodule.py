@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from mapo_lightning.data.clips import Clip, ClipDataset
@@ -16,13 +17,16 @@ from mapo_lightning.data.replay import Replay
 from mapo_lightning.data.scan import VideoIndex, scan_videos
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.window_labels import collate_clips, label_pending
+from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.semantics.text_encoder import build_encoder
 from mapo_lightning.types import Batch
 from mapo_lightning.waiting import waiting
 
 _HELD_OUT_CLIPS = 16
+_PICTURED = 512  # training videos of which the mean picture is taken, at most
 
 
 class _WatchedLoader(DataLoader[Clip]):
@@ -59,6 +63,7 @@ class VideoDataModule(L.LightningDataModule):
         self.index: VideoIndex | None = None
         self._labeler: Labeler | None = None
         self._holdout: ClipDataset | None = None
+        self._mean_picture: Tensor | None = None
 
     def setup(self, stage: str) -> None:
         """Scan the folder once; unusable files are listed in the quarantine report."""
@@ -113,6 +118,28 @@ class VideoDataModule(L.LightningDataModule):
         """The first ``count`` held-out clips, for pictures."""
         batch: Batch = default_collate(self._held_out().fixed_clips(count))
         return {key: value for key, value in batch.items() if value.ndim > 1}  # no counts
+
+    def held_out_batch(self, count: int) -> Batch:
+        """At most ``count`` held-out clips, those of one video not side by side."""
+        batch: Batch = default_collate(self._held_out().fixed_clips(count))
+        return batch
+
+    def mean_picture(self, frames: int = 8) -> Tensor:
+        """Mean of ``frames`` frames of every training video, (H, W, 3) in [0, 1]."""
+        if self._mean_picture is None:
+            clips = self.clips("train")
+            sums = [
+                clips.cache.read(info, np.linspace(0, info.frames - 1, frames).astype(int).tolist())
+                for info in clips.videos[:_PICTURED]
+            ]
+            self._mean_picture = torch.from_numpy(np.stack(sums).mean(axis=(0, 1)) / 255.0).float()
+        return self._mean_picture
+
+    @property
+    def body_width(self) -> int:
+        """Leading entries of a semantic vector that name the body; 0 where slots are not apart."""
+        encoder = build_encoder(self.vlm)
+        return encoder.dim_per_slot if isinstance(encoder, HashedSlots) else 0
 
     def _held_out(self) -> ClipDataset:
         """The held-out clips, with one labeler for the whole run."""

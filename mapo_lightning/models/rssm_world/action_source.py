@@ -16,7 +16,7 @@ from mapo_lightning.models.blocks import mlp, position_code, xavier
 from mapo_lightning.models.rssm_world.consistency import LatentAction, consistency, gaussian_kl
 from mapo_lightning.models.rssm_world.encoder import (
     CHANNELS,
-    ResNetEncoder,
+    build_encoder,
     frame_pairs,
     normalised,
 )
@@ -106,7 +106,7 @@ class InverseAction(ActionSource):
         super().__init__()
         self.action_dim, self.prior_std, self.sampled = cfg.width, cfg.prior_std, cfg.sampled
         self.consistency = cfg.consistency
-        self.encoder = ResNetEncoder(image, inputs=2 * CHANNELS)
+        self.encoder = build_encoder(image, inputs=2 * CHANNELS)
         self.infer = mlp(self.encoder.embed_dim, hidden, 1, 2 * cfg.width)
 
     def forward(self, batch: Batch) -> Driven:

@@ -1,27 +1,31 @@
 """Scene context: what one random frame of a clip says about all of it.
 
-Shapes: B batch, C channels, Z code width, L tokens.
+Shapes: B batch, C channels, H W image, Z code width, L tokens.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mapo_lightning.models.rssm_world.encoder import ResNetEncoder, normalised
+from mapo_lightning.models.blocks import xavier
+from mapo_lightning.models.rssm_world.encoder import CHANNELS, ResNetEncoder, normalised
 from mapo_lightning.models.rssm_world.quantizer import Quantizer
 from mapo_lightning.models.rssm_world.settings import ContextConfig, ImageConfig
 
 SCALES = (16, 8)
-"""Sides of the feature maps that the decoder reads."""
+"""Sides of the feature maps that the residual decoder reads."""
 
 
 class Context(NamedTuple):
     """What the decoder is told about the scene."""
 
     maps: dict[int, Tensor]  # side -> (B, C, side, side); (B*T, ...) where chunks are joined
+    # for the plain CNN: the backdrop, (B, 3, H, W), under the side of the frames
     terms: dict[str, Tensor]  # scalar loss terms
     codes: dict[int, Tensor]  # side -> (frames, L) code indices; empty without a codebook
 
@@ -30,8 +34,52 @@ NO_CONTEXT = Context({}, {}, {})
 """What a decoder without cross-attention is told."""
 
 
+class Backdrop(nn.Module):
+    """The plain CNN's context: features of a frame on an 8x8 map, and the picture drawn of them.
+
+    What stays the same in a clip so reaches its frames by addition, before the latent state has
+    learned anything; the recurrent part then spends itself on what moves. Ours: DreamerV2's CNN has
+    no context. docs/decisions.md has what it was measured against.
+    """
+
+    SIDE = 8
+
+    def __init__(self, cfg: ImageConfig) -> None:
+        super().__init__()
+        base, halvings = 2 * cfg.channels[0], cfg.halvings - 1
+        widths = [CHANNELS, *(base * 2**i for i in range(halvings))]
+        self.width = base
+        self.down = nn.ModuleList(
+            xavier(nn.Conv2d(before, after, 4, stride=2, padding=1))
+            for before, after in pairwise(widths)
+        )
+        self.code = xavier(nn.Conv2d(widths[-1], self.width, 1))
+        self.decode = xavier(nn.Conv2d(self.width, widths[-1], 3, padding=1))
+        self.up = nn.ModuleList(
+            xavier(nn.ConvTranspose2d(before, after, 4, stride=2, padding=1))
+            for before, after in pairwise(widths[::-1])
+        )
+
+    def maps(self, frame_BCHW: Tensor) -> dict[int, Tensor]:
+        """Features of frames (B, 3, H, W): 8 -> (B, C, 8, 8)."""
+        x = frame_BCHW
+        for layer in self.down:
+            x = F.elu(layer(x))
+        return {self.SIDE: self.code(x)}
+
+    def draw(self, maps: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Pictures of such features: side -> (B, 3, H, W), to be added to the frames."""
+        x: Tensor = self.decode(maps[self.SIDE])
+        for layer in self.up:
+            x = layer(F.elu(x))
+        return {x.shape[-1]: x}
+
+
 class FrameContext(nn.Module):
-    """Features of one frame per clip, at 16x16 and 8x8, quantised if the method says so.
+    """Features of one frame per clip, quantised if the method says so.
+
+    At 16x16 and 8x8 for the residual decoder, which attends to them; at 8x8 for the plain CNN, which
+    gets the picture drawn of them.
 
     A clip that was joined from several episodes shows as many scenes: one frame of each is used.
 
@@ -47,12 +95,18 @@ class FrameContext(nn.Module):
     def __init__(self, cfg: ContextConfig, image: ImageConfig, augment: bool = False) -> None:
         super().__init__()
         self.cfg, self.erase = cfg, cfg.erase if augment else 0.0
-        self.encoder = ResNetEncoder(image)
-        widths = {16: image.channels[1], 8: image.channels[2]}
+        self.encoder: ResNetEncoder | Backdrop
+        if image.kind == "resnet":
+            self.encoder = ResNetEncoder(image)
+            widths = dict(zip(SCALES, image.channels[-2:], strict=True))
+        else:
+            self.encoder = Backdrop(image)
+            widths = {Backdrop.SIDE: self.encoder.width}
+        self.sides = tuple(widths)
         self.quantizers = nn.ModuleDict()
         self.terms = ("commitment",) if cfg.kind == "quantized" else ()
         if cfg.kind == "quantized" and cfg.quantizer.shape == "spatial":
-            self.quantizers.update({str(s): Quantizer(cfg.quantizer, widths[s]) for s in SCALES})
+            self.quantizers.update({str(s): Quantizer(cfg.quantizer, widths[s]) for s in widths})
         elif cfg.kind == "quantized":
             self.quantizers["frame"] = Quantizer(cfg.quantizer, sum(widths.values()))
 
@@ -74,10 +128,14 @@ class FrameContext(nn.Module):
         """What one frame each, (B, H, W, 3) uint8, says."""
         frame_BCHW = self._augment(normalised(frame_BHWC))
         maps = self.encoder.maps(frame_BCHW)
-        maps = {side: maps[side] for side in SCALES}
-        if not self.quantizers:
-            return Context(maps, {}, {})
-        return self._per_frame(maps) if "frame" in self.quantizers else self._per_place(maps)
+        found = Context({side: maps[side] for side in self.sides}, {}, {})
+        if "frame" in self.quantizers:
+            found = self._per_frame(found.maps)
+        elif self.quantizers:
+            found = self._per_place(found.maps)
+        if isinstance(self.encoder, Backdrop):
+            found = found._replace(maps=self.encoder.draw(found.maps))
+        return found
 
     def _pick_of_each(self, episode_BT: Tensor) -> tuple[Tensor, Tensor]:
         """One frame of each of S episodes, (S,) in [0, B*T), and every frame's episode, (B*T,)."""
@@ -138,12 +196,12 @@ class FrameContext(nn.Module):
 
     def _per_frame(self, maps: dict[int, Tensor]) -> Context:
         """Quantise the pooled features of both scales as one vector, spread over the maps."""
-        pooled = [maps[side].mean(dim=(2, 3)) for side in SCALES]
+        pooled = [maps[side].mean(dim=(2, 3)) for side in self.sides]
         found = self.quantizers["frame"](torch.cat(pooled, dim=1))
         parts = found.code.split([p.shape[1] for p in pooled], dim=1)
         coded = {
             side: part[:, :, None, None].expand(-1, -1, side, side)
-            for side, part in zip(SCALES, parts, strict=True)
+            for side, part in zip(self.sides, parts, strict=True)
         }
-        codes = {side: found.chosen[:, None] for side in SCALES}
+        codes = {side: found.chosen[:, None] for side in self.sides}
         return Context(coded, {"commitment": found.commitment}, codes)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mapo_lightning.models.blocks import RESAMPLE, recomputed, residual_stack, xavier
 from mapo_lightning.models.rssm_world.context import SCALES
-from mapo_lightning.models.rssm_world.encoder import CHANNELS, IMAGE_SIZE
+from mapo_lightning.models.rssm_world.encoder import CHANNELS
 from mapo_lightning.models.rssm_world.settings import ContextConfig, ImageConfig
 
 
@@ -83,10 +83,9 @@ class ResNetDecoder(nn.Module):
 
     def __init__(self, cfg: ImageConfig, feat: int, context: ContextConfig) -> None:
         super().__init__()
-        first, second, third = cfg.channels[::-1]
-        self.side, self.recompute = IMAGE_SIZE // 16, cfg.recompute
-        self.convin = xavier(nn.Linear(feat, first * self.side**2))
-        widths = [first, second, third, third // 2]
+        widths = [*cfg.channels[::-1], cfg.channels[0] // 2]
+        self.side, self.recompute = 4, cfg.recompute
+        self.convin = xavier(nn.Linear(feat, widths[0] * self.side**2))
         self.stages = nn.ModuleList(
             residual_stack(before, after, cfg.layers, change_last=True)
             for before, after in pairwise(widths)
@@ -105,7 +104,7 @@ class ResNetDecoder(nn.Module):
         )
 
     def forward(self, feat_NF: Tensor, scene: dict[int, Tensor]) -> Tensor:
-        """Features (N, F) and the scene's maps (B, C, s, s) -> mean frames (N, 3, 64, 64)."""
+        """Features (N, F) and the scene's maps (B, C, s, s) -> mean frames (N, 3, H, W)."""
         x: Tensor = self.convin(feat_NF)
         x = x.view(len(x), -1, self.side, self.side)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -135,30 +134,39 @@ def _through(
 
 
 class CNNDecoder(nn.Module):
-    """DreamerV2's transposed convolutions, kernels 5, 5, 6 and 6, stride 2, ELU (facts 3.4)."""
+    """DreamerV2's transposed convolutions, stride 2, ELU, from a 1x1 map (facts 3.4).
+
+    Kernels 5, 5, 6 and 6 at 64 pixels, as published; one of 5 fewer at 32 and one more at 128. A
+    scene's backdrop is added to the picture that they draw.
+    """
 
     def __init__(self, cfg: ImageConfig, feat: int) -> None:
         super().__init__()
         base = cfg.channels[0]
         self.dense = xavier(nn.Linear(feat, 32 * base))
-        widths = [32 * base, 4 * base, 2 * base, base, CHANNELS]
+        inner = [base * 2**i for i in reversed(range(cfg.halvings - 1))]
+        kernels = [5] * (cfg.halvings - 2) + [6, 6]
         self.layers = nn.ModuleList(
             xavier(nn.ConvTranspose2d(before, after, kernel, stride=2))
-            for before, after, kernel in zip(widths, widths[1:], (5, 5, 6, 6), strict=False)
+            for (before, after), kernel in zip(
+                pairwise([32 * base, *inner, CHANNELS]), kernels, strict=True
+            )
         )
 
     def forward(self, feat_NF: Tensor, scene: dict[int, Tensor]) -> Tensor:
-        """Features (N, F) -> mean frames (N, 3, 64, 64); the scene is not used."""
+        """Features (N, F) and backdrops (B, 3, H, W), if any -> mean frames (N, 3, H, W)."""
         x: Tensor = self.dense(feat_NF)[:, :, None, None]
         for i, layer in enumerate(self.layers):
             x = layer(F.elu(x) if i else x)
+        for backdrop_BCHW in scene.values():
+            x = (x.unflatten(0, (len(backdrop_BCHW), -1)) + backdrop_BCHW[:, None]).flatten(0, 1)
         return x
 
 
 def build_decoder(
     cfg: ImageConfig, feat: int, context: ContextConfig
 ) -> ResNetDecoder | CNNDecoder:
-    """Decoder of the chosen kind, from features (N, ``feat``) to frames (N, 3, 64, 64)."""
+    """Decoder of the chosen kind, from features (N, ``feat``) to frames (N, 3, H, W)."""
     if cfg.kind == "resnet":
         return ResNetDecoder(cfg, feat, context)
     return CNNDecoder(cfg, feat)

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from mapo_lightning.models.blocks import RESAMPLE, recomputed, residual_stack, xavier
 from mapo_lightning.models.rssm_world.settings import ImageConfig
 
-IMAGE_SIZE = 64
-"""Side of the square frames that every network of the family is built for, in pixels."""
 CHANNELS = 3
+"""Colours of a frame."""
 
 
 def normalised(obs: Tensor) -> Tensor:
@@ -41,10 +40,10 @@ class ResNetEncoder(nn.Module):
             residual_stack(before, after, cfg.layers, change_last=False)
             for before, after in zip([widths[0], *widths], widths, strict=False)
         )
-        self.embed_dim = widths[-1] * (IMAGE_SIZE // 2 ** (len(widths) + 1)) ** 2
+        self.embed_dim = widths[-1] * 4**2
 
     def maps(self, frame_NCHW: Tensor) -> dict[int, Tensor]:
-        """Feature maps before pooling, by their side: 32, 16 and 8."""
+        """Feature maps before pooling, by their side: 32, 16 and 8 for frames of 64 pixels."""
         x = F.elu(self.convin(frame_NCHW))
         maps: dict[int, Tensor] = {}
         for i, stage in enumerate(self.stages):
@@ -56,7 +55,7 @@ class ResNetEncoder(nn.Module):
         return maps
 
     def forward(self, frame_NCHW: Tensor) -> Tensor:
-        """(N, 3, 64, 64) in [-0.5, 0.5] -> (N, E)."""
+        """(N, 3, H, W) in [-0.5, 0.5] -> (N, E)."""
         *_, last = self.maps(frame_NCHW).values()
         return F.avg_pool2d(last, RESAMPLE).flatten(1)
 
@@ -68,28 +67,30 @@ def _through(stage: nn.ModuleList, x: Tensor) -> Tensor:
 
 
 class CNNEncoder(nn.Module):
-    """DreamerV2's four convolutions, kernel 4, stride 2, ELU (facts 3.4)."""
+    """DreamerV2's convolutions, kernel 4, stride 2, ELU, down to a 2x2 map (facts 3.4).
 
-    def __init__(self, cfg: ImageConfig) -> None:
+    Four at 64 pixels, as published; three at 32 and five at 128.
+    """
+
+    def __init__(self, cfg: ImageConfig, inputs: int = CHANNELS) -> None:
         super().__init__()
-        base = cfg.channels[0]
-        widths = [CHANNELS, base, 2 * base, 4 * base, 8 * base]
+        widths = [inputs, *(cfg.channels[0] * 2**i for i in range(cfg.halvings))]
         self.layers = nn.ModuleList(
             xavier(nn.Conv2d(before, after, 4, stride=2)) for before, after in pairwise(widths)
         )
         self.embed_dim = widths[-1] * 4
 
     def forward(self, frame_NCHW: Tensor) -> Tensor:
-        """(N, 3, 64, 64) in [-0.5, 0.5] -> (N, E)."""
+        """(N, 3, H, W) in [-0.5, 0.5] -> (N, E)."""
         x = frame_NCHW
         for layer in self.layers:
             x = F.elu(layer(x))
         return x.flatten(1)
 
 
-def build_encoder(cfg: ImageConfig) -> ResNetEncoder | CNNEncoder:
-    """Encoder of the chosen kind; both map (N, 3, 64, 64) to (N, ``embed_dim``)."""
-    return ResNetEncoder(cfg) if cfg.kind == "resnet" else CNNEncoder(cfg)
+def build_encoder(cfg: ImageConfig, inputs: int = CHANNELS) -> ResNetEncoder | CNNEncoder:
+    """Encoder of the chosen kind, from frames (N, ``inputs``, H, W) to (N, ``embed_dim``)."""
+    return ResNetEncoder(cfg, inputs) if cfg.kind == "resnet" else CNNEncoder(cfg, inputs)
 
 
 def frame_pairs(frame_BTCHW: Tensor) -> Tensor:

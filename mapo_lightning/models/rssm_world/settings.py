@@ -7,6 +7,9 @@ from typing import Literal
 
 from mapo_lightning.types import ConfigError
 
+IMAGE_SIZES = (32, 64, 128)
+"""Sides of frames for which there are networks, in pixels."""
+
 
 @dataclass
 class ImageConfig:
@@ -14,8 +17,12 @@ class ImageConfig:
 
     kind: Literal["resnet", "cnn"] = "resnet"
     """Residual network with batch norm, or DreamerV2's plain CNN."""
+    size: int = 64
+    """Height and width of the frames, in pixels: 32, 64 (published) or 128. The networks are one
+    layer or stage shallower or deeper; data.image_size and env.size follow."""
     channels: list[int] = field(default_factory=lambda: [48, 96, 192])
-    """Channels of the three residual stages; the CNN takes 1, 2, 4 and 8 times the first."""
+    """Channels of the residual stages, the last one on an 8x8 map: two at 32 pixels, three at 64,
+    four at 128. The CNN takes 1, 2, 4 ... times the first."""
     layers: int = 2
     """Residual layers per stage; the CNN ignores it."""
     recompute: bool = False
@@ -23,13 +30,24 @@ class ImageConfig:
     memory for more time (docs/performance.md); the CNN ignores it."""
 
     def __post_init__(self) -> None:
-        if len(self.channels) != 3 or min(self.channels) < 4 or any(c % 4 for c in self.channels):
+        if self.size not in IMAGE_SIZES:
+            raise ConfigError(f"size must be 32, 64 or 128 pixels, got {self.size}")
+        if not self.channels or min(self.channels) < 4 or any(c % 4 for c in self.channels):
+            raise ConfigError(f"channels must be multiples of 4, got {list(self.channels)}")
+        sides = [8 * 2**i for i in reversed(range(self.size.bit_length() - 4))]
+        if self.kind == "resnet" and len(self.channels) != len(sides):
+            maps = ", ".join(f"{side}x{side}" for side in sides)
             raise ConfigError(
-                f"channels must be three multiples of 4, for 32x32, 16x16 and 8x8 maps, "
+                f"channels must be {len(sides)} numbers at size={self.size}, for maps of {maps}, "
                 f"got {list(self.channels)}"
             )
         if self.layers < 1:
             raise ConfigError(f"layers must be at least 1, got {self.layers}")
+
+    @property
+    def halvings(self) -> int:
+        """Convolutions of stride 2 in the plain CNN: three at 32 pixels, four at 64 ..."""
+        return self.size.bit_length() - 3
 
 
 @dataclass

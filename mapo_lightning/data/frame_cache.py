@@ -1,0 +1,43 @@
+"""Keeps the frames of a small set of videos in memory, so that each is decoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mapo_lightning.data.reader import read
+from mapo_lightning.data.video_info import VideoInfo
+from mapo_lightning.types import Frames
+
+
+class FrameCache:
+    """Reads frames of one size; of all videos or of none it keeps them.
+
+    A set that does not fit is not kept in part: random clips would seldom find a frame again, and
+    each video would be decoded as a whole for one clip.
+
+    Args:
+        videos: The set.
+        size: (height, width) of the frames, in pixels.
+        megabytes: Room for the frames of all videos; 0 keeps none.
+    """
+
+    def __init__(self, videos: Sequence[VideoInfo], size: tuple[int, int], megabytes: int) -> None:
+        self.size = size
+        needed = sum(info.frames for info in videos) * size[0] * size[1] * 3
+        self.keeps = needed <= megabytes * 1_000_000
+        """Whether the set fits."""
+        self._kept: dict[str, Frames] = {}
+
+    def read(self, info: VideoInfo, indices: Sequence[int]) -> Frames:
+        """Frames (T, height, width, 3) uint8 of a video of the set, as `reader.read` gives them.
+
+        Raises:
+            VideoFileError: The video cannot be read.
+        """
+        if not self.keeps:
+            return read(info, indices, self.size)
+        frames = self._kept.get(info.fingerprint)
+        if frames is None:
+            frames = read(info, range(info.frames), self.size)
+            self._kept[info.fingerprint] = frames
+        return frames[list(indices)]

@@ -1,0 +1,249 @@
+"""Do the phrases lead the dream? The same weights, told what happens, untold and mistold.
+
+A few frames are shown and the rest is dreamt: with the phrases of what really happens next (told),
+without them (untold), or with those of another video (mistold). The frames are compared on the
+pixels that move in the clip, beside what needs no model: copying the last frame, the clip's still
+scene, and one mean picture for all.
+
+Shapes: N clips, T frames, H W image, K horizons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mapo_lightning.models.interfaces import WorldModel
+from mapo_lightning.types import Batch, Frames
+
+HORIZONS = (1, 5, 10, 15)
+"""Frames ahead of the last one that was shown."""
+MOVING = 0.1
+"""A pixel moves if one of its colours varies by more than this share of the range in the clip."""
+VERSIONS = ("told", "untold", "mistold")
+_EDGES = {
+    "truth": (40, 40, 40),
+    "told": (60, 180, 75),
+    "untold": (245, 150, 40),
+    "mistold": (230, 60, 60),
+}
+YARDSTICKS = ("copy", "still_scene", "mean_picture")
+
+Errors = NDArray[np.float64]
+"""Mean squared error on moving pixels, colours in [0, 1]: (videos, K)."""
+
+
+class Interval(NamedTuple):
+    """A mean over videos with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+class ToldReport(NamedTuple):
+    """Errors of the dreams and of the yardsticks, by name; rows are videos."""
+
+    errors: dict[str, Errors]
+    horizons: tuple[int, ...]
+    frames: dict[str, Tensor]
+    """Truth and dreams, (N, T, H, W, 3) in [0, 1], for pictures."""
+    seen: int
+    """Frames that were shown."""
+
+    def at(self, name: str, horizon: int) -> Interval:
+        """Error at a horizon, in thousandths."""
+        return _interval(1e3 * self.errors[name][:, self.horizons.index(horizon)])
+
+    def gain(self, worse: str, horizon: int, better: str = "told") -> Interval:
+        """By how much one errs more than another, in thousandths, video by video."""
+        step = self.horizons.index(horizon)
+        return _interval(1e3 * (self.errors[worse][:, step] - self.errors[better][:, step]))
+
+    def metrics(self) -> dict[str, float]:
+        """All means, for a logger: ``told/untold_5`` is the error in thousandths."""
+        return {
+            f"told/{name}_{horizon}": self.at(name, horizon).mean
+            for name in self.errors
+            for horizon in self.horizons
+        }
+
+    def sentence(self) -> str:
+        """What a newcomer should know of it."""
+        horizon = 5 if 5 in self.horizons else self.horizons[-1]
+        told, untold, mistold = (self.at(name, horizon).mean for name in VERSIONS)
+        gain = self.gain("untold", horizon)
+        verdict = "The phrases lead the dream" if gain.low > 0 else "The phrases do not lead it yet"
+        return (
+            f"Dreaming {horizon} frames ahead of held-out videos, the model errs by {told:.1f} "
+            f"(thousandths, moving pixels) when it is told what happens, by {untold:.1f} untold and "
+            f"{mistold:.1f} mistold; copying the last frame errs by "
+            f"{self.at('copy', horizon).mean:.1f}. {verdict}: untold costs {gain}."
+        )
+
+    def table(self) -> str:
+        """Markdown: a row per dream and yardstick, a column per horizon."""
+        head = " | ".join(f"{horizon} ahead" for horizon in self.horizons)
+        lines = [f"| thousandths | {head} |", "|---" * (len(self.horizons) + 1) + "|"]
+        for name in self.errors:
+            row = " | ".join(str(self.at(name, horizon)) for horizon in self.horizons)
+            lines.append(f"| {name.replace('_', ' ')} | {row} |")
+        for name in ("untold", "mistold"):
+            row = " | ".join(str(self.gain(name, horizon)) for horizon in self.horizons)
+            lines.append(f"| {name} - told | {row} |")
+        return "\n".join(lines) + "\n"
+
+
+def measure_told(
+    world_model: WorldModel,
+    batch: Batch,
+    mean_picture: Tensor,
+    seen: int = 5,
+    body: int = 0,
+    seed: int = 0,
+) -> ToldReport:
+    """Dream the rest of held-out clips in every version and compare.
+
+    Args:
+        world_model: Pre-trained with phrases.
+        batch: Clips (N, T, ...) with ``semantic`` and ``has_semantic``; ``video`` (N,) says which
+            of them are of one video. Neighbours must be of different videos.
+        mean_picture: Mean frame of the training videos, (H, W, 3) in [0, 1].
+        seen: Frames that are shown.
+        body: Leading entries of a semantic vector that stand for the body; 0 where there are none.
+        seed: Of the dreams' random numbers, the same for every version.
+
+    Raises:
+        ValueError: Fewer than two videos, or clips that are not longer than ``seen``.
+    """
+    obs = batch["obs"]
+    video = batch.get("video", torch.arange(len(obs)))
+    if len(video.unique()) < 2 or obs.shape[1] <= seen:
+        raise ValueError(
+            f"told, untold and mistold need two videos and more than {seen} frames, got "
+            f"{len(video.unique())} and {obs.shape[1]}"
+        )
+    clips = {key: value for key, value in batch.items() if value.ndim > 1}
+    truth = obs.float() / 255.0
+    dreams = {
+        name: _dream(world_model, told, seen, seed)
+        for name, told in versions(clips, seen, body).items()
+    }
+    still = truth.median(dim=1, keepdim=True).values.expand_as(truth)
+    others = {
+        "copy": truth[:, seen - 1 : seen].expand_as(truth),
+        "still_scene": still,
+        "mean_picture": mean_picture.to(truth).expand_as(truth),
+    }
+    horizons = tuple(h for h in HORIZONS if seen + h <= obs.shape[1])
+    moving = (truth.amax(1) - truth.amin(1)).amax(-1, keepdim=True) > MOVING  # (N, H, W, 1)
+    errors = {
+        name: _per_video(_errors(truth, frames, moving, seen, horizons), video)
+        for name, frames in (dreams | others).items()
+    }
+    return ToldReport(errors, horizons, {"truth": truth} | dreams, seen)
+
+
+def versions(batch: Batch, seen: int, body: int) -> Mapping[str, Batch]:
+    """The clips with the phrases of the future as they are, removed, swapped, and in honest forms.
+
+    ``told_late`` has every phrase one frame later, so that none has seen the frame that it is to
+    predict; in ``told_late_bodiless`` it does not say either what or where the moving thing is.
+    """
+    semantic, known = batch["semantic"], batch["has_semantic"]
+    future = torch.arange(known.shape[1], device=known.device) >= seen
+    other = {key: batch[key].roll(1, dims=0) for key in ("semantic", "has_semantic")}
+    late = {
+        "semantic": torch.cat([torch.zeros_like(semantic[:, :1]), semantic[:, :-1]], dim=1),
+        "has_semantic": torch.cat([torch.zeros_like(known[:, :1]), known[:, :-1]], dim=1),
+    }
+    found = {
+        "told": batch,
+        "untold": batch | {"has_semantic": known & ~future},
+        "mistold": batch
+        | {
+            "semantic": torch.where(future[:, None], other["semantic"], semantic),
+            "has_semantic": torch.where(future, other["has_semantic"], known),
+        },
+        "told_late": batch | late,
+    }
+    if body:
+        bodiless = late["semantic"].clone()
+        bodiless[..., :body] = 0.0
+        found["told_late_bodiless"] = found["told_late"] | {"semantic": bodiless}
+    return found
+
+
+def told_strip(report: ToldReport, clips: int = 4, zoom: int = 0) -> Frames:
+    """Draw clips as rows of frames: truth, told (green edge), untold (orange), mistold (red).
+
+    Args:
+        report: With its frames.
+        clips: Clips, spread evenly over those of the report.
+        zoom: Side of a source pixel; 0: such that a frame is about 64 pixels wide.
+
+    Returns:
+        (H', W', 3) uint8; frames that were shown to the model are set off by a gap.
+    """
+    truth = report.frames["truth"]
+    count, steps, side = truth.shape[:3]
+    zoom = zoom or max(1, 64 // side)
+    edge = max(2, zoom)
+    lines = []
+    for clip in np.linspace(0, count - 1, min(clips, count)).astype(int):
+        for name, colour in _EDGES.items():
+            frames = (report.frames[name][clip].clamp(0, 1) * 255).round().to(torch.uint8)
+            big = frames.cpu().numpy().repeat(zoom, axis=1).repeat(zoom, axis=2)
+            tile = np.full((steps, side * zoom + 2 * edge, side * zoom + edge, 3), colour, np.uint8)
+            tile[:, edge:-edge, : side * zoom] = big
+            strip = np.concatenate(list(tile), axis=1)
+            gap = np.full((strip.shape[0], 3 * edge, 3), 255, np.uint8)
+            cut = report.seen * tile.shape[2]
+            lines.append(np.concatenate([strip[:, :cut], gap, strip[:, cut:]], axis=1))
+        lines.append(np.full((4 * edge, lines[-1].shape[1], 3), 255, np.uint8))
+    return np.concatenate(lines[:-1], axis=0)
+
+
+def _dream(world_model: WorldModel, batch: Batch, seen: int, seed: int) -> Tensor:
+    device = batch["obs"].device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return world_model.open_loop(batch, seen)
+
+
+def _errors(
+    truth: Tensor, frames: Tensor, moving: Tensor, seen: int, horizons: tuple[int, ...]
+) -> Tensor:
+    """Mean squared error on moving pixels, (N, K); NaN where nothing moves."""
+    ahead = [seen + horizon - 1 for horizon in horizons]
+    squared = (frames[:, ahead] - truth[:, ahead]).pow(2) * moving[:, None]
+    return squared.sum(dim=(2, 3, 4)) / (3 * moving.sum(dim=(1, 2, 3))[:, None])
+
+
+def _per_video(errors_NK: Tensor, video_N: Tensor) -> Errors:
+    """Means over the clips of each video in which something moves: videos are independent."""
+    rows = []
+    for number in video_N.unique().tolist():
+        found = errors_NK[video_N.to(errors_NK.device) == number]
+        found = found[~found.isnan().any(dim=1)]
+        if len(found):
+            rows.append(found.mean(dim=0).cpu().numpy())
+    return np.asarray(rows, np.float64).reshape(len(rows), errors_NK.shape[1])
+
+
+def _interval(values: NDArray[np.float64], draws: int = 2000) -> Interval:
+    """Mean and percentile bootstrap over videos."""
+    if not len(values):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(values.mean()), float(low), float(high))
