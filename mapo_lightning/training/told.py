@@ -84,8 +84,8 @@ class ToldReport(NamedTuple):
         verdict = "The phrases lead the dream" if gain.low > 0 else "The phrases do not lead it yet"
         return (
             f"Dreaming {horizon} frames ahead of held-out videos, the model errs by {told:.1f} "
-            f"(thousandths, moving pixels) when it is told what happens, by {untold:.1f} untold and "
-            f"{mistold:.1f} mistold; copying the last frame errs by "
+            f"(thousandths, moving pixels) when it is told what happens, by {untold:.1f} untold "
+            f"and {mistold:.1f} mistold; copying the last frame errs by "
             f"{self.at('copy', horizon).mean:.1f}. {verdict}: untold costs {gain}."
         )
 
@@ -126,10 +126,10 @@ def measure_told(
     """
     obs = batch["obs"]
     video = batch.get("video", torch.arange(len(obs)))
-    if len(video.unique()) < 2 or obs.shape[1] <= seen:
+    if len(set(video.tolist())) < 2 or obs.shape[1] <= seen:
         raise ValueError(
             f"told, untold and mistold need two videos and more than {seen} frames, got "
-            f"{len(video.unique())} and {obs.shape[1]}"
+            f"{len(set(video.tolist()))} and {obs.shape[1]}"
         )
     clips = {key: value for key, value in batch.items() if value.ndim > 1}
     truth = obs.float() / 255.0
@@ -231,7 +231,7 @@ def _errors(
 def _per_video(errors_NK: Tensor, video_N: Tensor) -> Errors:
     """Means over the clips of each video in which something moves: videos are independent."""
     rows = []
-    for number in video_N.unique().tolist():
+    for number in sorted(set(video_N.tolist())):
         found = errors_NK[video_N.to(errors_NK.device) == number]
         found = found[~found.isnan().any(dim=1)]
         if len(found):

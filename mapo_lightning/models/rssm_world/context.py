@@ -78,8 +78,8 @@ class Backdrop(nn.Module):
 class FrameContext(nn.Module):
     """Features of one frame per clip, quantised if the method says so.
 
-    At 16x16 and 8x8 for the residual decoder, which attends to them; at 8x8 for the plain CNN, which
-    gets the picture drawn of them.
+    At 16x16 and 8x8 for the residual decoder, which attends to them; at 8x8 for the plain CNN,
+    which gets the picture drawn of them.
 
     A clip that was joined from several episodes shows as many scenes: one frame of each is used.
 

@@ -159,7 +159,8 @@ class CNNDecoder(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(F.elu(x) if i else x)
         for backdrop_BCHW in scene.values():
-            x = (x.unflatten(0, (len(backdrop_BCHW), -1)) + backdrop_BCHW[:, None]).flatten(0, 1)
+            each = len(x) // len(backdrop_BCHW)  # frames of a clip
+            x = x + backdrop_BCHW.repeat_interleave(each, dim=0)
         return x
 
 
