@@ -42,6 +42,7 @@ class ToldUntold(L.Callback):
             self.report = measure_told(
                 world_model,
                 {key: value.to(pl_module.device) for key, value in batch.items()},
+                data.still_scenes(batch["video"]),
                 data.mean_picture(),
                 body=data.body_width,
             )

@@ -28,7 +28,7 @@ from mapo_lightning.waiting import waiting
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Increased when the same settings would give other videos."""
 
 _MANIFEST, _TRUTH = "manifest.json", "truth.jsonl"
@@ -63,6 +63,7 @@ def render_demo_videos(
     size: int = 256,
     fps: int = 25,
     seed: int = 0,
+    scenery: int = 0,
     processes: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
@@ -80,6 +81,7 @@ def render_demo_videos(
         size: Height and width, in pixels; even.
         fps: Frames per second.
         seed: Of everything random; the same seed gives the same pixels.
+        scenery: Colourings of each scene that its videos take in turn; 0: each has its own.
         processes: Processes that render; 1 renders in this one.
         progress: Called with (videos done, videos in all), also at the start.
 
@@ -93,7 +95,7 @@ def render_demo_videos(
     """
     _check(clips_per_scene, frames, size, fps, processes)
     jobs = [
-        _Job(Path(root), scene, clip, frames, size, fps, seed)
+        _Job(Path(root), scene, clip, frames, size, fps, seed, scenery)
         for scene in scenes or default_scenes()
         for clip in range(clips_per_scene)
     ]
@@ -143,6 +145,7 @@ class _Job(NamedTuple):
     size: int
     fps: int
     seed: int
+    scenery: int
 
     @property
     def name(self) -> str:
@@ -164,7 +167,7 @@ class _Job(NamedTuple):
 
 def _render(job: _Job) -> dict[str, list[list[int]]]:
     """Render one video; returns where the moving parts are seen."""
-    clip = film(job.scene, job.clip, job.frames, job.size, job.fps, job.seed)
+    clip = film(job.scene, *job[2:])
     _replace(job.path, write_mp4(None, clip.frames, job.fps))
     return clip.paths
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,8 @@ from numpy.typing import NDArray
 from mapo_lightning.envs.gl import OffscreenCamera, moving_parts, prepare_gl, tint_scenery
 from mapo_lightning.envs.wrappers import Outcome, no_such_task
 from mapo_lightning.types import Frames
+
+log = logging.getLogger(__name__)
 
 
 class DmcTask:
@@ -32,7 +37,8 @@ class DmcTask:
         # The suite keeps this object, so seeding it seeds every later episode.
         self._random = np.random.RandomState()
         domain, task = _split(name, suite.ALL_TASKS)
-        self._env = suite.load(domain, task, task_kwargs={"random": self._random})
+        with _notes_of_the_suite():
+            self._env = suite.load(domain, task, task_kwargs={"random": self._random})
         self.physics = self._env.physics
         if camera is None:
             camera = 2 if domain == "quadruped" else 0
@@ -77,6 +83,26 @@ class DmcTask:
     def tint(self, rng: np.random.Generator) -> None:
         """Give the scenery another hue; call before the first frame."""
         tint_scenery(self.physics.model.ptr, rng)
+
+
+@contextmanager
+def _notes_of_the_suite() -> Iterator[None]:
+    """Pass on as debug messages what MuJoCo's compiler says of the suite's own files.
+
+    It finds an attribute of the cheetah's outdated, once for every environment; there is nothing
+    that a user could do about it.
+    """
+    absl = logging.getLogger("absl")
+
+    def lowered(record: logging.LogRecord) -> bool:
+        log.debug("%s", record.getMessage())
+        return False
+
+    absl.addFilter(lowered)
+    try:
+        yield
+    finally:
+        absl.removeFilter(lowered)
 
 
 def _split(name: str, known: tuple[tuple[str, str], ...]) -> tuple[str, str]:

@@ -68,7 +68,9 @@ class SmoothActions:
         return controls
 
 
-def film(scene: EnvConfig, clip: int, frames: int, size: int, fps: int, seed: int) -> FilmedClip:
+def film(
+    scene: EnvConfig, clip: int, frames: int, size: int, fps: int, seed: int, scenery: int = 0
+) -> FilmedClip:
     """Film one clip of a scene; the same arguments give the same pixels.
 
     Args:
@@ -79,14 +81,17 @@ def film(scene: EnvConfig, clip: int, frames: int, size: int, fps: int, seed: in
         size: Height and width, in pixels.
         fps: Frames per second.
         seed: Of the whole set of videos.
+        scenery: Colourings of the scene that its clips take in turn, the simulator's own first; 0:
+            every clip has its own.
     """
     label = f"{scene.kind}/{scene.name}"
     rng = np.random.default_rng([seed, zlib.crc32(label.encode()), clip])
     simulator = make_simulator(_with_camera(scene, clip))
     try:
         tint = getattr(simulator, "tint", None)
-        if tint is not None and clip > 0:  # one clip keeps the colours that an agent sees
-            tint(rng)
+        colouring = clip % scenery if scenery else clip
+        if tint is not None and colouring:  # 0 is what an agent sees
+            tint(np.random.default_rng([seed, zlib.crc32(label.encode()), colouring, 1]))
         simulator.reset(int(rng.integers(2**31)))
         actor = _Actor(simulator, scene, rng)
         repeat = scene.action_repeat or max(1, round(simulator.frame_rate / fps))

@@ -81,10 +81,15 @@ class DemoConfig:
     """Frames per video, at 25 frames per second."""
     size: int = 256
     """Height and width of the videos, in pixels."""
+    scenery: int = 0
+    """Colourings of a scene that its videos take in turn: 1 keeps the simulator's own colours, and
+    motion is learned sooner; 0 gives every video its own."""
 
     def __post_init__(self) -> None:
         for name in ("clips_per_scene", "frames"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.scenery < 0:
+            raise ConfigError(f"scenery must not be negative, got {self.scenery}")
         if self.size < 64 or self.size % 2:
             raise ConfigError(f"size must be even and at least 64 pixels, got {self.size}")

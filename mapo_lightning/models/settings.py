@@ -16,19 +16,20 @@ class ObjectiveConfig:
     kl: float = 1.0
     """β_z of eq. (1): multiplies the scales of all ``kl_`` terms. 0.1 in APV's own pre-training; a
     small one keeps short trainings from giving up on the latent state."""
+    reward: float = 1.0
+    """Multiplies the scales of ``reward`` and ``aux_reward``: one number stands against thousands
+    of pixels, and a short training does not see it. 1 as published."""
     free_nats: float = 0.0
     """Mean KL below this many nats per step is not penalised (O20)."""
 
     def __post_init__(self) -> None:
-        if self.free_nats < 0.0 or self.kl < 0.0:
-            raise ConfigError(
-                f"free_nats and kl must not be negative, got {self.free_nats} and {self.kl}"
-            )
+        for name in ("kl", "reward", "free_nats"):
+            if getattr(self, name) < 0.0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
 
     @property
     def weights(self) -> dict[str, float]:
-        """Scale of every term with β_z multiplied in."""
-        return {
-            name: scale * (self.kl if name.startswith("kl_") else 1.0)
-            for name, scale in self.scales.items()
-        }
+        """Scale of every term with its common factor multiplied in."""
+        factors = {"kl_lower": self.kl, "kl_upper": self.kl}
+        factors |= {"reward": self.reward, "aux_reward": self.reward}
+        return {name: scale * factors.get(name, 1.0) for name, scale in self.scales.items()}

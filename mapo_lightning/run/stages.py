@@ -96,6 +96,7 @@ def render_demo(cfg: RunConfig) -> None:
             frames=cfg.demo.frames,
             size=cfg.demo.size,
             seed=cfg.data.seed,
+            scenery=cfg.demo.scenery,
             progress=show,
         )
 

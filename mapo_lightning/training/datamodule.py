@@ -124,6 +124,17 @@ class VideoDataModule(L.LightningDataModule):
         batch: Batch = default_collate(self._held_out().fixed_clips(count))
         return batch
 
+    def still_scenes(self, video: Tensor, frames: int = 100) -> Tensor:
+        """Median of at most ``frames`` frames of held-out videos (N,), (N, H, W, 3) in [0, 1]."""
+        clips = self._held_out()
+        medians: dict[int, Tensor] = {}
+        for number in set(video.tolist()):
+            info = clips.videos[number]
+            chosen = np.linspace(0, info.frames - 1, min(frames, info.frames)).astype(int)
+            shown = torch.from_numpy(clips.cache.read(info, chosen.tolist()))
+            medians[number] = shown.median(dim=0).values.float() / 255.0
+        return torch.stack([medians[number] for number in video.tolist()])
+
     def mean_picture(self, frames: int = 8) -> Tensor:
         """Mean of ``frames`` frames of every training video, (H, W, 3) in [0, 1]."""
         if self._mean_picture is None:

@@ -2,7 +2,7 @@
 
 A few frames are shown and the rest is dreamt: with the phrases of what really happens next (told),
 without them (untold), or with those of another video (mistold). The frames are compared on the
-pixels that move in the clip, beside what needs no model: copying the last frame, the clip's still
+pixels that move in the clip, beside what needs no model: copying the last frame, the video's still
 scene, and one mean picture for all.
 
 Shapes: N clips, T frames, H W image, K horizons.
@@ -10,10 +10,11 @@ Shapes: N clips, T frames, H W image, K horizons.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -102,9 +103,35 @@ class ToldReport(NamedTuple):
         return "\n".join(lines) + "\n"
 
 
+def over_seeds(reports: Sequence[ToldReport]) -> str:
+    """Markdown: means over models of several seeds, with Student's t interval over the seeds."""
+    horizons = reports[0].horizons
+    head = " | ".join(f"{horizon} ahead" for horizon in horizons)
+    lines = [
+        f"Means over {len(reports)} models, 95 % Student's t interval over them; thousandths.",
+        "",
+        f"| | {head} |",
+        "|---" * (len(horizons) + 1) + "|",
+    ]
+    for name in reports[0].errors:
+        cells = [_student([r.at(name, h).mean for r in reports]) for h in horizons]
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(map(str, cells))} |")
+    for name in ("untold", "mistold"):
+        cells = [_student([r.gain(name, h).mean for r in reports]) for h in horizons]
+        lines.append(f"| {name} - told | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _student(values: Sequence[float]) -> Interval:
+    mean, half = float(np.mean(values)), float(scipy.stats.sem(values))
+    half *= float(scipy.stats.t.ppf(0.975, len(values) - 1))
+    return Interval(mean, mean - half, mean + half)
+
+
 def measure_told(
     world_model: WorldModel,
     batch: Batch,
+    still: Tensor,
     mean_picture: Tensor,
     seen: int = 5,
     body: int = 0,
@@ -116,6 +143,7 @@ def measure_told(
         world_model: Pre-trained with phrases.
         batch: Clips (N, T, ...) with ``semantic`` and ``has_semantic``; ``video`` (N,) says which
             of them are of one video. Neighbours must be of different videos.
+        still: The still scene of each clip, (N, H, W, 3) in [0, 1]: its whole video's median.
         mean_picture: Mean frame of the training videos, (H, W, 3) in [0, 1].
         seen: Frames that are shown.
         body: Leading entries of a semantic vector that stand for the body; 0 where there are none.
@@ -137,10 +165,9 @@ def measure_told(
         name: _dream(world_model, told, seen, seed)
         for name, told in versions(clips, seen, body).items()
     }
-    still = truth.median(dim=1, keepdim=True).values.expand_as(truth)
     others = {
         "copy": truth[:, seen - 1 : seen].expand_as(truth),
-        "still_scene": still,
+        "still_scene": still.to(truth)[:, None].expand_as(truth),
         "mean_picture": mean_picture.to(truth).expand_as(truth),
     }
     horizons = tuple(h for h in HORIZONS if seen + h <= obs.shape[1])

@@ -51,7 +51,7 @@ DOORS = {
     "omegaconf": {"config/compose.py"},
     "openai": {"semantics/chat_client.py"},
     "pyarrow": {"label_tools/parquet.py"},
-    "scipy": {"training/evaluation.py", "semantics/agreement.py"},
+    "scipy": {"training/evaluation.py", "training/told.py", "semantics/agreement.py"},
     "transformers": {"semantics/qwen.py", "semantics/text_encoder.py"},
 }
 LIGHTNING = {"training", "tracking", "run"}  # rooms that know Lightning

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,6 +44,7 @@ class Backdrop(nn.Module):
     """
 
     SIDE = 8
+    started: Tensor
 
     def __init__(self, cfg: ImageConfig) -> None:
         super().__init__()
@@ -59,9 +61,14 @@ class Backdrop(nn.Module):
             xavier(nn.ConvTranspose2d(before, after, 4, stride=2, padding=1))
             for before, after in pairwise(widths[::-1])
         )
+        self.mean = nn.Parameter(torch.zeros(CHANNELS, cfg.size, cfg.size))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self._must_start = True  # a Python flag, so that asking it needs no host sync
 
     def maps(self, frame_BCHW: Tensor) -> dict[int, Tensor]:
         """Features of frames (B, 3, H, W): 8 -> (B, C, 8, 8)."""
+        if self.training and self._must_start:
+            self._start(frame_BCHW)
         x = frame_BCHW
         for layer in self.down:
             x = F.elu(layer(x))
@@ -72,7 +79,19 @@ class Backdrop(nn.Module):
         x: Tensor = self.decode(maps[self.SIDE])
         for layer in self.up:
             x = layer(F.elu(x))
-        return {x.shape[-1]: x}
+        return {x.shape[-1]: x + self.mean}
+
+    @torch.no_grad()
+    def _start(self, frame_BCHW: Tensor) -> None:
+        """Draw the mean of the first frames at first; the same on every rank."""
+        self._must_start = False
+        if bool(self.started):  # asked once per process: what was resumed stays as it is
+            return
+        mean_CHW = frame_BCHW.mean(dim=0)
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(mean_CHW, src=0)
+        self.mean.copy_(mean_CHW)
+        self.started.fill_(True)
 
 
 class FrameContext(nn.Module):

@@ -1,0 +1,107 @@
+"""Measures whether the phrases lead the dream of a pre-trained model: ``mapo-told``.
+
+Usage: mapo-told checkpoint=runs/NAME/pretrain/last.ckpt [checkpoint=... of other seeds] [words]
+
+The same weights dream the rest of held-out clips, told what happens next, untold, and mistold with
+another video's phrases, beside copying the last frame, the still scene and one mean picture. The
+settings are those of the checkpoint; further words, as of ``mapo-train``, change them, for example
+``data.root=DIR`` for other videos or ``callbacks.told=200`` for more clips. Prints a table, and
+writes it with a picture of four clips into ``run_dir`` (``runs/told`` if none is given).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mapo_lightning.config.compose import compose
+from mapo_lightning.run.config import RunConfig, conf_folder
+from mapo_lightning.run.from_checkpoint import agent_settings
+from mapo_lightning.run.renamed import RENAMED
+from mapo_lightning.types import ConfigError, MapoError
+
+if TYPE_CHECKING:
+    from mapo_lightning.training.told import ToldReport
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every checkpoint, print the tables and write them; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or {"-h", "--help"} & set(words):
+        sys.stdout.write(__doc__ or "")
+        return 0
+    try:
+        _run(words)
+    except MapoError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def _run(words: Sequence[str]) -> None:
+    paths = [Path(w.partition("=")[2]) for w in words if w.startswith("checkpoint=")]
+    others = [word for word in words if not word.startswith("checkpoint=")]
+    if not paths:
+        raise ConfigError("mapo-told needs checkpoint=PATH of a pre-trained model")
+    folder = Path("runs/told")
+    reports = []
+    for path in paths:
+        composed = compose(others, RunConfig, conf_folder(), agent_settings(path), RENAMED)
+        if composed.text is not None:
+            sys.stdout.write(composed.text + "\n")
+            return
+        cfg = composed.config
+        folder = Path(cfg.run_dir or folder)
+        report = _measure(cfg, path)
+        reports.append(report)
+        sys.stdout.write(f"{path}\n{report.sentence()}\n\n{report.table()}\n")
+    from callbacks.told import save_report
+    from mapo_lightning.training.told import over_seeds
+
+    save_report(reports[0], folder)
+    text = "\n".join(
+        f"{path}\n\n{report.sentence()}\n\n{report.table()}"
+        for path, report in zip(paths, reports, strict=True)
+    )
+    if len(reports) > 1:
+        together = over_seeds(reports)
+        sys.stdout.write(together)
+        text += f"\n{together}"
+    (folder / "told.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(f"\nTable and picture: {folder}\n")
+
+
+def _measure(cfg: RunConfig, path: Path) -> ToldReport:
+    # These import torch, which takes seconds: the words were checked without.
+    from mapo_lightning.run import build
+    from mapo_lightning.run.stages import render_demo
+    from mapo_lightning.training.checkpoint import check_fit, read_checkpoint
+    from mapo_lightning.training.told import measure_told
+
+    if cfg.world_model.source.kind != "semantic":
+        raise ConfigError(
+            f"'{path}' was pre-trained with method={cfg.method}, whose dreams no phrase drives"
+        )
+    content = read_checkpoint(path)
+    if content["mapo"].get("stage") != "pretrain":
+        raise ConfigError(f"'{path}' is no checkpoint of stage=pretrain; phrases drive only those")
+    render_demo(cfg)
+    data = build.build_videos(cfg)
+    module = build.build_pretrain(cfg)
+    check_fit(module, content, path)
+    module.load_state_dict(content["state_dict"])
+    try:
+        batch = data.held_out_batch(max(2, cfg.callbacks.told))
+        return measure_told(
+            module.world_model,
+            batch,
+            data.still_scenes(batch["video"]),
+            data.mean_picture(),
+            body=data.body_width,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
