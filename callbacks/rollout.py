@@ -21,7 +21,7 @@ from mapo_lightning.types import Batch, Frames
 log = logging.getLogger(__name__)
 
 HORIZONS = (1, 5, 10, 15)
-_ZOOM = 2
+_TILE = 128  # pixels: frames are enlarged to about this many
 
 
 class _HasRollouts(Protocol):
@@ -118,4 +118,5 @@ def strip(truth: Tensor, dream: Tensor, seen: int) -> Frames:
         pixels[:, t, 1][edge[:, t, :, :, 0]] = np.array(colour, np.uint8)
     clips, steps, count, high, wide, _ = pixels.shape
     flat = pixels.transpose(1, 2, 3, 0, 4, 5).reshape(steps, count * high, clips * wide, 3)
-    return flat.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
+    zoom = max(1, _TILE // truth.shape[2])
+    return flat.repeat(zoom, axis=1).repeat(zoom, axis=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class ToldUntold(L.Callback):
             recorder.log_table(trainer, "told", rows(self.report), step)
 
     def save(self, folder: Path) -> None:
-        """Write ``told.md`` and ``told.png`` into a folder."""
+        """Write ``told.md``, ``told.png`` and ``told.json`` into a folder."""
         if self.report is not None:
             save_report(self.report, folder)
 
@@ -65,8 +66,15 @@ class ToldUntold(L.Callback):
 
 
 def save_report(report: ToldReport, folder: Path) -> None:
-    """Write the sentence with its table as ``told.md``, and the strip as ``told.png``."""
+    """Write ``told.md`` (sentence and table), ``told.png`` (strip) and ``told.json`` (figures)."""
     folder.mkdir(parents=True, exist_ok=True)
+    gains = [
+        {"dream": f"{name} - told", "frames_ahead": h, **report.gain(name, h)._asdict()}
+        for name in ("untold", "mistold")
+        for h in report.horizons
+    ]
+    figures = json.dumps(rows(report) + gains, indent=1, allow_nan=False)
+    (folder / "told.json").write_text(figures + "\n", encoding="utf-8")
     (folder / "told.md").write_text(f"{report.sentence()}\n\n{report.table()}", encoding="utf-8")
     Image.fromarray(told_strip(report)).save(folder / "told.png")
 

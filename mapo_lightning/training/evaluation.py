@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
 _CUT = 0.25  # share of the episodes that the interquartile mean leaves out at each end
-_ZOOM = 4  # 64 pixels are too few to look at
+_FILMED = 256  # pixels; what an agent sees is too small to look at
+_HELD = 4  # agent steps for which the second random policy holds an action: it moves heavy limbs
 
 PolicyOf = Callable[[int], Policy]
 """Makes a policy without memory for a batch of episodes; its randomness comes from the seed."""
@@ -179,11 +180,15 @@ def baseline_scores(play: Play, action_dim: int) -> dict[str, Score]:
     if not is_main_process():
         return {}
     log.info("playing the test episodes at random and without acting")
-    at_random, _ = play(lambda seed: RandomPolicy(action_dim, seed), 0)
-    still, _ = play(lambda seed: StillPolicy(action_dim), 0)
-    return {"random": Score(tuple(at_random)), "still": Score(tuple(still))}
+    policies: dict[str, PolicyOf] = {
+        "random": lambda seed: RandomPolicy(action_dim, seed),
+        "random_held": lambda seed: RandomPolicy(action_dim, seed, hold=_HELD),
+        "still": lambda seed: StillPolicy(action_dim),
+    }
+    return {name: Score(tuple(play(policy_of, 0)[0])) for name, policy_of in policies.items()}
 
 
 def enlarged(film_THWC: Frames) -> Frames:
-    """Each pixel as a square of pixels, (T, 4H, 4W, 3)."""
-    return film_THWC.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
+    """Each pixel as a square of pixels, to about 256 pixels a side; (T, kH, kW, 3)."""
+    zoom = max(1, _FILMED // film_THWC.shape[1])
+    return film_THWC.repeat(zoom, axis=1).repeat(zoom, axis=2)

@@ -91,7 +91,7 @@ def test_baselines_play_without_memory_of_earlier_batches() -> None:
         drawn.append(float(policy_of(1002)(step)[0, 0]))
         return [Episode(1.0, 5, None)], []
 
-    assert set(baseline_scores(play, 2)) == {"random", "still"}
+    assert set(baseline_scores(play, 2)) == {"random", "random_held", "still"}
     first, second = drawn[:2]
     assert first != second  # another batch, other draws
     expected = RandomPolicy(2, 1000)({"is_first": np.ones(1, bool)})[0, 0]
