@@ -277,7 +277,8 @@ def run_episodes(
         record: Number of episodes whose frames are kept.
 
     Returns:
-        One result per seed, in order, and the frames (T, H, W, 3) of the first ``record``.
+        One result per seed, in order, and the frames (T, H, W, 3) of the first ``record``: what the
+        describer sees where it has a picture of its own, else what the policy sees.
     """
     episodes: list[Episode] = []
     videos: list[Frames] = []
@@ -301,7 +302,8 @@ def _play_batch(
     tally = EpisodeTally(count)
     with _awaited(envs, "begin the test episodes"):
         obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]  # Gymnasium takes one for each
-    videos: list[list[Frames]] = [[obs["image"][n].copy()] for n in range(record)]
+    filmed = "label_image" if "label_image" in obs else "image"  # people like the larger one
+    videos: list[list[Frames]] = [[obs[filmed][n].copy()] for n in range(record)]
     while live.any():
         step = {"obs": obs["image"], "is_first": first, **live_labeler.update(obs, first)}
         action = policy(step)
@@ -310,6 +312,6 @@ def _play_batch(
         first = np.zeros(count, bool)
         tally.add(live, reward, info)
         for n in np.flatnonzero(live[:record]):
-            videos[n].append(obs["image"][n].copy())
+            videos[n].append(obs[filmed][n].copy())
         live &= ~(terminated | truncated)
     return [tally.result(n) for n in range(count)], [np.stack(frames) for frames in videos]
