@@ -108,6 +108,14 @@ class TruncatedNormal:
         """Most probable action, (..., A)."""
         return self.mean.clamp(-EDGE, EDGE)
 
+    def expectation(self) -> Tensor:
+        """Mean action, (..., A); while the policy is wide it lies further inside than the mode."""
+        edges, (low, high) = self._edges
+        mass = (0.5 * (high - low)).clamp(min=1e-8)
+        bell = torch.exp(-0.5 * edges.square()) / math.sqrt(2.0 * math.pi)
+        mean: Tensor = self.mean + self.std * (bell[0] - bell[1]) / mass
+        return mean.clamp(-EDGE, EDGE)
+
     def entropy(self) -> Tensor:
         """Differential entropy in nats, summed over the A dimensions, (...)."""
         edges, (low, high) = self._edges

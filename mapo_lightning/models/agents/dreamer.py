@@ -94,10 +94,10 @@ class DreamerAgent(nn.Module):
         return TruncatedNormal.from_raw(self.actor(feat))
 
     def act(self, belief: Belief, explore: bool) -> Tensor:
-        """Action (B, A) in [-1, 1]: a sample while exploring, the mode in evaluation."""
+        """Action (B, A) in [-1, 1]: a sample while exploring, mode or mean in evaluation."""
         policy = self.policy(belief.feat)
         if not explore:
-            return policy.mode()
+            return policy.mode() if self.cfg.greedy == "mode" else policy.expectation()
         action = policy.sample(torch.rand_like(policy.mean))
         noise = self.cfg.explore_noise * torch.randn_like(action)
         return (action + noise).clamp(-1.0, 1.0)

@@ -25,6 +25,9 @@ class AgentConfig:
     explore_noise: float = 0.0
     """Standard deviation of normal noise added to actions while collecting, in units of the action
     range [-1, 1]; the published systems rely on the policy's own samples."""
+    greedy: Literal["mode", "mean"] = "mode"
+    """Action in evaluation: the policy's mode, as published, or its mean. The mode of a policy that
+    is still wide often lies at the edge of the range."""
     target_every: int = 100
     """Updates between hard copies of the critic into the slow critic."""
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mapo_lightning.models.blocks import xavier
+from mapo_lightning.models.blocks import transposed, xavier
 from mapo_lightning.models.rssm_world.encoder import CHANNELS, ResNetEncoder, normalised
 from mapo_lightning.models.rssm_world.quantizer import Quantizer
 from mapo_lightning.models.rssm_world.settings import ContextConfig, ImageConfig
@@ -78,7 +78,8 @@ class Backdrop(nn.Module):
         """Pictures of such features: side -> (B, 3, H, W), to be added to the frames."""
         x: Tensor = self.decode(maps[self.SIDE])
         for layer in self.up:
-            x = layer(F.elu(x))
+            assert isinstance(layer, nn.ConvTranspose2d)
+            x = transposed(layer, F.elu(x))
         return {x.shape[-1]: x + self.mean}
 
     @torch.no_grad()

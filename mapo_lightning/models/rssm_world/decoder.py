@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mapo_lightning.models.blocks import RESAMPLE, recomputed, residual_stack, xavier
+from mapo_lightning.models.blocks import RESAMPLE, recomputed, residual_stack, transposed, xavier
 from mapo_lightning.models.rssm_world.context import SCALES
 from mapo_lightning.models.rssm_world.encoder import CHANNELS
 from mapo_lightning.models.rssm_world.settings import ContextConfig, ImageConfig
@@ -157,7 +157,8 @@ class CNNDecoder(nn.Module):
         """Features (N, F) and backdrops (B, 3, H, W), if any -> mean frames (N, 3, H, W)."""
         x: Tensor = self.dense(feat_NF)[:, :, None, None]
         for i, layer in enumerate(self.layers):
-            x = layer(F.elu(x) if i else x)
+            assert isinstance(layer, nn.ConvTranspose2d)
+            x = transposed(layer, F.elu(x) if i else x)
         for backdrop_BCHW in scene.values():
             each = len(x) // len(backdrop_BCHW)  # frames of a clip
             x = x + backdrop_BCHW.repeat_interleave(each, dim=0)
