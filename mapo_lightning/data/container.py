@@ -75,7 +75,8 @@ def open_track(path: Path) -> Iterator[tuple[Any, Any]]:
             source: Any = name
             if not is_utf8(path):  # PyAV cannot pass such a name on
                 source = stack.enter_context(Path(name).open("rb"))
-            container = stack.enter_context(av.open(source))
+            # Titles of old files are often not UTF-8; nothing here reads them.
+            container = stack.enter_context(av.open(source, metadata_errors="replace"))
         except (OSError, MemoryError) as error:
             raise inaccessible(path, error) from error
         except (av.FFmpegError, ValueError) as error:
