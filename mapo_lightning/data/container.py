@@ -83,7 +83,7 @@ def open_track(path: Path) -> Iterator[tuple[Any, Any]]:
             detail = "it is not a video, or it is cut off; check it with ffprobe"
             raise VideoFileError(path, "unreadable", detail) from error
         stream = container.streams.best("video")
-        if stream is None:
+        if stream is None or _is_cover(stream):
             raise VideoFileError(path, "no_video", "it holds no pictures, perhaps only sound")
         if stream.codec_context is None:
             raise VideoFileError(path, "codec", "no decoder knows it; convert it to H.264 in mp4")
