@@ -85,6 +85,7 @@ def corners_of(frame: Frames) -> str:
 def write(path: Path, film: Film, *others: Film) -> Path:
     """Write a film; its name gets the film's suffix. Further ones become tracks of the file."""
     path = path.with_suffix(film.suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
     settings = dict(film.settings)
     with av.open(str(path), "w", format=film.container, options=settings) as container:
         if film.title:
