@@ -15,6 +15,8 @@ from mapo_lightning.data import image_sequence, video
 from mapo_lightning.data.video_info import VideoFileError, VideoInfo, fingerprint, printable
 from mapo_lightning.types import Frames
 
+_EARLY = 0.25  # how long before its time stamp a frame counts as shown, in frames
+
 
 class FrameSource(NamedTuple):
     """Where the frames of one video come from: a file, or images with their numbers."""
@@ -121,8 +123,8 @@ def _at_rate(info: VideoInfo, rate: float) -> tuple[int, ...]:
     """
     shown = np.array(info.times, np.float64) / 1000
     gaps = np.diff(shown)
-    # Time stamps are rounded and jitter: a frame counts from up to half a frame before its own.
-    early = 0.5 * np.minimum(gaps, min(float(np.median(gaps)), 1 / rate))
+    # Time stamps are rounded and jitter: a frame counts from a little before its own.
+    early = _EARLY * np.minimum(gaps, min(float(np.median(gaps)), 1 / rate))
     begins = np.concatenate([shown[:1], shown[1:] - early])
     last = math.ceil(begins[-1] * rate - 1e-6)
     if last >= video.MAX_FRAMES:

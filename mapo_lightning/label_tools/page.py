@@ -179,7 +179,10 @@ def _file_of(key: str, label: StoredLabel, place: Place, paths: list[Path]) -> P
         identities = (f"{name} {where} size {size}" for size in range(16, 2049))
         if any(label_key(label.describer, identity) == key for identity in identities):
             return path
-    detail = f"{len(paths)} files have this name, and it is about none of them as they are now"
+    detail = (
+        f"{len(paths)} files have this name, and which one it is about cannot be told: the file "
+        "was changed, or data.rate or data.square changed what is seen of it"
+    )
     raise VideoFileError(Path(place.name), "missing", detail)
 
 
