@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mapo_lightning.data.frame_cache import FrameCache
 from mapo_lightning.data.prefetch import prefetch
+from mapo_lightning.data.reader import numbers_in_file
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video_info import VideoFileError, VideoInfo, printable
 from mapo_lightning.data.window_labels import (
@@ -45,7 +46,7 @@ class LabelExample(NamedTuple):
     video: str
     """Name of the video's file."""
     start: int
-    """First frame of the window in the video."""
+    """First frame of the window in the video's file."""
     text: str
     """The describer's answer."""
     status: Status
@@ -53,7 +54,7 @@ class LabelExample(NamedTuple):
     path: Path
     """The video's file."""
     last: int
-    """Last frame of the window in the video."""
+    """Last frame of the window in the video's file."""
     label: str = ""
     """Class that the data set gives the video; empty where it gives none."""
     answered: bool = True
@@ -255,17 +256,18 @@ class ClipDataset(IterableDataset[Clip]):
         for video, start in self._fixed(count, self.grid.reach + 1):
             info, end = self.videos[video], self.grid.end_from(start)
             request = self.window_requests(video, [end])[0]
+            own = numbers_in_file(info, self.grid.window(end))
             label = self.labeler.label([request])[0]
             examples.append(
                 LabelExample(
                     frames=request.frames(),
                     video=printable(info.path.name),
-                    start=self.grid.window(end)[0],
+                    start=own[0],
                     text=label.text,
                     status=label.status,
                     phrase=label.phrase,
                     path=info.path,
-                    last=end,
+                    last=own[-1],
                     label=info.label,
                     answered=label.answered,
                 )

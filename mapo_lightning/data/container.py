@@ -75,14 +75,15 @@ def open_track(path: Path) -> Iterator[tuple[Any, Any]]:
             source: Any = name
             if not is_utf8(path):  # PyAV cannot pass such a name on
                 source = stack.enter_context(Path(name).open("rb"))
-            container = stack.enter_context(av.open(source))
+            # Titles of old files are often not UTF-8; nothing here reads them.
+            container = stack.enter_context(av.open(source, metadata_errors="replace"))
         except (OSError, MemoryError) as error:
             raise inaccessible(path, error) from error
         except (av.FFmpegError, ValueError) as error:
             detail = "it is not a video, or it is cut off; check it with ffprobe"
             raise VideoFileError(path, "unreadable", detail) from error
         stream = container.streams.best("video")
-        if stream is None:
+        if stream is None or _is_cover(stream):
             raise VideoFileError(path, "no_video", "it holds no pictures, perhaps only sound")
         if stream.codec_context is None:
             raise VideoFileError(path, "codec", "no decoder knows it; convert it to H.264 in mp4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 from mapo_lightning.data import image_sequence, video
 from mapo_lightning.data.video_info import VideoFileError, VideoInfo, fingerprint, printable
 from mapo_lightning.types import Frames
+
+_EARLY = 0.25  # how long before its time stamp a frame counts as shown, in frames
 
 
 class FrameSource(NamedTuple):
@@ -84,24 +87,26 @@ def thin_out(info: VideoInfo, rate: float | None, square: bool) -> VideoInfo:
     Args:
         info: The video with all its frames.
         rate: Frames per second; None: all frames. Evenly spaced frames are thinned out by whole
-            steps, others by their times. No frame is used twice, and a video of unknown rate
-            keeps all its frames.
+            steps. Others are taken as they are shown at times ``1 / rate`` apart: one that is
+            shown for longer is taken several times. A video of unknown rate keeps all its frames.
         square: See `VideoInfo`.
 
     Returns:
         The video, with another fingerprint if it shows anything else than before.
+
+    Raises:
+        VideoFileError: Its time stamps span more frames of that rate than any video has.
     """
-    numbers, fps = range(info.frames) if info.numbers is None else info.numbers, info.fps
-    seen = "every 1"
+    whole = range(info.frames) if info.numbers is None else info.numbers
+    numbers, fps, seen = whole, info.fps, "every 1"
     if rate and info.times:
-        numbers = _at_rate(info.times, rate)
-        seconds = (info.times[numbers[-1]] - info.times[0]) / 1000
-        fps = (len(numbers) - 1) / seconds if seconds else fps
-        seen = f"at {rate} Hz"
+        numbers, fps = _at_rate(info, rate), rate
+        seen = hashlib.blake2b(np.array(numbers, "<i8").tobytes(), digest_size=16).hexdigest()
     elif rate and info.fps:
         step = max(1, round(info.fps / rate))
-        numbers, fps, seen = numbers[::step], info.fps / step, f"every {step}"
-    if len(numbers) == info.frames and not square:
+        numbers, fps, seen = whole[::step], info.fps / step, f"every {step}"
+    # Repeated frames may be as many as dropped ones: their count alone says nothing.
+    if list(numbers) == list(whole) and not square:
         return info
     name = hashlib.blake2b(
         f"{info.fingerprint} {seen}, square {square}".encode(), digest_size=16
@@ -111,13 +116,22 @@ def thin_out(info: VideoInfo, rate: float | None, square: bool) -> VideoInfo:
     )
 
 
-def _at_rate(times: Sequence[int], rate: float) -> tuple[int, ...]:
-    """Numbers of the frames nearest to the ticks of a clock of ``rate`` Hz; each at most once."""
-    stamps = np.asarray(times)
-    ticks = np.arange(0, stamps[-1] + 500 / rate, 1000 / rate)
-    after = np.searchsorted(stamps, ticks).clip(1, len(stamps) - 1)
-    earlier = ticks - stamps[after - 1] <= stamps[after] - ticks
-    return tuple(int(n) for n in np.unique(after - earlier))
+def _at_rate(info: VideoInfo, rate: float) -> tuple[int, ...]:
+    """Numbers of the frames that are shown at 0, 1 / rate, 2 / rate ... seconds.
+
+    The first tick that shows the last frame is the last tick.
+    """
+    shown = np.array(info.times, np.float64) / 1000
+    gaps = np.diff(shown)
+    # Time stamps are rounded and jitter: a frame counts from a little before its own.
+    early = _EARLY * np.minimum(gaps, min(float(np.median(gaps)), 1 / rate))
+    begins = np.concatenate([shown[:1], shown[1:] - early])
+    last = math.ceil(begins[-1] * rate - 1e-6)
+    if last >= video.MAX_FRAMES:
+        detail = f"its time stamps span {shown[-1]:.0f} s: {last} frames at {rate:g} per second"
+        raise VideoFileError(info.path, "too_large", detail)
+    ticks = np.arange(last + 1) / rate + 1e-9
+    return tuple((np.searchsorted(begins, ticks, side="right") - 1).tolist())
 
 
 def read(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, int]) -> Frames:
@@ -152,15 +166,20 @@ def name_window(info: VideoInfo, window: range, size: int) -> tuple[str, str]:
         Its identity; and the file's name with the frame numbers of the file itself, which differ
         from those of the video where frames were left out.
     """
-    own: Sequence[int] = window
-    if info.numbers is not None:
-        own = info.numbers[window.start : window.stop : window.step]
+    own = numbers_in_file(info, window)
     steps = {later - earlier for earlier, later in pairwise(own)} or {window.step}
     seen = f"frames {window[0]}..{window[-1]} step {window.step}"
-    shown = f"frames {own[0]}..{own[-1]} step {steps.pop()}"
-    if steps:  # thinned out by time stamps, unevenly
+    shown = f"frames {own[0]}..{own[-1]} step {min(steps)}"
+    if len(steps) > 1 or min(steps) < 1:  # taken by time stamps: uneven, or repeated
         shown = f"frames {', '.join(map(str, own))}"
     return f"{info.fingerprint} {seen} size {size}", f"{printable(info.path.name)} {shown}"
+
+
+def numbers_in_file(info: VideoInfo, window: range) -> Sequence[int]:
+    """The numbers that frames of a video have in its file, or among its images."""
+    if info.numbers is None:
+        return window
+    return info.numbers[window.start : window.stop : window.step]
 
 
 def _numbers(info: VideoInfo, indices: Sequence[int]) -> list[int]:

@@ -22,7 +22,7 @@ from mapo_lightning.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-_VERSION = [3, DECODERS]  # a proof of access holds for the decoders that it was made with
+_VERSION = [4, DECODERS]  # a proof of access holds for the decoders that it was made with
 
 
 class ScanCache:

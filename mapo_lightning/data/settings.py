@@ -30,7 +30,8 @@ class VideoDataConfig:
     frame_stride: int = 1
     """Frames of the video from one frame of a clip to the next."""
     rate: Optional[float] = None  # noqa: UP045
-    """First reduce a video to about this many frames per second, Hz; null: as recorded."""
+    """First reduce a video to about this many frames per second, Hz; null: as recorded. Where its
+    own rate is uneven, it is met exactly, and frames that are shown for long are repeated."""
     square: bool = False
     """First crop the square in the middle; false squashes the whole picture to a square."""
     image_size: int = 64

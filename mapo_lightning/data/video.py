@@ -60,7 +60,8 @@ DECODERS = f"{container.VERSION}, {random_access.VERSION}"
 cv2.setNumThreads(1)
 
 _MAX_PIXELS = 8192 * 4320
-_MAX_FRAMES = 5_000_000
+MAX_FRAMES = 5_000_000
+"""No plausible training video has more."""
 _OVERSAMPLED = 4  # decode at most this many times larger than requested, then average
 _CLIP = 25  # frames of the clip whose reading is timed
 
@@ -77,7 +78,7 @@ def probe_video(path: Path) -> VideoInfo:
         detail = f"its frames have {header.geometry.width}x{header.geometry.height} pixels"
         raise VideoFileError(path, "too_large", detail)
     frames = header.packets - header.hidden
-    if frames > _MAX_FRAMES:
+    if frames > MAX_FRAMES:
         raise VideoFileError(path, "too_large", f"it has {frames} frames")
     return VideoInfo(path, name, frames, width, height, header.fps, times=header.times)
 

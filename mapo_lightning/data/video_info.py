@@ -135,7 +135,8 @@ class VideoInfo(NamedTuple):
     label: str = ""
     """Class that the data set assigns, as text; never shown to a model."""
     numbers: range | tuple[int, ...] | None = None
-    """Frame t is number ``numbers[t]`` of the file or of the images; None: number t."""
+    """Frame t is number ``numbers[t]`` of the file or of the images, ascending; one that is shown
+    for long may be there several times. None: number t."""
     square: bool = False
     """Only the square in the middle of the picture is used."""
     access: Access | None = None

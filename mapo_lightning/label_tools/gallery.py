@@ -18,13 +18,15 @@ from typing import Any
 
 from mapo_lightning.config.compose import load_yaml
 from mapo_lightning.data.listing import SUFFIXES
+from mapo_lightning.data.video_info import printable
 from mapo_lightning.label_tools.page import Place, Sample, page
-from mapo_lightning.semantics.phrase import MAX_TEXT, clean_text
+from mapo_lightning.semantics.phrase import MAX_SOURCE, MAX_TEXT, clean_text
 from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import ConfigError, MapoError
 
 _SOURCE = re.compile(r"(.+) frames (\d{1,9})\.\.(\d{1,9}) step (\d{1,9})")
+_LISTED = re.compile(r"(.+) frames (\d{1,9}(?:, \d{1,9}){0,255})")  # unevenly spaced
 _LONGEST = 256  # frames of a window; no longer window is shown
 _MOST = 2000  # labels in one page: about 30 MB
 
@@ -58,7 +60,7 @@ def draw(
     """
     named: dict[str, list[Path]] = {}
     for path in videos:  # the store keeps cleaned names
-        named.setdefault(clean_text(path.name, MAX_TEXT), []).append(path)
+        named.setdefault(clean_text(printable(path.name), MAX_SOURCE), []).append(path)
     counts: Counter[str] = Counter()
     elsewhere = 0
     candidates: list[tuple[bytes, tuple[str, StoredLabel, Place, list[Path]]]] = []
@@ -80,6 +82,11 @@ def draw(
 
 
 def _place(source: str) -> Place | None:
+    if len(source) == MAX_TEXT:  # earlier versions cut it here, perhaps within a number
+        return None
+    if listed := _LISTED.fullmatch(source):
+        frames = tuple(map(int, listed[2].split(", ")))
+        return Place(listed[1], frames[0], frames[-1], 1, frames)
     found = _SOURCE.fullmatch(source)
     if found is None:
         return None

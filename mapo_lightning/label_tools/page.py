@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,20 @@ class Place(NamedTuple):
     first: int
     last: int
     step: int
+    listed: tuple[int, ...] = ()
+    """All frames, where they are not evenly spaced."""
+
+    @property
+    def frames(self) -> Sequence[int]:
+        """Numbers of the frames, in order."""
+        return self.listed or range(self.first, self.last + 1, self.step)
+
+    @property
+    def spacing(self) -> str:
+        """How far apart the frames are, for people; empty if they follow each other."""
+        if self.listed:
+            return "unevenly spaced"
+        return f"every {self.step}" if self.step > 1 else ""
 
 
 class Sample(NamedTuple):
@@ -124,7 +139,7 @@ def _item(
         "video": clean_text(place.name, MAX_TEXT),
         "first": place.first,
         "last": place.last,
-        "step": place.step,
+        "spacing": place.spacing,
         "way": _way(label.phrase),
         "strip": "",
         "trouble": "",
@@ -133,7 +148,7 @@ def _item(
     }
     try:
         path = _file_of(key, label, place, paths)
-        frames = read_frames(path, range(place.first, place.last + 1, place.step), _MEASURED_AT)
+        frames = read_frames(path, place.frames, _MEASURED_AT)
     except VideoFileError as error:
         return item | {"trouble": clean_text(str(error), MAX_TEXT)}
     strip, shown = _strip(frames)
@@ -164,7 +179,10 @@ def _file_of(key: str, label: StoredLabel, place: Place, paths: list[Path]) -> P
         identities = (f"{name} {where} size {size}" for size in range(16, 2049))
         if any(label_key(label.describer, identity) == key for identity in identities):
             return path
-    detail = f"{len(paths)} files have this name, and it is about none of them as they are now"
+    detail = (
+        f"{len(paths)} files have this name, and which one it is about cannot be told: the file "
+        "was changed, or data.rate or data.square changed what is seen of it"
+    )
     raise VideoFileError(Path(place.name), "missing", detail)
 
 

@@ -27,7 +27,15 @@ import pyarrow.parquet as pq
 from mapo_lightning.files import atomic_write
 from mapo_lightning.label_tools.check import check_labels
 from mapo_lightning.semantics.answers import stored_fault
-from mapo_lightning.semantics.phrase import MAX_SLOT, MAX_TEXT, PROMPT, SLOTS, Phrase, clean_text
+from mapo_lightning.semantics.phrase import (
+    MAX_SLOT,
+    MAX_SOURCE,
+    MAX_TEXT,
+    PROMPT,
+    SLOTS,
+    Phrase,
+    clean_text,
+)
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import DescriberError, MapoError
 
@@ -155,8 +163,8 @@ def _from_row(row: dict[str, Any]) -> tuple[str, StoredLabel]:
     hidden = None if row["hidden"] is None else np.asarray(row["hidden"], np.float16)
     if hidden is not None and not np.isfinite(hidden).all():
         raise ValueError(f"label {key} has a hidden state that is not finite")
-    words = (clean_text(str(row[name]), MAX_TEXT) for name in ("text", "describer", "source"))
-    text, describer, source = words
+    text, describer = (clean_text(str(row[name]), MAX_TEXT) for name in ("text", "describer"))
+    source = clean_text(str(row["source"]), MAX_SOURCE)
     return key, StoredLabel(text, status, phrase, hidden, describer, source)
 
 

@@ -127,7 +127,7 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
 def measure_clips(clips: ClipDataset, windows: int) -> Quality:
     """Measure the describer of a set of videos on windows spread over them."""
     # If the videos hold fewer windows than requested, some come twice.
-    found = {(example.path, example.start): example for example in clips.label_examples(windows)}
+    found = {(one.path, one.start, one.last): one for one in clips.label_examples(windows)}
     return measure(clips.labeler, list(found.values()))
 
 

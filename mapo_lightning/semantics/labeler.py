@@ -21,7 +21,14 @@ from mapo_lightning.semantics.describer import (
     StreamingDescriber,
 )
 from mapo_lightning.semantics.embed import Encoder
-from mapo_lightning.semantics.phrase import MAX_TEXT, Phrase, Status, clean_text, parse_reply
+from mapo_lightning.semantics.phrase import (
+    MAX_SOURCE,
+    MAX_TEXT,
+    Phrase,
+    Status,
+    clean_text,
+    parse_reply,
+)
 from mapo_lightning.semantics.reviews import Reviews
 from mapo_lightning.semantics.server_pool import is_ending
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
@@ -137,7 +144,7 @@ class Labeler:
         if unknown and self.cached_only:
             first = next(iter(unknown.values())).source
             raise DescriberError(
-                f"vlm.cached_only=true, but there is no label of {first} ({len(unknown)} of "
+                f"vlm.cached_only=true, but there is no label of {first:.256} ({len(unknown)} of "
                 f"{len(keys)} windows have none) by '{self.describer.name}' in "
                 f"'{self.store.root}'. Label the videos with stage=label, or import labels"
             )
@@ -242,7 +249,7 @@ class Labeler:
 
     def _read(self, reply: Reply | NoAnswer, source: str) -> StoredLabel | None:
         """Make a label of a reply; None if it is no answer."""
-        source = clean_text(source, MAX_TEXT)
+        source = clean_text(source, MAX_SOURCE)
         hidden = None if isinstance(reply, NoAnswer) else reply.hidden
         answer = reply if isinstance(reply, NoAnswer) else read_answer(reply.text)
         if isinstance(answer, NoAnswer):
@@ -253,7 +260,7 @@ class Labeler:
         phrase, status = parse_reply(answer)
         text = clean_text(answer, MAX_TEXT)
         if status == "unreadable":
-            log.warning("unreadable reply about %s, counts as null: %.80r", source, text)
+            log.warning("unreadable reply about %.256s, counts as null: %.80r", source, text)
         return StoredLabel(text, status, phrase, hidden, self.describer.name, source)
 
     def _note_missing(self, missing: NoAnswer, source: str) -> None:
@@ -269,7 +276,7 @@ class Labeler:
             count, answers = self._missing, self._answers
         if count <= _NAMED:
             last = "; further ones are only counted" if count == _NAMED else ""
-            log.warning("no label of %s: %s%s", source, missing.reason, last)
+            log.warning("no label of %.256s: %s%s", source, missing.reason, last)
         if count >= _IN_VAIN and not answers:
             raise DescriberError(
                 f"'{self.describer.name}' has answered none of {count} windows, the last one "

@@ -22,6 +22,8 @@ SLOTS = ("body", "action", "target", "direction", "displacement")
 
 MAX_TEXT = 256
 """Longest reply that is kept, in characters."""
+MAX_SOURCE = 4096
+"""Longest name of what a label is about, in characters: a file's name and up to 256 frames."""
 MAX_SLOT = 64
 """Longest slot that is kept, in characters."""
 MAX_READ = 4096

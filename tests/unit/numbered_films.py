@@ -42,6 +42,12 @@ class Film(NamedTuple):
     """Options of the container."""
     ticks: Callable[[int], int] = lambda number: number
     """Time stamp of each frame, in thirtieths of a second."""
+    size: tuple[int, int] = (120, 160)
+    """Rows and columns."""
+    title: str = ""
+    """Of the file and of the track."""
+    disposition: str = ""
+    """What the track is to players: "default", "attached_pic" (a cover)."""
 
 
 def draw(number: int, height: int = 120, width: int = 160) -> Frames:
@@ -76,31 +82,44 @@ def corners_of(frame: Frames) -> str:
     return found
 
 
-def write(path: Path, film: Film) -> Path:
-    """Write a film; its name gets the film's suffix."""
+def write(path: Path, film: Film, *others: Film) -> Path:
+    """Write a film; its name gets the film's suffix. Further ones become tracks of the file."""
     path = path.with_suffix(film.suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
     settings = dict(film.settings)
     with av.open(str(path), "w", format=film.container, options=settings) as container:
-        stream = container.add_stream(film.codec, rate=30)
-        stream.width, stream.height, stream.pix_fmt = 160, 120, film.pixels
-        stream.codec_context.gop_size = film.gop
-        stream.codec_context.thread_count = 1
-        stream.sample_aspect_ratio = Fraction(film.aspect)
-        stream.options = {key: value.format(gop=film.gop) for key, value in film.options}
-        if film.matrix is not None:
-            a, b, c, d = (value << 16 for value in film.matrix)
-            stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
+        if film.title:
+            container.metadata["title"] = film.title
+        streams = [_add_track(container, track) for track in (film, *others)]
         sound = None
         if film.sound:
             sound = container.add_stream(film.sound, rate=48000, layout="mono")
-        for number in range(film.frames):
-            picture = av.VideoFrame.from_ndarray(draw(number), format="rgb24")
-            picture.pts, picture.time_base = film.start + film.ticks(number), _THIRTIETH
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+        for track, stream in zip((film, *others), streams, strict=True):
+            for number in range(track.frames):
+                picture = av.VideoFrame.from_ndarray(draw(number, *track.size), format="rgb24")
+                picture.pts, picture.time_base = track.start + track.ticks(number), _THIRTIETH
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
         if sound is not None:
             _add_sound(container, sound, 2 * film.frames / 30)
     return path
+
+
+def _add_track(container: Any, film: Film) -> Any:
+    stream = container.add_stream(film.codec, rate=30)
+    (stream.height, stream.width), stream.pix_fmt = film.size, film.pixels
+    stream.codec_context.gop_size = film.gop
+    stream.codec_context.thread_count = 1
+    stream.sample_aspect_ratio = Fraction(film.aspect)
+    stream.options = {key: value.format(gop=film.gop) for key, value in film.options}
+    if film.matrix is not None:
+        a, b, c, d = (value << 16 for value in film.matrix)
+        stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
+    if film.title:
+        stream.metadata["title"] = film.title
+    if film.disposition:
+        stream.disposition = av.stream.Disposition[film.disposition]
+    return stream
 
 
 def _add_sound(container: Any, stream: Any, seconds: float) -> None:
@@ -122,10 +141,37 @@ def hide_first(path: Path, frames: int) -> Path:
     return path
 
 
-def in_order(path: Path, matrix: Sequence[int] | None = None) -> Frames:
-    """All frames of a file as FFmpeg decodes them from the start, turned by a matrix."""
+def cover_first(path: Path) -> Path:
+    """Move the cover of an mp4 before its tracks, so that it becomes the first track."""
+    data = path.read_bytes()
+    start = data.index(b"moov") - 4
+    (length,) = struct.unpack_from(">I", data, start)
+    boxes, at = list[bytes](), start + 8
+    while at < start + length:
+        (size,) = struct.unpack_from(">I", data, at)
+        boxes.append(data[at : at + size])
+        at += size
+    boxes.sort(key=lambda box: (b"mvhd", b"udta", b"trak").index(box[4:8]))
+    path.write_bytes(data[: start + 8] + b"".join(boxes) + data[start + length :])
+    return path
+
+
+def hide_pictures(path: Path, numbers: Sequence[int]) -> Path:
+    """Make pictures of a VP8 film such that others refer to them and no player shows them."""
     with av.open(str(path)) as container:
-        frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+        packets = [bytes(packet) for packet in container.demux(video=0)]
+    data = bytearray(path.read_bytes())
+    for number in numbers:  # the bit show_frame of RFC 6386, 9.1
+        data[data.index(packets[number])] &= ~0x10 & 0xFF
+    path.write_bytes(bytes(data))
+    return path
+
+
+def in_order(path: Path, matrix: Sequence[int] | None = None, track: int = 0) -> Frames:
+    """All frames of a track as FFmpeg decodes them from the start, turned by a matrix."""
+    with av.open(str(path), metadata_errors="replace") as container:
+        stream = container.streams.video[track]
+        frames = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
     if matrix is None:
         return frames
     a, b, c, d = matrix

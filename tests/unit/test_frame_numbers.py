@@ -8,7 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numbered_films import Film, corners_of, hide_first, in_order, number_of, write
+from numbered_films import (
+    Film,
+    corners_of,
+    cover_first,
+    hide_first,
+    hide_pictures,
+    in_order,
+    number_of,
+    write,
+)
 
 from mapo_lightning.data.reader import FrameSource, read, thin_out
 from mapo_lightning.data.scan import scan_videos
@@ -157,18 +166,84 @@ def test_the_square_is_the_middle_of_what_is_shown(tmp_path: Path) -> None:
     assert (info.width, info.height) == (120, 320)
 
 
+SMALL = Film(options=X264, size=(60, 80), frames=24)
+COVER = Film("mjpeg", pixels="yuvj420p", frames=1, size=(60, 60), disposition="attached_pic")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+@pytest.mark.parametrize("marked", [None, 0, 1])
+@pytest.mark.parametrize("small_first", [False, True])
+def test_of_two_tracks_the_one_that_is_decoded_is_described(
+    tmp_path: Path, suffix: str, marked: int | None, small_first: bool
+) -> None:
+    films = [SMALL, KINDS["plain"]] if small_first else [KINDS["plain"], SMALL]
+    if marked is not None:
+        films[marked] = films[marked]._replace(disposition="default")
+    path = write(tmp_path / "film", films[0]._replace(suffix=suffix), films[1])
+    # Without marks FFmpeg takes the first of equal quality; AVI has no marks.
+    shown = marked or 0 if suffix != ".avi" else int(small_first)
+    info = check_every_frame(path, in_order(path, track=shown))
+    assert (info.frames, info.height, info.width) == (films[shown].frames, *films[shown].size)
+    assert info.fps == pytest.approx(30, abs=0.1)
+    assert [number_of(f) for f in read(info, [0, 9, 23], info.height)] == [0, 9, 23]
+
+
+@pytest.mark.parametrize("place", ["after", "before"])
+def test_a_cover_is_not_the_video(tmp_path: Path, place: str) -> None:
+    path = write(tmp_path / "film", KINDS["plain"], COVER)
+    if place == "before":
+        cover_first(path)
+    info = check_every_frame(path, in_order(path, track=int(place == "before")))
+    assert (info.frames, info.height, info.width) == (48, 120, 160)
+    assert [number_of(f) for f in read(info, [0, 20, 47], 120)] == [0, 20, 47]
+
+
+def test_a_song_with_a_cover_holds_no_video(tmp_path: Path) -> None:
+    path = write(tmp_path / "song", COVER._replace(sound="aac"))
+    with pytest.raises(VideoFileError, match="it holds no pictures") as caught:
+        examined(path)
+    assert caught.value.reason == "no_video"
+
+
+@pytest.mark.parametrize("hidden", [[5, 6, 13, 20, 40], [12, 24], [1, 47]])
+def test_pictures_that_vp8_only_refers_to_are_not_counted(
+    tmp_path: Path, hidden: list[int]
+) -> None:
+    path = write(tmp_path / "film", Film("libvpx", ".webm", QUICK))
+    info = check_every_frame(hide_pictures(path, hidden), in_order(path))
+    shown = [number for number in range(48) if number not in hidden]
+    assert [number_of(f) for f in read(info, range(info.frames), 120)] == shown
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm", ".avi"])
+def test_metadata_may_have_any_encoding(tmp_path: Path, suffix: str) -> None:
+    codec, options = ("libvpx", QUICK) if suffix == ".webm" else ("libx264", X264)
+    (tmp_path / "v").mkdir()
+    title = "cafe de flore"
+    path = write(tmp_path / "v" / "film", Film(codec, suffix, options, title=title))
+    data = path.read_bytes()
+    assert data.count(title.encode()) == 2  # of the file and of the track
+    path.write_bytes(data.replace(title.encode(), b"caf\xe9 de flore"))
+    cfg = VideoDataConfig(kind="folder", root=str(tmp_path / "v"))
+    (video,) = scan_videos(cfg, tmp_path / "cache").videos
+    assert [number_of(f) for f in read(video, [0, 30, 47], 120)] == [0, 30, 47]
+    check_every_frame(path, in_order(path))
+
+
+def slower(number: int) -> int:
+    """Time stamps of 30 Hz, from frame 24 on of 10 Hz."""
+    return number if number < 24 else 24 + 3 * (number - 24)
+
+
 @pytest.mark.slow
 def test_a_rate_goes_by_time_stamps(tmp_path: Path) -> None:
-    def ticks(number: int) -> int:  # 30 Hz, later 10 Hz
-        return number if number < 24 else 24 + 3 * (number - 24)
-
     for suffix in (".mp4", ".mkv"):
-        path = write(tmp_path / "film", Film(options=X264, suffix=suffix, ticks=ticks))
+        path = write(tmp_path / "film", Film(options=X264, suffix=suffix, ticks=slower))
         info = check_every_frame(path, in_order(path))
         thin = thin_out(info, 10.0, square=False)
         wanted = [*range(0, 24, 3), *range(24, 48)]
         assert [number_of(f) for f in read(thin, range(thin.frames), (60, 80))] == wanted
-        assert thin.fps == pytest.approx(10.0, abs=0.1)
+        assert thin.fps == 10.0
         grid = WindowGrid(frames=4, stride=4)
         requests = WindowFrames(thin, grid, [7, 11, 31], 60).requests()
         assert [r.source for r in requests] == [
@@ -177,6 +252,71 @@ def test_a_rate_goes_by_time_stamps(tmp_path: Path) -> None:
         ]
         (across,) = WindowFrames(thin, WindowGrid(4, 4, step=1), [9], 60).requests()
         assert across.source == f"{path.name} frames 18, 21, 24, 25"
+
+
+def test_a_frame_that_is_shown_for_long_is_repeated(tmp_path: Path) -> None:
+    for suffix in (".mp4", ".mkv"):
+        path = write(tmp_path / "film", Film(options=X264, suffix=suffix, ticks=slower))
+        info = examined(path)
+        thin = thin_out(info, 20.0, square=False)
+        assert thin.numbers is not None
+        assert thin.numbers[:4] == (0, 1, 3, 4)  # shown at 0, 50, 100 and 150 ms
+        assert thin.numbers[16:] == (*sorted([*range(24, 47)] * 2), 47)
+        assert [number_of(f) for f in read(thin, range(thin.frames), 60)] == list(thin.numbers)
+        requests = WindowFrames(thin, WindowGrid(4, 4), [19, 23], 60).requests()
+        assert [r.source for r in requests] == [
+            f"{path.name} frames 24, 24, 25, 25",
+            f"{path.name} frames 26, 26, 27, 27",
+        ]
+        assert [number_of(f) for f in requests[0].frames()] == [24, 24, 25, 25]
+        names = {info.fingerprint, *(thin_out(info, rate, False).fingerprint for rate in (10, 20))}
+        assert len(names) == 3
+
+
+@pytest.mark.parametrize(
+    ("times", "rate", "numbers"),
+    [
+        ((0, 100, 200, 1000), 10.0, (0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3)),  # a pause
+        ((0, 97, 204, 299, 402), 10.0, (0, 1, 2, 3, 4)),  # jitter
+        ((0, 33, 67, 100, 133, 500), 30.0, (0, 1, 2, 3, 4, *[4] * 10, 5)),  # rounded
+        ((0, 33, 67, 100, 950), 10.0, (0, *[3] * 9, 4)),  # the last lies between two ticks
+        ((0, 400, 410, 420, 430), 10.0, (0, 0, 0, 0, 1, 4)),  # faster than the rate
+        ((0, 400, 410, 420, 430), 2.5, (0, 1, 4)),  # all within one tick
+        ((0, 100, 300, 300, 400), 10.0, (0, 1, 1, 3, 4)),  # two at one time: the later is seen
+        ((0, 20, 40, 300), 10.0, (0, 2, 2, 3)),  # as many repeats as dropped frames
+    ],
+)
+def test_each_tick_takes_the_frame_that_is_shown(
+    times: tuple[int, ...], rate: float, numbers: tuple[int, ...]
+) -> None:
+    info = VideoInfo(Path("a.mp4"), "name", len(times), 64, 64, 12.0, times=times)
+    thin = thin_out(info, rate, square=False)
+    if numbers == tuple(range(len(times))):
+        assert thin == info
+        return
+    assert (thin.numbers, thin.frames, thin.fps) == (numbers, len(numbers), rate)
+    assert (thin.times, thin.fingerprint == "name") == (None, False)
+
+
+def test_time_stamps_that_jump_by_years_are_refused() -> None:
+    info = VideoInfo(Path("a.mp4"), "name", 3, 64, 64, 10.0, times=(0, 33, 10**12))
+    with pytest.raises(VideoFileError, match="its time stamps span 1000000000 s") as caught:
+        thin_out(info, 10.0, square=False)
+    assert caught.value.reason == "too_large"
+
+
+def test_frames_that_an_avi_leaves_out_are_no_damage(tmp_path: Path) -> None:
+    """Captured at 15 of 30 frames per second at first: every second place is empty."""
+
+    def ticks(number: int) -> int:
+        return 2 * number if number < 24 else 48 + number - 24
+
+    path = write(tmp_path / "film", Film("mpeg4", ".avi", (("bf", "0"),), ticks=ticks))
+    info = check_every_frame(path, in_order(path))
+    assert info.frames == 48
+    thin = thin_out(info, 15.0, square=False)
+    assert thin.numbers == (*range(24), *range(24, 48, 2), 47)
+    assert [number_of(f) for f in read(thin, range(thin.frames), 60)] == list(thin.numbers)
 
 
 def test_a_file_without_its_end_is_damaged_whatever_its_sound(tmp_path: Path) -> None:

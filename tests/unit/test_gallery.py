@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numbered_films import Film, number_of, write
 from PIL import Image
 from scenes import moving_square, still
 
 from mapo_lightning.data.clips import ClipDataset
 from mapo_lightning.data.ground_truth import FILE
+from mapo_lightning.data.scan import scan_videos
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import fingerprint, probe_video, write_mp4
 from mapo_lightning.label_tools.gallery import draw, find_videos, main
@@ -213,7 +216,13 @@ def test_of_two_files_with_one_name_the_right_one_is_shown(corpus: Path, tmp_pat
 
 @pytest.mark.parametrize(
     "source",
-    ["up.mp4 frames 0..99999 step 1", "up.mp4 frames 5..2 step 1", "up.mp4 frames 0..3 step 0"],
+    [
+        "up.mp4 frames 0..99999 step 1",
+        "up.mp4 frames 5..2 step 1",
+        "up.mp4 frames 0..3 step 0",
+        "up.mp4 frames 0, 1,",
+        f"up.mp4 frames {', '.join(['5'] * 257)}",
+    ],
 )
 def test_a_source_that_is_no_window_is_left_out(source: str, corpus: Path, tmp_path: Path) -> None:
     store = LabelStore(tmp_path, "w")
@@ -227,6 +236,61 @@ def test_a_source_that_is_no_window_is_left_out(source: str, corpus: Path, tmp_p
     assert len(card.text) < 2000
     assert "\x1b" not in card.text
     store.close()
+
+
+def test_windows_of_an_uneven_rate_are_shown_with_their_own_frames(tmp_path: Path) -> None:
+    """30 frames a second, later 10: stamps in the file alone tell which frames a window has."""
+    name = f"{'long name ' * 24}.mkv"  # with its frames longer than the name of a label was
+    film = Film(
+        options=(("preset", "veryfast"),),
+        suffix=".mkv",
+        ticks=lambda number: number if number < 24 else 24 + 3 * (number - 24),
+    )
+    path = write(tmp_path / "videos" / "film", film).rename(tmp_path / "videos" / name)
+    data = VideoDataConfig(kind="folder", root=str(path.parent), rate=15.0, clip_length=9)
+    videos = scan_videos(data, tmp_path / "cache").videos
+    clips = ClipDataset(videos, data, VlmConfig(), tmp_path)
+    own = videos[0].numbers
+    assert own is not None
+    wanted = {tuple(own[end - 3 : end + 1]) for end in clips.window_ends(0)}
+    assert {(0, 2, 4, 6), (24, 24, 25, 26), (45, 46, 46, 47)} < wanted
+    for example in clips.label_examples(100):  # also what judges labels by a simulator's truth
+        assert any((example.start, example.last) == (own[0], own[-1]) for own in wanted)
+        assert number_of(example.frames[0]) == example.start
+    clips.labeler.close()
+    sample = draw(LabelStore(tmp_path / "labels", "r"), find_videos([path.parent]), 100)
+    assert sample.elsewhere == 0
+    assert {tuple(place.frames) for _, _, place, _ in sample.labels} == wanted
+    cards = read(page(sample, "t")).cards
+    assert len(cards) == len(wanted)
+    for card, (_, _, place, _) in zip(cards, sample.labels, strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(card.picture.partition(",")[2]))) as strip:
+            cells = np.array_split(np.asarray(strip.convert("RGB")), 4, axis=1)
+        assert [number_of(cell[:, :-3]) for cell in cells] == list(place.frames)
+        assert ("unevenly spaced" in card.text) == bool(place.listed)
+
+
+def test_a_source_that_an_earlier_version_may_have_cut_is_left_out(
+    corpus: Path, tmp_path: Path
+) -> None:
+    videos = [corpus / "videos/up.mp4"]
+    store = LabelStore(tmp_path, "w")
+    whole = f"up.mp4 frames {', '.join(map(str, range(70)))}"
+    good = StoredLabel("x", "null", None, None, "d", "up.mp4 frames 0, 1, 1, 3")
+    store.put({"1" * 32: good, "2" * 32: good._replace(source=whole[:256])})
+    (label,) = draw(store, videos, 10).labels
+    assert (label[0], tuple(label[2].frames)) == ("1" * 32, (0, 1, 1, 3))
+    store.close()
+
+
+def test_a_video_whose_name_is_not_utf8_is_found(corpus: Path, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
+    odd.write_bytes((corpus / "videos/up.mp4").read_bytes())
+    clips = ClipDataset([probe_video(odd)], VideoDataConfig(clip_length=9), VlmConfig(), tmp_path)
+    clips.clip_at(0, 0)
+    clips.labeler.close()
+    sample = draw(LabelStore(tmp_path / "labels", "r"), find_videos([tmp_path]), 10)
+    assert [bool(card.picture) for card in read(page(sample, "t")).cards] == [True, True]
 
 
 def test_a_video_that_is_gone_leaves_its_words(corpus: Path) -> None:
