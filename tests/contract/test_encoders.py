@@ -65,8 +65,8 @@ def test_every_pixel_and_parameter_gets_a_gradient(
     x = normalised(frames).requires_grad_()
     encoder(x).square().sum().backward()
     assert x.grad is not None
-    # Stride-2 convolutions without padding leave the last rows of some sizes out: few, if any.
-    assert float((x.grad != 0).float().mean()) > 0.9
+    # Four-by-four kernels of stride 2 without padding leave out the last two rows and columns.
+    assert float((x.grad[..., :-2, :-2] != 0).float().mean()) > 0.99
     assert all(p.grad is not None for p in encoder.parameters())
 
 

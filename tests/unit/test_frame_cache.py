@@ -30,7 +30,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[VideoInfo]:
     for number, way in enumerate((0, 2, 4)):
         rng = np.random.default_rng(number)
         path = folder / f"{number}.mp4"
-        write_mp4(path, moving_square(rng, way, 40.0, 40, size=(48, 80)), 20)
+        write_mp4(path, moving_square(rng, way, 40.0, 40, size=(64, 96)), 20)
         found.append(probe_video(path))
     return [found[0], thin_out(found[1], 10.0, False), thin_out(found[2], None, True)]
 

@@ -181,7 +181,11 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(run: Path) -> None:
         (["stage=evaluate", "checkpoint=cut.ckpt"], "cut.ckpt' is damaged"),
         (["stage=evaluate", "checkpoint=pre.ckpt"], "a pre-training checkpoint"),
         (["stage=evaluate", "checkpoint=RUN/last.ckpt", "method=mapo"], "method=contextwm and"),
-        (["stage=evaluate", "checkpoint=RUN/last.ckpt", "size=paper"], "leave out method=, size="),
+        (["stage=evaluate", "checkpoint=RUN/last.ckpt", "size=paper"], "leave out size= too"),
+        (
+            ["stage=evaluate", "checkpoint=RUN/last.ckpt", "world_model.upper.deter=8"],
+            "leave out method=, size=",
+        ),
         (["stage=evaluate", "checkpoint=RUN/last.ckpt", "trainer.accelerator=gpu"], "no GPU"),
         (["resume=nothing.ckpt"], "no checkpoint at 'nothing.ckpt'"),
         (["resume=empty"], "the folder 'empty' holds no checkpoint"),
