@@ -35,7 +35,7 @@ CONF = ROOT / "conf"
 ACTION = 6
 # `ReferenceStep` is written out for residual networks.
 RESIDUAL = "world_model.image.kind=resnet world_model.image.size=64"
-RESIDUAL += " world_model.image.channels=[12,24,48]"
+RESIDUAL += " world_model.image.channels=[12,24,48] world_model.image.layers=1"
 CASES: dict[str, tuple[str, str]] = {
     "pretrain paper": ("pretrain", "size=paper method=contextwm"),
     "finetune paper": ("finetune", "size=paper method=contextwm"),
