@@ -33,13 +33,17 @@ from mapo_lightning.types import Batch
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 ACTION = 6
+# `ReferenceStep` is written out for residual networks.
+RESIDUAL = "world_model.image.kind=resnet world_model.image.size=64"
+RESIDUAL += " world_model.image.channels=[12,24,48] world_model.image.layers=1"
 CASES: dict[str, tuple[str, str]] = {
     "pretrain paper": ("pretrain", "size=paper method=contextwm"),
     "finetune paper": ("finetune", "size=paper method=contextwm"),
-    "pretrain tiny": ("pretrain", "size=tiny method=mapo"),
+    "pretrain tiny": ("pretrain", f"size=tiny method=mapo {RESIDUAL}"),
     "finetune tiny": (
         "finetune",
-        "size=tiny method=mapo finetune.batch_size=4 finetune.chunk_length=16 agent.horizon=10",
+        f"size=tiny method=mapo {RESIDUAL} finetune.batch_size=4 finetune.chunk_length=16 "
+        "agent.horizon=10",
     ),
 }
 # The same for a GPU.
@@ -67,10 +71,11 @@ SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select
 
 def batch_of(cfg: RunConfig, batch: int, steps: int, action: int | None) -> Batch:
     """Random clips, or chunks of replay where there is an action of that width."""
+    side = cfg.world_model.image.size
     first = torch.zeros(batch, steps, dtype=torch.bool)
     first[:, 0] = True
     found = {
-        "obs": torch.randint(0, 256, (batch, steps, 64, 64, 3), dtype=torch.uint8),
+        "obs": torch.randint(0, 256, (batch, steps, side, side, 3), dtype=torch.uint8),
         "semantic": torch.randn(batch, steps, semantic_dim(cfg.vlm)),
         "has_semantic": torch.rand(batch, steps) < 0.7,
         "position": torch.arange(steps).expand(batch, steps),

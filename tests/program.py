@@ -13,7 +13,7 @@ from typing import IO
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "train.py")
-SMALL = ["trainer=debug", "env=toy", "world_model.image.channels=[4,8,16]"]
+SMALL = ["trainer=debug", "env=toy", "world_model.image.channels=[4]"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # The folder of a run that another test started in this process.
 ENVIRONMENT.pop("MAPO_RUN_DIR", None)

@@ -105,7 +105,8 @@ class RunConfig:
             if value != size:
                 raise ConfigError(
                     f"{name} must be world_model.image.size, the side that the networks have: "
-                    f"got {value} and {size}; set world_model.image.size, the others follow"
+                    f"got {value} and {size}; set world_model.image.size only, which the others "
+                    "follow; where the settings come from a checkpoint, leave out size= too"
                 )
 
 

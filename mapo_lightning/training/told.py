@@ -142,7 +142,7 @@ def measure_told(
     Args:
         world_model: Pre-trained with phrases.
         batch: Clips (N, T, ...) with ``semantic`` and ``has_semantic``; ``video`` (N,) says which
-            of them are of one video. Neighbours must be of different videos.
+            of them are of one video.
         still: The still scene of each clip, (N, H, W, 3) in [0, 1]: its whole video's median.
         mean_picture: Mean frame of the training videos, (H, W, 3) in [0, 1].
         seen: Frames that are shown.
@@ -163,7 +163,7 @@ def measure_told(
     truth = obs.float() / 255.0
     dreams = {
         name: _dream(world_model, told, seen, seed)
-        for name, told in versions(clips, seen, body).items()
+        for name, told in versions(clips, seen, body, _of_another_video(video)).items()
     }
     others = {
         "copy": truth[:, seen - 1 : seen].expand_as(truth),
@@ -179,15 +179,17 @@ def measure_told(
     return ToldReport(errors, horizons, {"truth": truth} | dreams, seen)
 
 
-def versions(batch: Batch, seen: int, body: int) -> Mapping[str, Batch]:
+def versions(batch: Batch, seen: int, body: int, other: Tensor) -> Mapping[str, Batch]:
     """The clips with the phrases of the future as they are, removed, swapped, and in honest forms.
+
+    ``other`` (N,) says from which clip each gets its phrases when it is mistold.
 
     ``told_late`` has every phrase one frame later, so that none has seen the frame that it is to
     predict; in ``told_late_bodiless`` it does not say either what or where the moving thing is.
     """
     semantic, known = batch["semantic"], batch["has_semantic"]
     future = torch.arange(known.shape[1], device=known.device) >= seen
-    other = {key: batch[key].roll(1, dims=0) for key in ("semantic", "has_semantic")}
+    others = {key: batch[key][other] for key in ("semantic", "has_semantic")}
     late = {
         "semantic": torch.cat([torch.zeros_like(semantic[:, :1]), semantic[:, :-1]], dim=1),
         "has_semantic": torch.cat([torch.zeros_like(known[:, :1]), known[:, :-1]], dim=1),
@@ -197,8 +199,8 @@ def versions(batch: Batch, seen: int, body: int) -> Mapping[str, Batch]:
         "untold": batch | {"has_semantic": known & ~future},
         "mistold": batch
         | {
-            "semantic": torch.where(future[:, None], other["semantic"], semantic),
-            "has_semantic": torch.where(future, other["has_semantic"], known),
+            "semantic": torch.where(future[:, None], others["semantic"], semantic),
+            "has_semantic": torch.where(future, others["has_semantic"], known),
         },
         "told_late": batch | late,
     }
@@ -237,6 +239,15 @@ def told_strip(report: ToldReport, clips: int = 4, zoom: int = 0) -> Frames:
             lines.append(np.concatenate([strip[:, :cut], gap, strip[:, cut:]], axis=1))
         lines.append(np.full((4 * edge, lines[-1].shape[1], 3), 255, np.uint8))
     return np.concatenate(lines[:-1], axis=0)
+
+
+def _of_another_video(video_N: Tensor) -> Tensor:
+    """For each clip the nearest one before it, in a circle, that is of another video, (N,)."""
+    found, numbers = [], video_N.tolist()
+    for clip, number in enumerate(numbers):
+        before = (clip - step for step in range(1, len(numbers)))
+        found.append(next(i % len(numbers) for i in before if numbers[i] != number))
+    return torch.tensor(found, device=video_N.device)
 
 
 def _dream(world_model: WorldModel, batch: Batch, seen: int, seed: int) -> Tensor:

@@ -22,12 +22,13 @@ from mapo_lightning.types import Batch, ConfigError
 
 WORDS, ACTIONS, WIDTH = 12, 3, 8
 IMAGE = ImageConfig(channels=[4, 8, 16], layers=1)
+CNN = ImageConfig(kind="cnn", channels=[4])
 DYNAMICS = RSSMConfig(deter=6, hidden=7, stoch=4, classes=5)
 
 
-def build(kind: str, controls: bool, **words: object) -> ActionSource:
+def build(kind: str, controls: bool, image: ImageConfig = IMAGE, **words: object) -> ActionSource:
     cfg = SourceConfig(kind=kind, width=WIDTH, **words)
-    return build_action_source(cfg, IMAGE, 7, WORDS, ACTIONS if controls else None)
+    return build_action_source(cfg, image, 7, WORDS, ACTIONS if controls else None)
 
 
 # Everything that build_action_source can make: a new source adds its line.
@@ -40,6 +41,7 @@ SOURCES: dict[str, tuple[type[ActionSource], Callable[[], ActionSource]]] = {
         lambda: build("semantic", False, position=False),
     ),
     "inverse": (InverseAction, lambda: build("inverse", False)),
+    "inverse, cnn": (InverseAction, lambda: build("inverse", False, CNN)),
     "inverse, controlled": (EnvAction, lambda: build("inverse", True)),
 }
 # What of a batch each of them reads, apart from the shape that is_first gives.

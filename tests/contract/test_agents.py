@@ -25,13 +25,13 @@ Pair = Callable[[], tuple[nn.Module, nn.Module]]
 
 
 def dreamer() -> tuple[nn.Module, nn.Module]:
-    world = rssm_world("method=mapo")
+    world = rssm_world("mapo")
     cfg = AgentConfig(horizon=3, target_every=2, explore_noise=0.5)
     return world, DreamerAgent(cfg, world, ACTIONS, 1, 8)  # type: ignore[arg-type]
 
 
 def planner() -> tuple[nn.Module, nn.Module]:
-    world = rssm_world("method=prelar")
+    world = rssm_world("prelar")
     return world, RandomShooting(world, ACTIONS)  # type: ignore[arg-type]
 
 
@@ -61,7 +61,7 @@ def train(module: FinetuneModule, updates: int) -> None:
     for made in range(updates):
         if made:
             module.agent.after_update(made)
-        total, _ = module.losses(experience())
+        total, _ = module.losses(experience(module.world_model))
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -71,7 +71,7 @@ def train(module: FinetuneModule, updates: int) -> None:
 @pytest.mark.parametrize("explore", [False, True])
 def test_actions_have_their_shape_and_range(pair: Pair, explore: bool) -> None:
     module = module_of(pair)
-    belief = module.world_model.observe(experience()).at(6).detach()
+    belief = module.world_model.observe(experience(module.world_model)).at(6).detach()
     action = module.agent.act(belief, explore)
     assert action.shape == (2, module.agent.action_dim)
     assert float(action.detach().abs().max()) <= 1.0
@@ -80,7 +80,10 @@ def test_actions_have_their_shape_and_range(pair: Pair, explore: bool) -> None:
 @pytest.mark.parametrize("pair", PAIRS)
 def test_an_agent_acts_in_environments_step_after_step(pair: Pair) -> None:
     module = module_of(pair)
-    act, batch = ActingPolicy(module.world_model, module.agent, explore=True), experience()
+    act, batch = (
+        ActingPolicy(module.world_model, module.agent, True),
+        experience(module.world_model),
+    )
     for t in range(3):
         step = {k: v[:, t].numpy() for k, v in batch.items() if k not in ("action", "reward")}
         assert act(step).shape == (2, ACTIONS)
@@ -129,7 +132,7 @@ def test_optimisers_of_its_own_keep_their_moments_and_paces() -> None:
 
 def test_exploration_noise_is_added_while_exploring_only() -> None:
     module = module_of(dreamer)
-    belief = module.world_model.observe(experience()).at(6).detach()
+    belief = module.world_model.observe(experience(module.world_model)).at(6).detach()
     agent = module.agent
     assert isinstance(agent, DreamerAgent)
     assert torch.equal(agent.act(belief, False), agent.policy(belief.feat).mode())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from networks import NETWORKS, image
 from torch import Tensor, nn
 
 from mapo_lightning.config.compose import compose
 from mapo_lightning.models.agents.dreamer import DreamerAgent
 from mapo_lightning.models.agents.settings import AgentConfig
 from mapo_lightning.models.interfaces import Belief, DifferentiableWorldModel, WorldModel
+from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.run.build import build_finetune
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import semantic_dim
@@ -20,23 +23,26 @@ from mapo_lightning.types import Batch, ConfigError
 from tests.contract.throwaways import CopyLastFrame
 
 CONF = Path(__file__).parents[2] / "conf"
-SMALL = ["size=tiny", "world_model.image.channels=[4,8,16]", "world_model.image.layers=1"]
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-WORDS = [(f"method={m}",) for m in METHODS]
-WORDS += [(f"method={m}", "world_model.recurrence=plain") for m in ("mapo", "prelar")]
 ACTIONS = 3
 
 
-def rssm_world(*words: str) -> nn.Module:
-    cfg = compose([*words, "env=toy", *SMALL], RunConfig, CONF).config
+def rssm_world(method: str, networks: str = "tiny", *words: str) -> nn.Module:
+    chosen = [f"method={method}", "env=toy", image(networks, method), *words]
+    cfg = compose(chosen, RunConfig, CONF).config
     world_model = build_finetune(cfg, ACTIONS, None)[0].world_model
     assert isinstance(world_model, nn.Module)
     return world_model
 
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
-    " ".join(words): (lambda words=words: rssm_world(*words))  # type: ignore[misc]
-    for words in WORDS
+    f"{method} {networks}": partial(rssm_world, method, networks)
+    for method in METHODS
+    for networks in NETWORKS
+}
+MAKERS |= {
+    f"{method} plain": partial(rssm_world, method, "tiny", "world_model.recurrence=plain")
+    for method in ("mapo", "prelar")
 }
 MAKERS["copy last frame"] = CopyLastFrame
 
@@ -47,13 +53,20 @@ def world(request: pytest.FixtureRequest) -> nn.Module:
     return MAKERS[request.param]()
 
 
-def experience(batch: int = 2, time: int = 7) -> Batch:
+def side_of(world: nn.Module) -> int:
+    """Side of the frames that a world model was made for; one of another kind takes any."""
+    return world.cfg.image.size if isinstance(world, RSSMWorldModel) else 64
+
+
+def experience(world: nn.Module, batch: int = 2, time: int = 7) -> Batch:
+    """Random experience, in frames of the side that the world model takes."""
     torch.manual_seed(1)
+    side = side_of(world)
     first = torch.zeros(batch, time, dtype=torch.bool)
     first[:, 0] = True
     width = semantic_dim(compose(["env=toy"], RunConfig, CONF).config.vlm)
     return {
-        "obs": torch.randint(0, 256, (batch, time, 64, 64, 3), dtype=torch.uint8),
+        "obs": torch.randint(0, 256, (batch, time, side, side, 3), dtype=torch.uint8),
         "semantic": torch.randn(batch, time, width),
         "has_semantic": torch.rand(batch, time) < 0.7,
         "position": torch.arange(time).expand(batch, time),
@@ -71,7 +84,7 @@ def modes(module: nn.Module) -> list[bool]:
 @pytest.mark.slow
 def test_a_belief_is_sliced_merged_and_repeated(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
-    belief = world.observe(experience())
+    belief = world.observe(experience(world))
     assert isinstance(belief, Belief)
     assert belief.feat.shape == (2, 7, world.feat_dim)
     assert torch.equal(belief.at(3).feat, belief.feat[:, 3])
@@ -82,7 +95,7 @@ def test_a_belief_is_sliced_merged_and_repeated(world: nn.Module) -> None:
 
 def test_following_goes_on_from_a_belief(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
-    batch = experience()
+    batch = experience(world)
     tail = {key: value[:, 4:] for key, value in batch.items()}
     with world.evaluating():
         head = world.observe({key: value[:, :4] for key, value in batch.items()})
@@ -91,7 +104,7 @@ def test_following_goes_on_from_a_belief(world: nn.Module) -> None:
 
 def test_the_loss_trains_parameters_and_starts_dreams(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
-    fit = world.loss(experience())
+    fit = world.loss(experience(world))
     assert torch.isfinite(fit.total)
     assert not any(value.requires_grad for value in fit.log.values())
     fit.total.backward()
@@ -101,7 +114,7 @@ def test_the_loss_trains_parameters_and_starts_dreams(world: nn.Module) -> None:
 
 def test_a_dream_has_one_more_state_than_actions_and_no_gradients(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
-    start = world.observe(experience()).at(6)
+    start = world.observe(experience(world)).at(6)
     asked: list[int] = []
 
     def policy(i: int, belief: Belief) -> Tensor:
@@ -123,7 +136,7 @@ def test_a_dream_has_one_more_state_than_actions_and_no_gradients(world: nn.Modu
 
 def test_a_dream_repeats_with_its_random_numbers(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
-    start = world.observe(experience()).at(6).detach()
+    start = world.observe(experience(world)).at(6).detach()
     found = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -134,10 +147,10 @@ def test_a_dream_repeats_with_its_random_numbers(world: nn.Module) -> None:
 def test_an_open_loop_video_leaves_every_mode_as_it_was(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
     world.train()
-    before = modes(world)
+    before, batch = modes(world), experience(world)
     state = {key: value.clone() for key, value in world.state_dict().items()}
-    frames = world.open_loop(experience(), seen=3)
-    assert frames.shape == (2, 7, 64, 64, 3)
+    frames = world.open_loop(batch, seen=3)
+    assert frames.shape == batch["obs"].shape
     assert 0.0 <= float(frames.min()) <= float(frames.max()) <= 1.0
     assert modes(world) == before
     assert all(torch.equal(value, state[key]) for key, value in world.state_dict().items())
@@ -148,7 +161,7 @@ def test_acting_leaves_modes_and_statistics_as_they_were(world: nn.Module) -> No
     world.train()
     before, state = modes(world), {k: v.clone() for k, v in world.state_dict().items()}
     with world.evaluating(), torch.no_grad():
-        world.observe(experience(time=1))
+        world.observe(experience(world, time=1))
     assert modes(world) == before
     assert all(torch.equal(value, state[key]) for key, value in world.state_dict().items())
 
@@ -170,15 +183,16 @@ def test_gradients_reach_the_actions_or_the_agent_that_needs_them_is_refused(kin
         with pytest.raises(ConfigError, match="gradients through dreams, which CopyLastFrame"):
             DreamerAgent(AgentConfig(), world, ACTIONS, 1, 4)
         return
-    start = world.observe(experience()).at(6).detach()
+    start = world.observe(experience(world)).at(6).detach()
     push = torch.zeros(2, ACTIONS, requires_grad=True)
     dream = world.imagine_with_gradients(start, lambda feat: push, 3)
     (grad,) = torch.autograd.grad(dream.reward.square().sum(), push)
     assert bool((grad != 0).any(dim=1).all())
 
 
-def test_convolutions_keep_their_weights_as_frames_are_kept() -> None:
+@pytest.mark.parametrize("networks", NETWORKS)
+def test_convolutions_keep_their_weights_as_frames_are_kept(networks: str) -> None:
     """Channels last: any other order costs a copy per layer, and nobody would see it."""
-    weights = [p for p in rssm_world("method=mapo").parameters() if p.ndim == 4]
+    weights = [p for p in rssm_world("mapo", networks).parameters() if p.ndim == 4]
     assert weights
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)

@@ -22,8 +22,8 @@ class FrameBelief(NamedTuple):
     @property
     def feat(self) -> Tensor:
         lead = self.frame.shape[:-3]
-        small = F.avg_pool2d(
-            self.frame.reshape(-1, *self.frame.shape[-3:]).movedim(-1, 1) / 255, 16
+        small = F.adaptive_avg_pool2d(
+            self.frame.reshape(-1, *self.frame.shape[-3:]).movedim(-1, 1) / 255, 4
         )
         return small.reshape(*lead, -1)
 

@@ -10,7 +10,7 @@ from program import SMALL, train
 
 from mapo_lightning.training.checkpoint import read_checkpoint
 
-GYM = [*SMALL, "env=gym", "size=tiny", "world_model.image.channels=[4,8,16]"]
+GYM = [*SMALL, "env=gym", "size=tiny"]
 
 
 def test_the_example_of_the_readme_trains_to_its_end(tmp_path: Path) -> None:

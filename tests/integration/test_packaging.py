@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 PROGRAMS = ("mapo-train", "mapo-gallery", "mapo-labels", "mapo-quality", "mapo-doctor")
 TINY = [
-    "trainer=debug", "env=toy", "world_model.image.channels=[4,8,16]", "tracking.enabled=true",
+    "trainer=debug", "env=toy", "world_model.image.channels=[4]", "tracking.enabled=true",
     "run_dir=run",
 ]  # fmt: skip
 BUILD_SDIST = "import sys, setuptools.build_meta as build; build.build_sdist(sys.argv[1])"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from miniatures import write_ssv2
+from networks import image
 from program import ROOT, SMALL, TRAIN, end, start, train
 
 from mapo_lightning.training.checkpoint import read_checkpoint
@@ -61,7 +62,7 @@ def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path:
     expected = {
         "train/image", "train/kl_lower", "train/kl_upper", "train/commitment", "train/reward",
         "train/actor", "train/critic", "val/image", "codebook/perplexity_8",
-        "codebook/perplexity_16", "env_frames",
+        "env_frames", "told/told_1", "told/untold_5", "told/mistold_15", "told/copy_1",
         "eval/return", "eval/return_random", "eval/success", "vlm/asked", "vlm/null_rate",
         "grad_norm/lower", "grad_norm/actor", "rollout/psnr_1", "rollout/ssim_5",
         "vlm/rejected", "labels/skipped", "labels/still_null",
@@ -76,6 +77,11 @@ def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path:
     assert any(name.endswith(".png") for name in artifacts)
     (page,) = (tmp_path / "runs/artifacts").rglob("pages/labels/*.html")
     assert page.read_text().count("<article") == 4
+    (table,) = (tmp_path / "runs/artifacts").rglob("tables/told/*.csv")
+    assert table.read_text().startswith("dream,frames_ahead,mean,low,high")
+    report = (tmp_path / "run/pretrain/told.md").read_text()
+    assert "| untold - told |" in report
+    assert (tmp_path / "run/pretrain/told.png").is_file()
     (table,) = (tmp_path / "runs/artifacts").rglob("tables/label_quality/*.csv")
     assert table.read_text().startswith("describer,windows,without an answer,null,")
 
@@ -152,7 +158,7 @@ def test_two_ranks_end_with_the_same_codebook(toy_videos: Path, tmp_path: Path) 
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS.replace("CONF", repr(str(ROOT / "conf"))))
     words = [*with_videos(toy_videos), "trainer.devices=2", "trainer.strategy=ddp"]
-    train(tmp_path, *words, script=str(script))
+    train(tmp_path, *words, image("published"), script=str(script))  # with batch norms
     first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
 
@@ -226,7 +232,7 @@ def test_a_pretrained_checkpoint_resumes_and_is_refused_where_it_does_not_fit(
     # Six updates in all: Adam's moments went on where the four of the first run ended.
     assert {int(moments["step"]) for moments in state.values()} == {6}
     assert content["global_step"] == 6
-    key = "world_model.encoder.convin.weight"
+    key = "world_model.encoder.layers.0.weight"
     moved = (content["state_dict"][key] - before["state_dict"][key]).abs().max()
     assert 0.0 < float(moved) < 0.01  # two updates of 0.001
     broken = tmp_path / "broken.ckpt"

@@ -21,7 +21,8 @@ from mapo_lightning.training.checkpoint import write_checkpoint
 from mapo_lightning.types import CheckpointError, ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
-SMALL = ["env=toy", "world_model.image.channels=[4,8,16]", "evaluate.num_envs=1"]
+SMALL = ["env=toy", "world_model.image.channels=[4]", "evaluate.num_envs=1"]
+SIDE = compose(SMALL, RunConfig, CONF).config.env.size
 
 
 def save(path: Path, *words: str) -> RunConfig:
@@ -72,9 +73,10 @@ def test_an_episode_goes_as_in_evaluation(words: tuple[str, ...], tmp_path: Path
 
 @pytest.mark.slow
 def test_phrases_change_what_it_does(saved: Path) -> None:
-    frames = np.stack([np.full((64, 64, 3), 20, np.uint8)] * 12)
+    frames = np.stack([np.full((SIDE, SIDE, 3), 20, np.uint8)] * 12)
     for time, frame in enumerate(frames):  # a disc that moves to the right
-        frame[20:40, 4 * time : 4 * time + 16] = 220
+        left = time * SIDE // 16
+        frame[SIDE // 4 : SIDE * 5 // 8, left : left + SIDE // 4] = 220
 
     def actions(describe: bool) -> list[list[float]]:
         agent = mapo_lightning.load_agent(saved, describe=describe)
@@ -88,7 +90,7 @@ def test_phrases_change_what_it_does(saved: Path) -> None:
 
 def test_environments_side_by_side_begin_when_they_say_so(saved: Path) -> None:
     agent = mapo_lightning.load_agent(saved)
-    frames = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), np.uint8)
+    frames = np.random.default_rng(0).integers(0, 255, (3, SIDE, SIDE, 3), np.uint8)
     assert agent.act(frames).shape == (3, 2)
     assert agent.act(frames, is_first=np.array([False, True, False])).shape == (3, 2)
     with pytest.raises(ObservationError, match=r"2 environments after 3; call reset\(\)"):
@@ -102,12 +104,15 @@ def test_environments_side_by_side_begin_when_they_say_so(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("obs", "sentence"),
     [
-        (np.zeros((64, 64, 3), np.float32), "uint8 in .0, 255., got float32"),
+        (np.zeros((SIDE, SIDE, 3), np.float32), "uint8 in .0, 255., got float32"),
         ([[0]], "a numpy array of uint8"),
-        (np.zeros((3, 64, 64), np.uint8), r"\(64, 64, 3\) or \(N, 64, 64, 3\), got \(3, 64, 64\)"),
+        (
+            np.zeros((3, SIDE, SIDE), np.uint8),
+            rf"\({SIDE}, {SIDE}, 3\) or \(N, {SIDE}, {SIDE}, 3\), got \(3, {SIDE}, {SIDE}\)",
+        ),
         (np.zeros((84, 84, 3), np.uint8), r"got \(84, 84, 3\)"),
-        (np.zeros((64, 64), np.uint8), r"got \(64, 64\)"),
-        (np.zeros((0, 64, 64, 3), np.uint8), r"got \(0, 64, 64, 3\)"),
+        (np.zeros((SIDE, SIDE), np.uint8), rf"got \({SIDE}, {SIDE}\)"),
+        (np.zeros((0, SIDE, SIDE, 3), np.uint8), rf"got \(0, {SIDE}, {SIDE}, 3\)"),
     ],
 )
 def test_other_observations_are_refused(obs: object, sentence: str, saved: Path) -> None:
@@ -119,7 +124,7 @@ def test_other_observations_are_refused(obs: object, sentence: str, saved: Path)
 def test_the_describers_frames_are_asked_for(tmp_path: Path) -> None:
     save(tmp_path / "a.ckpt", "vlm.collect.size=96")
     agent = mapo_lightning.load_agent(tmp_path / "a.ckpt")
-    frame = np.zeros((64, 64, 3), np.uint8)
+    frame = np.zeros((SIDE, SIDE, 3), np.uint8)
     with pytest.raises(ObservationError, match="shown frames of 96 pixels: give them as label_obs"):
         agent.act(frame)
     silent = mapo_lightning.load_agent(tmp_path / "a.ckpt", describe=False)

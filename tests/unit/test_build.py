@@ -18,7 +18,7 @@ def test_the_describer_gets_pictures_of_the_size_it_wants(tmp_path: Path) -> Non
     stage = build_collection(cfg, tmp_path / "replay", rank=0)
     spaces = stage.collector.envs.single_observation_space
     assert {name: space.shape for name, space in spaces.items()} == {  # type: ignore[attr-defined]
-        "image": (64, 64, 3),
+        "image": (cfg.env.size, cfg.env.size, 3),
         "label_image": (96, 96, 3),
     }
     stage.collector.envs.close()

@@ -20,9 +20,7 @@ PARTS = ["encoder", "context", "source", "lower", "decoder"]
 
 
 def configured(*words: str) -> RunConfig:
-    return compose(
-        ["env=toy", "world_model.image.channels=[4,8,16]", *words], RunConfig, CONF
-    ).config
+    return compose(["env=toy", "world_model.image.channels=[4]", *words], RunConfig, CONF).config
 
 
 def pretrained(*words: str) -> dict[str, Any]:
@@ -59,6 +57,7 @@ def test_parts_that_are_not_asked_for_stay_fresh() -> None:
     ("words", "sentence"),
     [
         (["world_model.lower.deter=64"], r"is \(.*\) in the checkpoint and \(.*\) in the model"),
+        (["world_model.image.size=64"], r"the checkpoint has no 'encoder\.layers\.3\.weight'"),
         (["method=contextwm"], r"the model has no|in the checkpoint and"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.measures import CONF, batch_of
+from benchmarks.measures import CONF, RESIDUAL, batch_of
 from callbacks.codebook import CodebookUpdate
 from mapo_lightning.config.compose import compose
 from mapo_lightning.run.build import build_finetune, build_pretrain
@@ -104,6 +104,7 @@ def trained(
     """A trained module, what was logged at every second update, and its trainer."""
     torch.manual_seed(0)
     words = ["env=toy", "finetune.hold_actor=4", "agent.target_every=2", "agent.horizon=4"]
+    words += RESIDUAL.split()  # batch norms move their statistics in what is recorded
     cfg = compose(words, RunConfig, CONF).config
     module: TrainedModule
     module = build_pretrain(cfg) if stage == "pretrain" else build_finetune(cfg, 2, None)[0]

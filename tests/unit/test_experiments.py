@@ -16,6 +16,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from networks import image
 from torch.utils.data import DataLoader, IterableDataset
 
 from callbacks.codebook import CodebookUpdate
@@ -143,6 +144,7 @@ class Synthetic(IterableDataset[Batch]):
 
     def __init__(self, cfg: RunConfig, action_dim: int) -> None:
         self.width, self.action_dim = semantic_dim(cfg.vlm), action_dim
+        self.side = cfg.env.size
 
     def __iter__(self) -> Iterator[Batch]:
         shape = (2, 6)
@@ -150,7 +152,7 @@ class Synthetic(IterableDataset[Batch]):
         first[:, 0] = True
         while True:
             yield {
-                "obs": torch.randint(0, 256, (*shape, 64, 64, 3), dtype=torch.uint8),
+                "obs": torch.randint(0, 256, (*shape, self.side, self.side, 3), dtype=torch.uint8),
                 "semantic": torch.randn(*shape, self.width),
                 "has_semantic": torch.rand(shape) < 0.7,
                 "position": torch.arange(6).expand(shape),
@@ -187,7 +189,7 @@ PAIRS = {(m, "dmc" if t in DMC else "metaworld"): n for n, t, m, _ in cells()}
 @pytest.mark.parametrize(("method", "suite"), PAIRS)
 def test_every_method_of_the_experiments_takes_two_updates(method: str, suite: str) -> None:
     torch.manual_seed(0)
-    words = ["data=folder", "size=tiny", "trainer=cpu", "world_model.image.channels=[4,8,16]"]
+    words = ["data=folder", "size=tiny", "trainer=cpu", image("published", method)]
     cfg = configured(f"experiment={PAIRS[method, suite]}", *words, "world_model.bonus.neighbours=4")
     module, _ = build_finetune(cfg, 4, None)
     two_updates(module, cfg)

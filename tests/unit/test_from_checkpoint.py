@@ -36,7 +36,7 @@ def test_evaluation_takes_the_agent_from_the_checkpoint_and_the_rest_from_here(r
     cfg = configure(words, CONF).config
     assert (cfg.stage, cfg.method, cfg.seed) == ("evaluate", "contextwm", 5)
     assert cfg.world_model.context.kind == "features"
-    assert cfg.world_model.image.channels == [4, 8, 16]
+    assert cfg.world_model.image.channels == [4]
     assert (cfg.env.kind, cfg.env.num_envs, cfg.finetune.chunk_length) == ("toy", 2, 16)
     assert (cfg.trainer.devices, cfg.trainer.capture, cfg.trainer.threads) == (1, False, 3)
     assert (cfg.run_dir, cfg.init_from, cfg.resume) == ("", None, None)
@@ -181,7 +181,11 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(run: Path) -> None:
         (["stage=evaluate", "checkpoint=cut.ckpt"], "cut.ckpt' is damaged"),
         (["stage=evaluate", "checkpoint=pre.ckpt"], "a pre-training checkpoint"),
         (["stage=evaluate", "checkpoint=RUN/last.ckpt", "method=mapo"], "method=contextwm and"),
-        (["stage=evaluate", "checkpoint=RUN/last.ckpt", "size=paper"], "leave out method=, size="),
+        (["stage=evaluate", "checkpoint=RUN/last.ckpt", "size=paper"], "leave out size= too"),
+        (
+            ["stage=evaluate", "checkpoint=RUN/last.ckpt", "world_model.upper.deter=8"],
+            "leave out method=, size=",
+        ),
         (["stage=evaluate", "checkpoint=RUN/last.ckpt", "trainer.accelerator=gpu"], "no GPU"),
         (["resume=nothing.ckpt"], "no checkpoint at 'nothing.ckpt'"),
         (["resume=empty"], "the folder 'empty' holds no checkpoint"),

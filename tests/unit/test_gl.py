@@ -142,6 +142,30 @@ def test_a_ball_is_drawn_upright_where_project_says(camera: str) -> None:
     assert image[90, 48, 2] > image[5, 48, 2], "the floor is below"
 
 
+@pytest.mark.parametrize("camera", ["upright", "hanging"])
+@pytest.mark.parametrize(("size", "times"), [(32, 2), (16, 4)])
+def test_a_small_picture_is_the_mean_of_one_of_64_pixels(
+    camera: str, size: int, times: int
+) -> None:
+    prepare_gl()
+    import mujoco
+
+    model = mujoco.MjModel.from_xml_string(SCENE)
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    view = OffscreenCamera(model, camera, "fast")
+    small, large = view.frame(data, size), view.frame(data, 64)
+    (at,) = view.project(data, data.xipos[1:], size)
+    view.close()
+    assert (small.shape, small.dtype) == ((size, size, 3), np.uint8)
+    assert large.shape == (64, 64, 3)
+    means = large.reshape(size, times, size, times, 3).mean(axis=(1, 3))
+    np.testing.assert_array_equal(small, means.round())
+    red = (small[..., 0] > 60) & (small[..., 2] < 40)
+    down, right = np.argwhere(red).mean(axis=0) + 0.5
+    np.testing.assert_allclose([right, down], at, atol=1.0)
+
+
 def test_an_unknown_camera_names_the_known_ones() -> None:
     prepare_gl()
     import mujoco

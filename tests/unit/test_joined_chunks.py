@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import NETWORKS, image
 from replay_entries import entry, make
 
 from mapo_lightning.config.compose import compose
@@ -30,29 +31,29 @@ from mapo_lightning.types import Batch
 
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-SMALL = ["size=tiny", "world_model.image.channels=[4,8,16]", "world_model.image.layers=1"]
 BONUS = ["world_model.bonus.beta=1.0", "world_model.bonus.queue=64"]
 JOIN = 4
 """Entries of the first episode of `experience`; six of the second follow."""
 
 
-def finetuning(method: str) -> tuple[FinetuneModule, int]:
-    """A small module of a method, with all its heads, and the width of its phrases."""
-    words = [f"method={method}", "env=gym", "env.name=any", *SMALL]
+def finetuning(method: str, networks: str) -> tuple[FinetuneModule, Batch]:
+    """A small module of a method, with all its heads, and experience for it."""
+    words = [f"method={method}", "env=gym", "env.name=any", image(networks, method)]
     words += BONUS if method != "dreamerv2" else []
     cfg = compose(words, RunConfig, CONF).config
+    batch = experience(semantic_dim(cfg.vlm), cfg.env.size)
     torch.manual_seed(0)
-    return build_finetune(cfg, 3, None)[0], semantic_dim(cfg.vlm)
+    return build_finetune(cfg, 3, None)[0], batch
 
 
-def experience(width: int) -> Batch:
+def experience(width: int, side: int) -> Batch:
     torch.manual_seed(1)
     first = torch.zeros(2, 10, dtype=torch.bool)
     first[:, 0] = first[:, JOIN] = True
     terminal = torch.zeros(2, 10, dtype=torch.bool)
     terminal[:, JOIN - 1] = True
     return {
-        "obs": torch.randint(0, 256, (2, 10, 64, 64, 3), dtype=torch.uint8),
+        "obs": torch.randint(0, 256, (2, 10, side, side, 3), dtype=torch.uint8),
         "semantic": torch.randn(2, 10, width),
         "has_semantic": torch.rand(2, 10) < 0.7,
         "position": torch.arange(10).expand(2, 10) % JOIN,
@@ -64,11 +65,11 @@ def experience(width: int) -> Batch:
     }
 
 
+@pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_no_belief_reaches_into_the_next_episode(method: str) -> None:
-    module, width = finetuning(method)
+def test_no_belief_reaches_into_the_next_episode(method: str, networks: str) -> None:
+    module, batch = finetuning(method, networks)
     world = module.world_model.eval()
-    batch = experience(width)
     other = {key: value.clone() for key, value in batch.items()}
     other["obs"][:, :JOIN] = 255 - other["obs"][:, :JOIN]
     for key in ("semantic", "action"):
@@ -84,10 +85,10 @@ def test_no_belief_reaches_into_the_next_episode(method: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_from_joined_chunks(method: str) -> None:
-    module, width = finetuning(method)
-    batch = experience(width)
+def test_every_method_learns_from_joined_chunks(method: str, networks: str) -> None:
+    module, batch = finetuning(method, networks)
     total, log = module.losses(batch)
     total.backward()
     assert all(bool(torch.isfinite(value).all()) for value in log.values()), log
@@ -117,13 +118,20 @@ SIX = [(0, 0, 3), (0, 3, 7), (0, 7, 8), (1, 0, 1), (1, 1, 8), (2, 0, 8)]
 """Row, first and end of each episode in `EPISODE`."""
 
 
+SMALL = {
+    "resnet": ImageConfig(channels=[4, 8, 16], layers=1),
+    "cnn": ImageConfig(kind="cnn", size=32, channels=[4]),
+}
+
+
+@pytest.mark.parametrize("networks", SMALL)
 @pytest.mark.parametrize("kind", ["features", "quantized"])
-def test_each_episode_is_drawn_in_its_own_scene(kind: str) -> None:
+def test_each_episode_is_drawn_in_its_own_scene(kind: str, networks: str) -> None:
     """The context of every frame comes from a frame of the same episode."""
     torch.manual_seed(0)
-    image = ImageConfig(channels=[4, 8, 16], layers=1)
-    context = FrameContext(ContextConfig(kind=kind, frame="first"), image).eval()  # type: ignore[arg-type]
-    obs = torch.randint(0, 256, (3, 8, 64, 64, 3), dtype=torch.uint8)
+    cfg = SMALL[networks]
+    context = FrameContext(ContextConfig(kind=kind, frame="first"), cfg).eval()  # type: ignore[arg-type]
+    obs = torch.randint(0, 256, (3, 8, cfg.size, cfg.size, 3), dtype=torch.uint8)
     found = context(obs, EPISODE)
     for row, first, end in SIX:
         alone = context(obs[row : row + 1, first:end])
@@ -136,7 +144,7 @@ def test_each_episode_is_drawn_in_its_own_scene(kind: str) -> None:
 def test_the_frame_of_an_episode_is_any_of_its_own_equally_often(frame: str) -> None:
     context = FrameContext(
         ContextConfig(kind="features", frame=frame),  # type: ignore[arg-type]
-        ImageConfig(channels=[4, 8, 16], layers=1),
+        SMALL["cnn"],
     )
     torch.manual_seed(0)
     drawn = torch.stack([context._pick_of_each(EPISODE)[0] for _ in range(2000)])
@@ -170,9 +178,9 @@ def test_what_lies_between_two_episodes_is_no_inferred_action(kind: str) -> None
     """PreLAR's terms do not change with the last frame before a join, paired with the first."""
     torch.manual_seed(0)
     cfg = SourceConfig(kind="inverse", width=3, sampled=False, consistency=kind)  # type: ignore[arg-type]
-    source = InverseAction(ImageConfig(channels=[4, 8, 16], layers=1), cfg, 8).eval()
+    source = InverseAction(SMALL["cnn"], cfg, 8).eval()
     rssm = RSSM(RSSMConfig(deter=8, hidden=8, stoch=3, classes=4), 3, 5)
-    batch = experience(1)
+    batch = experience(1, SMALL["cnn"].size)
     driven = source(batch)
     assert driven.latent is not None
     post, prior = rssm.observe(driven.action, torch.randn(2, 10, 5), batch["is_first"])

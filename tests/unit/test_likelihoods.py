@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import NETWORKS, image
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
@@ -18,14 +19,14 @@ from mapo_lightning.run.config import RunConfig
 from mapo_lightning.types import Batch
 
 CONF = Path(__file__).parents[2] / "conf"
-WORDS = ["world_model.image.channels=[4,8,16]", "world_model.bonus.neighbours=4"]
+WORDS = ["world_model.bonus.neighbours=4"]
 
 
-def experience(action: int = 3, shape: tuple[int, int] = (2, 7)) -> Batch:
+def experience(side: int, action: int = 3, shape: tuple[int, int] = (2, 7)) -> Batch:
     first = torch.zeros(shape, dtype=torch.bool)
     first[:, 0] = True
     return {
-        "obs": torch.randint(0, 256, (*shape, 64, 64, 3), dtype=torch.uint8),
+        "obs": torch.randint(0, 256, (*shape, side, side, 3), dtype=torch.uint8),
         "is_first": first,
         "action": torch.rand(*shape, action) * 2 - 1,
         "reward": torch.randn(shape),
@@ -33,8 +34,9 @@ def experience(action: int = 3, shape: tuple[int, int] = (2, 7)) -> Batch:
     }
 
 
+@pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("method", ["apv", "prelar", "dreamerv2"])
-def test_terms_of_the_loss_against_their_formulas_in_float64(method: str) -> None:
+def test_terms_of_the_loss_against_their_formulas_in_float64(method: str, networks: str) -> None:
     torch.manual_seed(0)
     extra = (
         []
@@ -42,14 +44,16 @@ def test_terms_of_the_loss_against_their_formulas_in_float64(method: str) -> Non
         else ["world_model.aux_reward=true", "finetune.objective.scales.aux_reward=0.5"]
     )
     words = [f"method={method}", "env=dmc/walker_run", "finetune.objective.kl=0.3", *WORDS, *extra]
+    words.append(image(networks, method))
     cfg = compose(words, RunConfig, CONF).config
     model = build_finetune(cfg, 3, None)[0].world_model
-    batch, bonus = experience(), copy.deepcopy(model.bonus)
+    side = cfg.env.size
+    batch, bonus = experience(side), copy.deepcopy(model.bonus)
     fit = model.loss(batch)
     feat = fit.belief.feat.detach()
     terms: dict[str, Tensor] = {}
 
-    mean = model.decoder(feat.flatten(0, 1), NO_CONTEXT.maps).double().view(2, 7, 3, 64, 64)
+    mean = model.decoder(feat.flatten(0, 1), NO_CONTEXT.maps).double().view(2, 7, 3, side, side)
     truth = batch["obs"].permute(0, 1, 4, 2, 3).double() / 255 - 0.5
     terms["image"] = (
         sum(0.5 * (truth[b, t] - mean[b, t]).pow(2).sum() for b in range(2) for t in range(7)) / 14
@@ -80,8 +84,9 @@ def test_terms_of_the_loss_against_their_formulas_in_float64(method: str) -> Non
 def test_kl_terms_are_balanced_and_averaged_before_the_free_nats(free: float) -> None:
     torch.manual_seed(0)
     words = ["method=apv", "env=dmc/walker_run", f"finetune.objective.free_nats={free}", *WORDS]
-    model = build_finetune(compose(words, RunConfig, CONF).config, 3, None)[0].world_model
-    batch = experience()
+    cfg = compose([*words, image("tiny")], RunConfig, CONF).config
+    model = build_finetune(cfg, 3, None)[0].world_model
+    batch = experience(cfg.env.size)
     torch.manual_seed(3)
     log = model.loss(batch).log
     torch.manual_seed(3)

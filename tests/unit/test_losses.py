@@ -225,9 +225,9 @@ def test_the_discount_head_learns_where_episodes_go_on_and_dreams_use_it() -> No
     expected = -torch.where(ends, (1 - p).log(), p.log()).mean()
     assert float(heads.terms(batch, feat, None)["discount"]) == pytest.approx(float(expected))
     scale = ["finetune.objective.scales.discount=1.0"]
-    world = rssm_world("method=mapo", "world_model.discount_head=true", *scale)
+    world = rssm_world("mapo", "tiny", "world_model.discount_head=true", *scale)
     assert isinstance(world, RSSMWorldModel)
-    start = world.observe(experience()).at(6).detach()
+    start = world.observe(experience(world)).at(6).detach()
     for raw, likely in ((3.0, 1 / (1 + math.exp(-3.0))), (-3.0, 1 / (1 + math.exp(3.0)))):
         last = world.heads["discount"][-1]
         torch.nn.init.zeros_(last.weight)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks import NETWORKS
 
 from mapo_lightning.run.build import build_finetune, build_pretrain
-from tests.unit.test_methods import METHODS, configured, synthetic
+from tests.unit.test_methods import METHODS, small, synthetic
 
 pytestmark = pytest.mark.slow
-SMALL = ["size=tiny", "world_model.image.channels=[4,8,16]", "env=toy"]
 
 
 def started(module: torch.nn.Module) -> None:
@@ -23,10 +23,13 @@ def started(module: torch.nn.Module) -> None:
             part._must_start = False
 
 
+@pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("recurrence", ["fused", "plain"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_fine_tuning_step_stays_on_its_device(method: str, recurrence: str) -> None:
-    cfg = configured(f"method={method}", f"world_model.recurrence={recurrence}", *SMALL)
+def test_a_fine_tuning_step_stays_on_its_device(
+    method: str, recurrence: str, networks: str
+) -> None:
+    cfg = small(method, networks, f"world_model.recurrence={recurrence}", "env=toy")
     batch = {key: value.to("meta") for key, value in synthetic(cfg, 2).items()}
     module = build_finetune(cfg, 2, None)[0].to("meta")
     started(module)
@@ -37,9 +40,10 @@ def test_a_fine_tuning_step_stays_on_its_device(method: str, recurrence: str) ->
     assert {p.grad.device.type for p in trained if p.grad is not None} == {"meta"}
 
 
+@pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "dreamerv2"])
-def test_a_pre_training_step_stays_on_its_device(method: str) -> None:
-    cfg = configured(f"method={method}", *SMALL)
+def test_a_pre_training_step_stays_on_its_device(method: str, networks: str) -> None:
+    cfg = small(method, networks, "env=toy")
     batch = {key: value.to("meta") for key, value in synthetic(cfg, 2).items()}
     module = build_pretrain(cfg).to("meta")
     started(module)

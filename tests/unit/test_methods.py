@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import NETWORKS, image
 
 from mapo_lightning.config.compose import compose, load_yaml
 from mapo_lightning.config.groups import Groups
@@ -18,20 +19,25 @@ from mapo_lightning.types import Batch
 CONF = Path(__file__).parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 ENVS = ["toy", "dmc/walker_run", "metaworld/door-open"]
-SMALL = ["world_model.image.channels=[4,8,16]", "world_model.bonus.neighbours=4"]
+SMALL = ["world_model.bonus.neighbours=4"]
 
 
 def configured(*words: str) -> RunConfig:
     return compose(words, RunConfig, CONF).config
 
 
+def small(method: str, networks: str, *words: str) -> RunConfig:
+    """A method with few channels; ``networks`` as in `networks.image`."""
+    return configured(f"method={method}", image(networks, method), *SMALL, *words)
+
+
 def synthetic(cfg: RunConfig, action_dim: int, batch: int = 2, steps: int = 7) -> Batch:
     """Random experience with every key of ``mapo_lightning.types``."""
-    shape = (batch, steps)
+    shape, side = (batch, steps), cfg.env.size
     first = torch.zeros(shape, dtype=torch.bool)
     first[:, 0] = True
     return {
-        "obs": torch.randint(0, 256, (*shape, 64, 64, 3), dtype=torch.uint8),
+        "obs": torch.randint(0, 256, (*shape, side, side, 3), dtype=torch.uint8),
         "semantic": torch.randn(*shape, semantic_dim(cfg.vlm)),
         "has_semantic": torch.rand(shape) < 0.7,
         "position": torch.arange(steps).expand(shape),
@@ -43,11 +49,14 @@ def synthetic(cfg: RunConfig, action_dim: int, batch: int = 2, steps: int = 7) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("env", ENVS)
-def test_fine_tuning_loss_reaches_every_part_it_should(method: str, env: str) -> None:
+def test_fine_tuning_loss_reaches_every_part_it_should(
+    method: str, env: str, networks: str
+) -> None:
     torch.manual_seed(0)
-    cfg = configured(f"method={method}", f"env={env}", *SMALL)
+    cfg = small(method, networks, f"env={env}")
     module, _ = build_finetune(cfg, 4, None)
     total, _ = module.losses(synthetic(cfg, 4))
     assert torch.isfinite(total)
@@ -67,10 +76,11 @@ def test_fine_tuning_loss_reaches_every_part_it_should(method: str, env: str) ->
     assert parts | {"actor", "critic"} == moved
 
 
+@pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "dreamerv2"])
-def test_pre_training_loss_reaches_every_part(method: str) -> None:
+def test_pre_training_loss_reaches_every_part(method: str, networks: str) -> None:
     torch.manual_seed(0)
-    cfg = configured(f"method={method}", *SMALL)
+    cfg = small(method, networks)
     module = build_pretrain(cfg)
     batch = synthetic(cfg, 4)
     for key in ("action", "reward", "is_terminal"):
@@ -84,7 +94,7 @@ def test_pre_training_loss_reaches_every_part(method: str) -> None:
 
 def test_the_actor_loss_leaves_world_model_and_critics_alone() -> None:
     torch.manual_seed(0)
-    cfg = configured("method=mapo", "env=toy", *SMALL)
+    cfg = small("mapo", "tiny", "env=toy")
     module, _ = build_finetune(cfg, 2, None)
     batch = synthetic(cfg, 2)
     fit = module.world_model.loss(batch)
@@ -94,12 +104,13 @@ def test_the_actor_loss_leaves_world_model_and_critics_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_dreams_have_the_shape_of_the_truth(method: str) -> None:
-    cfg = configured(f"method={method}", "env=toy", *SMALL)
+def test_dreams_have_the_shape_of_the_truth(method: str, networks: str) -> None:
+    cfg = small(method, networks, "env=toy")
     module, _ = build_finetune(cfg, 2, None)
     frames = module.world_model.eval().open_loop(synthetic(cfg, 2), seen=3)
-    assert frames.shape == (2, 7, 64, 64, 3)
+    assert frames.shape == (2, 7, cfg.env.size, cfg.env.size, 3)
     assert 0.0 <= float(frames.min()) <= float(frames.max()) <= 1.0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import image
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -26,7 +27,7 @@ from mapo_lightning.training.checkpoint import load_pretrained
 from mapo_lightning.types import Batch, ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
-SMALL = ["world_model.image.channels=[4,8,16]", "world_model.image.layers=1"]
+SMALL = [image("published")]
 
 
 def configured(*words: str) -> RunConfig:

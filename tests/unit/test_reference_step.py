@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.measures import CONF, batch_of
+from benchmarks.measures import CONF, RESIDUAL, batch_of
 from benchmarks.reference_step import ReferenceStep
 from mapo_lightning.config.compose import compose
 from mapo_lightning.models.rssm_world.decoder import CrossAttention
@@ -21,6 +21,7 @@ from mapo_lightning.types import Batch
 
 pytestmark = pytest.mark.slow
 WORDS = ["env=dmc/walker_run", "finetune.batch_size=2", "finetune.chunk_length=8"]
+WORDS += RESIDUAL.split()
 ACTION = 3
 
 

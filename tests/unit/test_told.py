@@ -1,0 +1,218 @@
+"""Told, untold and mistold: the errors of a model whose every frame is known beforehand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mapo_lightning.training.told import (
+    HORIZONS,
+    MOVING,
+    ToldReport,
+    measure_told,
+    told_strip,
+    versions,
+)
+from mapo_lightning.types import Batch
+
+STEPS, SEEN, SIDE = 12, 5, 8
+UNKNOWN = 0.5
+"""By how much the model errs that is not told."""
+BODY = 0.02
+
+
+class Teller:
+    """Draws the truth, too bright by what its phrases say: body and motion, one number each.
+
+    Where nothing moves it is wrong by nine: those pixels must not count.
+    """
+
+    def __init__(self) -> None:
+        self.drawn: list[float] = []
+
+    def open_loop(self, batch: Batch, seen: int) -> Tensor:
+        assert seen == SEEN
+        self.drawn.append(float(torch.rand(())))
+        shift = torch.where(batch["has_semantic"], batch["semantic"].sum(dim=-1), UNKNOWN)
+        frames = batch["obs"] / 255 + shift[..., None, None, None]
+        frames[:, :, SIDE // 2 :] += 9.0
+        return frames
+
+
+def clips(videos: list[int]) -> Batch:
+    """Clips whose upper half flickers, and whose phrases differ from frame to frame."""
+    count = len(videos)
+    rng = np.random.default_rng(0)
+    obs = np.full((count, STEPS, SIDE, SIDE, 3), 90, np.uint8)
+    obs[:, :, : SIDE // 2] = rng.integers(0, 256, (count, STEPS, SIDE // 2, SIDE, 3))
+    obs[:, 0, : SIDE // 2], obs[:, 1, : SIDE // 2] = 0, 255  # every pixel there moves
+    time = torch.arange(STEPS)
+    motion = 0.1 * (torch.arange(count)[:, None] + 1) + 0.01 * time
+    return {
+        "obs": torch.from_numpy(obs),
+        "semantic": torch.stack([torch.full_like(motion, BODY), motion], dim=-1),
+        "has_semantic": torch.ones(count, STEPS, dtype=torch.bool),
+        "position": time.expand(count, STEPS),
+        "video": torch.tensor(videos),
+    }
+
+
+def measured(videos: list[int], **settings: Any) -> ToldReport:
+    picture = torch.full((SIDE, SIDE, 3), 0.25)
+    teller: Any = Teller()
+    batch = clips(videos)
+    report = measure_told(teller, batch, stills(batch), picture, seen=SEEN, **settings)
+    assert len(set(teller.drawn)) == 1  # the same random numbers for every version
+    return report
+
+
+def stills(batch: Batch) -> Tensor:
+    """The clips' own medians stand for those of their videos."""
+    return batch["obs"].float().median(dim=1).values / 255.0
+
+
+def said(clip: int, horizon: int, late: int = 0) -> float:
+    """What the phrase of a frame says of the motion, or that of ``late`` frames before."""
+    return 0.1 * (clip + 1) + 0.01 * (SEEN + horizon - 1 - late)
+
+
+def test_every_dream_has_its_error() -> None:
+    report = measured([0, 1, 2], body=1)
+    assert report.horizons == (1, 5) == HORIZONS[:2]  # the clip ends before the others
+    assert report.seen == SEEN
+    expected = {
+        "told": [[said(n, h) + BODY for h in (1, 5)] for n in range(3)],
+        "untold": [[UNKNOWN] * 2] * 3,
+        "mistold": [[said(n, h) + BODY for h in (1, 5)] for n in (2, 0, 1)],
+        "told_late": [[said(n, h, late=1) + BODY for h in (1, 5)] for n in range(3)],
+        "told_late_bodiless": [[said(n, h, late=1) for h in (1, 5)] for n in range(3)],
+    }
+    for name, shift in expected.items():
+        np.testing.assert_allclose(report.errors[name], np.square(shift), rtol=1e-4)
+        assert report.frames[name].shape == (3, STEPS, SIDE, SIDE, 3)
+    assert "told_late_bodiless" not in measured([0, 1, 2]).errors
+
+
+def test_every_yardstick_has_its_error() -> None:
+    report, batch = measured([0, 1, 2]), clips([0, 1, 2])
+    truth = batch["obs"][:, :, : SIDE // 2].numpy() / 255  # what moves
+    guesses = {
+        "copy": truth[:, SEEN - 1 : SEEN],
+        "still_scene": np.sort(truth, axis=1)[:, (STEPS - 1) // 2, None],  # torch's median
+        "mean_picture": np.full((1, 1, 1, 1, 1), 0.25),
+    }
+    for name, guess in guesses.items():
+        squared = np.square(guess - truth).mean(axis=(2, 3, 4))
+        np.testing.assert_allclose(report.errors[name], squared[:, [SEEN, SEEN + 4]], rtol=1e-4)
+
+
+def test_a_row_is_a_video_and_what_never_moves_is_left_out() -> None:
+    report = measured([7, 3, 7, 3])
+    told = np.square([[said(n, h) + BODY for h in (1, 5)] for n in range(4)])
+    # Videos in the order of their numbers, each the mean of its two clips.
+    wanted = [(told[1] + told[3]) / 2, (told[0] + told[2]) / 2]
+    np.testing.assert_allclose(report.errors["told"], wanted, rtol=1e-4)
+    batch = clips([7, 3, 7, 5])
+    batch["obs"][2:] = 90 + (batch["obs"][2:] > 128) * int(255 * MOVING)  # too little to count
+    teller: Any = Teller()
+    report = measure_told(teller, batch, stills(batch), torch.zeros(SIDE, SIDE, 3), seen=SEEN)
+    np.testing.assert_allclose(report.errors["told"], told[[1, 0]], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("videos", "others"),
+    [([0, 1, 2, 0, 1, 2], [5, 0, 1, 2, 3, 4]), ([0, 1, 0], [1, 0, 1]), ([4, 4, 9], [2, 2, 1])],
+)
+def test_who_is_mistold_hears_of_another_video(videos: list[int], others: list[int]) -> None:
+    report = measured(videos)
+    shift = np.square([[said(n, h) + BODY for h in (1, 5)] for n in others])
+    rows = [shift[np.array(videos) == number].mean(axis=0) for number in sorted(set(videos))]
+    np.testing.assert_allclose(report.errors["mistold"], rows, rtol=1e-4)
+
+
+def test_only_the_future_is_taken_away_or_replaced() -> None:
+    batch = clips([0, 1])
+    del batch["video"]
+    batch["has_semantic"][0, :3] = batch["has_semantic"][1, 8] = False
+    found = versions(batch, SEEN, 1, torch.tensor([1, 0]))
+    known, semantic = batch["has_semantic"], batch["semantic"]
+    assert found["told"] is batch
+    assert torch.equal(found["untold"]["has_semantic"][:, :SEEN], known[:, :SEEN])
+    assert not found["untold"]["has_semantic"][:, SEEN:].any()
+    assert torch.equal(found["untold"]["semantic"], semantic)
+    for key in ("semantic", "has_semantic"):
+        assert torch.equal(found["mistold"][key][:, :SEEN], batch[key][:, :SEEN])
+        assert torch.equal(found["mistold"][key][:, SEEN:], batch[key][[1, 0], SEEN:])
+        assert torch.equal(found["told_late"][key][:, 1:], batch[key][:, :-1])
+        assert not found["told_late"][key][:, 0].any()
+    bodiless = found["told_late_bodiless"]
+    assert not bodiless["semantic"][..., 0].any()
+    assert torch.equal(bodiless["semantic"][..., 1], found["told_late"]["semantic"][..., 1])
+    assert torch.equal(bodiless["has_semantic"], found["told_late"]["has_semantic"])
+    for version in found.values():
+        assert version["obs"] is batch["obs"]
+        assert version["position"] is batch["position"]
+
+
+def test_the_random_numbers_of_the_program_go_on_as_if_nothing_was_dreamt() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(())
+    torch.manual_seed(5)
+    measured([0, 1])
+    assert torch.equal(torch.rand(()), expected)
+
+
+@pytest.mark.parametrize(
+    ("videos", "steps", "found"), [([2, 2, 2], STEPS, "1 and 12"), ([0, 1], SEEN, "2 and 5")]
+)
+def test_one_video_or_no_future_is_refused(videos: list[int], steps: int, found: str) -> None:
+    batch = {k: v[:, :steps] if v.ndim > 1 else v for k, v in clips(videos).items()}
+    sentence = f"two videos and more than 5 frames, got {found}"
+    teller: Any = Teller()
+    with pytest.raises(ValueError, match=sentence):
+        measure_told(teller, batch, stills(batch), torch.zeros(SIDE, SIDE, 3), seen=SEEN)
+
+
+def test_intervals_are_over_videos_and_gains_are_paired() -> None:
+    told = np.array([[0.001], [0.002], [0.006]])
+    errors = {name: told for name in ("mistold", "copy")} | {"told": told, "untold": told + 0.004}
+    report = ToldReport(errors, (5,), {}, SEEN)
+    error = report.at("told", 5)
+    assert error.mean == pytest.approx(3.0)
+    assert 1.0 <= error.low < 2.0 < 4.0 < error.high <= 6.0
+    # Every video costs the same: the gain is certain, though the videos differ.
+    assert report.gain("untold", 5) == pytest.approx((4.0, 4.0, 4.0))
+    assert report.metrics()["told/untold_5"] == pytest.approx(7.0)
+    assert "The phrases lead the dream: untold costs 4.00 [4.00, 4.00]" in report.sentence()
+    assert "| untold - told | 4.00 [4.00, 4.00] |" in report.table()
+    errors["untold"] = told[::-1]
+    assert "do not lead it yet" in report.sentence()
+
+
+@pytest.mark.parametrize(("zoom", "used"), [(0, 8), (3, 3)])
+def test_the_strip_shows_truth_and_dreams_with_coloured_edges(zoom: int, used: int) -> None:
+    report = measured([0, 1, 2])
+    picture = told_strip(report, clips=2, zoom=zoom)
+    edge = used
+    high, wide = SIDE * used + 2 * edge, SIDE * used + edge
+    assert picture.dtype == np.uint8
+    assert picture.shape == (2 * 4 * high + 4 * edge, STEPS * wide + 3 * edge, 3)
+    edges = [(40, 40, 40), (60, 180, 75), (245, 150, 40), (230, 60, 60)]
+    for clip, number in enumerate((0, 2)):  # spread over the three clips
+        for row, (name, colour) in enumerate(
+            zip(("truth", "told", "untold", "mistold"), edges, strict=True)
+        ):
+            top = clip * (4 * high + 4 * edge) + row * high
+            for left in (0, SEEN * wide + 3 * edge):
+                assert picture[top, left].tolist() == list(colour)
+                assert picture[top + high - 1, left].tolist() == list(colour)
+                assert picture[top + edge, left + SIDE * used].tolist() == list(colour)
+            assert (picture[top : top + high, SEEN * wide : SEEN * wide + 3 * edge] == 255).all()
+            last = picture[top + edge : top + edge + SIDE * used, -wide:-edge]
+            frame = (report.frames[name][number, -1].clamp(0, 1) * 255).round().numpy()
+            np.testing.assert_array_equal(last, np.kron(frame, np.ones((used, used, 1))))
+    assert (picture[4 * high : 4 * high + 4 * edge] == 255).all()
