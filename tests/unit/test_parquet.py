@@ -208,7 +208,7 @@ def test_long_and_hostile_words_are_cleaned(videos: Path, tmp_path: Path) -> Non
     pq.write_table(labels.pa.Table.from_pylist(rows, schema=labels._SCHEMA), file)
     labels.import_labels(file, tmp_path / "other")
     (label,) = LabelStore(tmp_path / "other", "r").items().values()
-    assert (len(label.text), len(label.source)) == (256, 256)
+    assert (len(label.text), len(label.source)) == (256, 4096)
     assert label.phrase is not None
     assert len(label.phrase.target) <= 64
     assert "\n" not in label.phrase.target
