@@ -15,6 +15,7 @@ from callbacks.recorder import recorder_of
 from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.training.datamodule import VideoDataModule
 from mapo_lightning.training.told import ToldReport, measure_told, told_strip
+from mapo_lightning.types import MapoError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class ToldUntold(L.Callback):
                 data.mean_picture(),
                 body=data.body_width,
             )
-        except ValueError as error:
+        except (ValueError, MapoError) as error:  # the model is trained, whatever happens here
             log.info("whether the phrases lead the dream was not measured: %s", error)
             return
         if recorder is not None:

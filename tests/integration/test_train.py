@@ -54,7 +54,8 @@ def test_a_second_run_asks_the_describer_nothing(toy_videos: Path, tmp_path: Pat
 
 
 def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path: Path) -> None:
-    train(tmp_path, *with_videos(toy_videos), "tracking.enabled=true", "run_dir=run")
+    words = [*with_videos(toy_videos), "tracking.enabled=true", "run_dir=run"]
+    train(tmp_path, *words, "data.holdout=0.25")  # two videos, so that one can be mistold
     db = sqlite3.connect(tmp_path / "runs/mlflow.db")
     runs = dict(db.execute("select name, status from runs"))
     assert runs == {"run": "FINISHED", "pretrain": "FINISHED", "finetune": "FINISHED"}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from callbacks.told import ToldUntold
 from mapo_lightning.training.told import (
     HORIZONS,
     MOVING,
@@ -17,7 +22,8 @@ from mapo_lightning.training.told import (
     told_strip,
     versions,
 )
-from mapo_lightning.types import Batch
+from mapo_lightning.types import Batch, VideoError
+from tests.contract.throwaways import CopyLastFrame
 
 STEPS, SEEN, SIDE = 12, 5, 8
 UNKNOWN = 0.5
@@ -216,3 +222,54 @@ def test_the_strip_shows_truth_and_dreams_with_coloured_edges(zoom: int, used: i
             frame = (report.frames[name][number, -1].clamp(0, 1) * 255).round().numpy()
             np.testing.assert_array_equal(last, np.kron(frame, np.ones((used, used, 1))))
     assert (picture[4 * high : 4 * high + 4 * edge] == 255).all()
+
+
+def ended(callback: ToldUntold, held_out: Mock, monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Ends a training; returns what the callback recorded with."""
+    recorder = Mock()
+    monkeypatch.setattr("callbacks.told.recorder_of", lambda trainer: recorder)
+    data = SimpleNamespace(
+        held_out_batch=held_out, mean_picture=lambda: torch.zeros(SIDE, SIDE, 3), body_width=1
+    )
+    trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data, global_step=7)
+    module: Any = SimpleNamespace(world_model=CopyLastFrame(), device=torch.device("cpu"))
+    callback.on_train_end(trainer, module)
+    return recorder
+
+
+def test_the_report_of_a_training_is_logged_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback, held_out = ToldUntold(4), Mock(return_value=clips([0, 1, 0, 1]))
+    recorder = ended(callback, held_out, monkeypatch)
+    held_out.assert_called_once_with(4)
+    report = callback.report
+    assert report is not None
+    np.testing.assert_allclose(report.errors["told"], report.errors["copy"], rtol=1e-4)
+    assert recorder.log_metrics.call_args.args[1:] == (report.metrics(), 7)
+    table = recorder.log_table.call_args.args[2]
+    assert len(table) == len(report.errors) * len(report.horizons)
+    assert {k: table[1][k] for k in list(table[1])[:2]} == {"dream": "told", "frames_ahead": 5}
+    assert table[1]["mean"] == pytest.approx(report.at("told", 5).mean, abs=1e-3)
+    callback.save(tmp_path / "pretrain")
+    text = (tmp_path / "pretrain/told.md").read_text()
+    assert text == f"{report.sentence()}\n\n{report.table()}"
+    assert (tmp_path / "pretrain/told.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("error", [ValueError("one video"), VideoError("it is gone")])
+def test_a_trained_model_outlives_what_cannot_be_measured(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    callback = ToldUntold(4)
+    with caplog.at_level(logging.INFO):
+        recorder = ended(callback, Mock(side_effect=error), monkeypatch)
+    assert f"was not measured: {error}" in caplog.text
+    assert recorder.mock_calls == []
+    callback.save(tmp_path / "pretrain")
+    assert (str(callback), list(tmp_path.iterdir())) == ("", [])
+    ended(ToldUntold(0), held_out := Mock(), monkeypatch)
+    held_out.assert_not_called()
