@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,22 +100,23 @@ def render_demo_videos(
         for scene in scenes or default_scenes()
         for clip in range(clips_per_scene)
     ]
-    lock = _locked(Path(root))
-    try:
+    with _locked(Path(root)):
         _render_missing(_Manifest(Path(root)), jobs, processes, progress)
-    finally:
-        lock.release()
     return [job.path for job in jobs]
 
 
-def _locked(root: Path) -> FileLock:
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
     """Let one process at a time render into a folder: the ranks of a job begin together."""
     lock = FileLock(root / ".lock")
     try:
         lock.acquire()
     except OSError as error:
         raise VideoError(f"cannot make the folder '{root}': {error.strerror}") from error
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _render_missing(

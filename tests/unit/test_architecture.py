@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"training", "label_tools"},
     {"callbacks"},
     {"run"},
-    {"doctor", "gallery", "labels", "quality"},  # other ways to type the commands
+    {"doctor", "gallery", "labels", "quality", "told"},  # other ways to type the commands
 ]
 STEPS = {("files", "waiting")}  # on the ground floor: a lock says that it is waited for
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -75,11 +75,11 @@ def test_the_tracker_the_file_and_the_summary_say_the_same(tmp_path: Path) -> No
 
 def test_films_are_enlarged_and_named_by_seed(tmp_path: Path) -> None:
     film = np.random.default_rng(0).integers(0, 255, (7, 16, 16, 3), np.uint8)
-    assert (enlarged(film)[:, 2::4, 1::4] == film).all()
+    assert (enlarged(film)[:, 2::16, 1::16] == film).all()  # to 256 pixels
     evaluation().save_films(tmp_path, [film, film], fps=25)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seed_1000.mp4", "seed_1001.mp4"]
     info = probe_video(tmp_path / "seed_1001.mp4")
-    assert (info.width, info.height, info.frames) == (64, 64, 7)
+    assert (info.width, info.height, info.frames) == (256, 256, 7)
 
 
 def test_baselines_play_without_memory_of_earlier_batches() -> None:
@@ -96,4 +96,4 @@ def test_baselines_play_without_memory_of_earlier_batches() -> None:
     assert first != second  # another batch, other draws
     expected = RandomPolicy(2, 1000)({"is_first": np.ones(1, bool)})[0, 0]
     assert first == pytest.approx(expected)
-    assert drawn[2:] == [0.0, 0.0]
+    assert drawn[2:] == [first, second, 0.0, 0.0]  # the held policy begins with the same draw

@@ -229,7 +229,10 @@ def ended(callback: ToldUntold, held_out: Mock, monkeypatch: pytest.MonkeyPatch)
     recorder = Mock()
     monkeypatch.setattr("callbacks.told.recorder_of", lambda trainer: recorder)
     data = SimpleNamespace(
-        held_out_batch=held_out, mean_picture=lambda: torch.zeros(SIDE, SIDE, 3), body_width=1
+        held_out_batch=held_out,
+        still_scenes=lambda video: stills(clips(video.tolist())),
+        mean_picture=lambda: torch.zeros(SIDE, SIDE, 3),
+        body_width=1,
     )
     trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data, global_step=7)
     module: Any = SimpleNamespace(world_model=CopyLastFrame(), device=torch.device("cpu"))
