@@ -15,7 +15,7 @@ GL_PACKAGES := libegl1 libgl1 libgl1-mesa-dri
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gl demo lint test-fast test ui doctor format clean
+.PHONY: help setup gl demo lint test-fast test test-hard ui doctor format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test-fast: lint ## before a commit: lint, types and the quick tests (under two m
 
 test: lint ## before a pull request: lint, types and all tests, as CI runs them
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
+
+test-hard: setup ## trainings of several seeds that must learn; an hour or more
+	$(PY) -m pytest -n $(WORKERS) -m learning tests/learning
 
 ui: setup ## open the MLflow pages of the runs on 127.0.0.1 (PORT=5000)
 	@test -f runs/mlflow.db || { echo "There are no runs yet: make demo" >&2; exit 1; }
