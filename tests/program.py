@@ -13,6 +13,7 @@ from typing import IO
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "train.py")
+PATIENCE = 900  # seconds after which a program counts as hanging, on a busy machine too
 SMALL = ["trainer=debug", "env=toy", "world_model.image.channels=[4]"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # The folder of a run that another test started in this process.
@@ -42,11 +43,11 @@ def train(folder: Path, *words: str, code: int = 0, script: str = TRAIN) -> str:
     with tempfile.TemporaryFile("w+") as file:
         process = start(folder, script, *words, said=file)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=300)
+            process.wait(timeout=PATIENCE)
         returned = process.poll()
         end(process)
         file.seek(0)
         said = file.read()
-    assert returned is not None, f"it did not end in 300 s: {said}"
+    assert returned is not None, f"it did not end in {PATIENCE} s: {said}"
     assert returned == code, said
     return said
