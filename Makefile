@@ -34,7 +34,7 @@ test-fast: lint ## before a commit: lint, types and the quick tests (under two m
 test: lint ## before a pull request: lint, types and all tests, as CI runs them
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
 
-test-hard: setup ## trainings of several seeds that must learn; an hour or more
+test-hard: setup ## trainings of five seeds that must learn
 	$(PY) -m pytest -n $(WORKERS) -m learning tests/learning
 
 ui: setup ## open the MLflow pages of the runs on 127.0.0.1 (PORT=5000)

@@ -16,11 +16,11 @@ from torchmetrics.functional.image import (
 
 from callbacks.recorder import recorder_of
 from mapo_lightning.models.interfaces import WorldModel
+from mapo_lightning.training.told import HORIZONS
 from mapo_lightning.types import Batch, Frames
 
 log = logging.getLogger(__name__)
 
-HORIZONS = (1, 5, 10, 15)
 _TILE = 128  # pixels: frames are enlarged to about this many
 
 

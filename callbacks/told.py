@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 from PIL import Image
 
 from callbacks.recorder import recorder_of
 from mapo_lightning.models.interfaces import WorldModel
-from mapo_lightning.training.datamodule import VideoDataModule
-from mapo_lightning.training.told import ToldReport, measure_told, told_strip
+from mapo_lightning.training.told import ToldReport, measure_held_out, told_strip
 from mapo_lightning.types import MapoError
 
 log = logging.getLogger(__name__)
@@ -36,20 +34,15 @@ class ToldUntold(L.Callback):
         recorder = recorder_of(trainer)
         if not self.clips or not trainer.is_global_zero:
             return
-        data: VideoDataModule = trainer.datamodule  # type: ignore[attr-defined]
         world_model = pl_module.world_model
         assert isinstance(world_model, WorldModel)
         try:
-            batch = data.held_out_batch(self.clips)
-            self.report = measure_told(
-                world_model,
-                {key: value.to(pl_module.device) for key, value in batch.items()},
-                data.still_scenes(batch["video"]),
-                data.mean_picture(),
-                body=data.body_width,
-            )
-        except (ValueError, MapoError) as error:  # the model is trained, whatever happens here
+            self.report = measure_held_out(world_model, trainer.datamodule, self.clips)  # type: ignore[attr-defined]
+        except ValueError as error:
             log.info("whether the phrases lead the dream was not measured: %s", error)
+            return
+        except MapoError as error:  # the model is trained, whatever happens here
+            log.warning("whether the phrases lead the dream was not measured: %s", error)
             return
         if recorder is not None:
             step = trainer.global_step
@@ -57,36 +50,20 @@ class ToldUntold(L.Callback):
             recorder.log_image(trainer, "told", told_strip(self.report), step)
             recorder.log_table(trainer, "told", rows(self.report), step)
 
-    def save(self, folder: Path) -> None:
-        """Write ``told.md``, ``told.png`` and ``told.json`` into a folder."""
-        if self.report is not None:
-            save_report(self.report, folder)
-
-    def __str__(self) -> str:
-        return self.report.sentence() if self.report is not None else ""
-
 
 def save_report(report: ToldReport, folder: Path) -> None:
     """Write ``told.md`` (sentence and table), ``told.png`` (strip) and ``told.json`` (figures)."""
     folder.mkdir(parents=True, exist_ok=True)
-    gains = [
-        {"dream": f"{name} - told", "frames_ahead": h, **report.gain(name, h)._asdict()}
-        for name in ("untold", "mistold")
-        for h in report.horizons
-    ]
-    figures = json.dumps(rows(report) + gains, indent=1, allow_nan=False)
+    figures = json.dumps(rows(report), indent=1, allow_nan=False)
     (folder / "told.json").write_text(figures + "\n", encoding="utf-8")
     (folder / "told.md").write_text(f"{report.sentence()}\n\n{report.table()}", encoding="utf-8")
     Image.fromarray(told_strip(report)).save(folder / "told.png")
 
 
 def rows(report: ToldReport) -> list[dict[str, Any]]:
-    """A row per dream or yardstick and horizon: error and interval, in thousandths."""
-    found: list[dict[str, Any]] = []
-    for name in report.errors:
-        for horizon in report.horizons:
-            error = {
-                k: float(np.round(v, 3)) for k, v in report.at(name, horizon)._asdict().items()
-            }
-            found.append({"dream": name, "frames_ahead": horizon, **error})
-    return found
+    """A row per dream, yardstick or difference and horizon, in thousandths with its interval."""
+    return [
+        {"dream": name, "frames_ahead": horizon}
+        | {key: round(number, 3) for key, number in value._asdict().items()}
+        for name, horizon, value in report.rows()
+    ]

@@ -83,7 +83,7 @@ class DemoConfig:
     """Height and width of the videos, in pixels."""
     scenery: int = 0
     """Colourings of a scene that its videos take in turn: 1 keeps the simulator's own colours, and
-    motion is learned sooner; 0 gives every video its own."""
+    motion is learned sooner; 0 gives every video its own. The toy's floors always differ."""
 
     def __post_init__(self) -> None:
         for name in ("clips_per_scene", "frames"):

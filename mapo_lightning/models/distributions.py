@@ -95,6 +95,13 @@ class TruncatedNormal:
         edges = (ends.view(2, *[1] * self.mean.ndim) - self.mean) / self.std
         return edges, torch.erf(edges * math.sqrt(0.5))
 
+    @cached_property
+    def _mass(self) -> Tensor:
+        """Probability of [-1, 1] under the normal that is cut, (..., A)."""
+        low, high = self._edges[1]
+        mass: Tensor = 0.5 * (high - low)
+        return mass.clamp(min=1e-8)
+
     def sample(self, noise: Tensor) -> Tensor:
         """Reparameterised sample from uniform ``noise`` (..., A); gradients reach mean and std."""
         _, (low, high) = self._edges
@@ -110,16 +117,14 @@ class TruncatedNormal:
 
     def expectation(self) -> Tensor:
         """Mean action, (..., A); while the policy is wide it lies further inside than the mode."""
-        edges, (low, high) = self._edges
-        mass = (0.5 * (high - low)).clamp(min=1e-8)
+        edges, _ = self._edges
         bell = torch.exp(-0.5 * edges.square()) / math.sqrt(2.0 * math.pi)
-        mean: Tensor = self.mean + self.std * (bell[0] - bell[1]) / mass
+        mean: Tensor = self.mean + self.std * (bell[0] - bell[1]) / self._mass
         return mean.clamp(-EDGE, EDGE)
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, summed over the A dimensions, (...)."""
-        edges, (low, high) = self._edges
-        mass = (0.5 * (high - low)).clamp(min=1e-8)
+        edges, mass = self._edges[0], self._mass
         bent = edges * torch.exp(-0.5 * edges.square())
         edge = (bent[0] - bent[1]) * (0.5 / math.sqrt(2 * math.pi)) / mass
         nats = 0.5 * math.log(2 * math.pi * math.e) + (self.std * mass).log() + edge

@@ -21,7 +21,7 @@ from callbacks.label_report import LabelReport
 from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
 from callbacks.rollout import ImaginationRollout
-from callbacks.told import ToldUntold
+from callbacks.told import ToldUntold, save_report
 from mapo_lightning.config.redact import redact_text
 from mapo_lightning.envs.collector import Episode, Policy, run_episodes
 from mapo_lightning.envs.demo import render_demo_videos
@@ -79,8 +79,8 @@ def pretrain(session: Session) -> Path:
     fit(session, "pretrain", module, data, cfg.pretrain.updates, extra, {"image": "train/image"})
     log.info("%s", labels)
     if told is not None and told.report is not None:
-        told.save(session.folder / "pretrain")
-        log.info("%s", told)
+        save_report(told.report, session.folder / "pretrain")
+        log.info("%s", told.report.sentence())
     return session.folder / "pretrain" / "last.ckpt"
 
 

@@ -6,7 +6,8 @@ The same weights dream the rest of held-out clips, told what happens next, untol
 another video's phrases, beside copying the last frame, the still scene and one mean picture. The
 settings are those of the checkpoint; further words, as of ``mapo-train``, change them, for example
 ``data.root=DIR`` for other videos or ``callbacks.told=200`` for more clips. Prints a table, and
-writes it with a picture of four clips into ``run_dir`` (``runs/told`` if none is given).
+writes it with a picture of four clips into ``run_dir`` (``runs/told`` if none is given); of several
+checkpoints into the folders 1, 2 ... there, with a table over all of them.
 """
 
 from __future__ import annotations
@@ -47,32 +48,26 @@ def _run(words: Sequence[str]) -> None:
     others = [word for word in words if not word.startswith("checkpoint=")]
     if not paths:
         raise ConfigError("mapo-told needs checkpoint=PATH of a pre-trained model")
-    folder = Path("runs/told")
-    reports = []
+    from callbacks.told import save_report  # here: it imports torch, which takes seconds
+
+    reports, folder = [], Path()
     for path in paths:
         composed = compose(others, RunConfig, conf_folder(), agent_settings(path), RENAMED)
         if composed.text is not None:
             sys.stdout.write(composed.text + "\n")
             return
-        cfg = composed.config
-        folder = Path(cfg.run_dir or folder)
-        report = _measure(cfg, path)
+        folder = Path(composed.config.run_dir or "runs/told")
+        report = _measure(composed.config, path)
         reports.append(report)
         sys.stdout.write(f"{path}\n{report.sentence()}\n\n{report.table()}\n")
-    from callbacks.told import save_report
-    from mapo_lightning.training.told import over_seeds
-
-    save_report(reports[0], folder)
-    text = "\n".join(
-        f"{path}\n\n{report.sentence()}\n\n{report.table()}"
-        for path, report in zip(paths, reports, strict=True)
-    )
+        save_report(report, folder / str(len(reports)) if len(paths) > 1 else folder)
     if len(reports) > 1:
+        from mapo_lightning.training.told import over_seeds
+
         together = over_seeds(reports)
-        sys.stdout.write(together)
-        text += f"\n{together}"
-    (folder / "told.md").write_text(text, encoding="utf-8")
-    sys.stdout.write(f"\nTable and picture: {folder}\n")
+        sys.stdout.write(f"{together}\n")
+        (folder / "told.md").write_text(together, encoding="utf-8")
+    sys.stdout.write(f"Tables and pictures: {folder}\n")
 
 
 def _measure(cfg: RunConfig, path: Path) -> ToldReport:
@@ -80,7 +75,7 @@ def _measure(cfg: RunConfig, path: Path) -> ToldReport:
     from mapo_lightning.run import build
     from mapo_lightning.run.stages import render_demo
     from mapo_lightning.training.checkpoint import check_fit, read_checkpoint
-    from mapo_lightning.training.told import measure_told
+    from mapo_lightning.training.told import measure_held_out
 
     if cfg.world_model.source.kind != "semantic":
         raise ConfigError(
@@ -95,13 +90,6 @@ def _measure(cfg: RunConfig, path: Path) -> ToldReport:
     check_fit(module, content, path)
     module.load_state_dict(content["state_dict"])
     try:
-        batch = data.held_out_batch(max(2, cfg.callbacks.told))
-        return measure_told(
-            module.world_model,
-            batch,
-            data.still_scenes(batch["video"]),
-            data.mean_picture(),
-            body=data.body_width,
-        )
+        return measure_held_out(module.world_model, data, max(2, cfg.callbacks.told))
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -27,6 +27,7 @@ from mapo_lightning.waiting import waiting
 
 _HELD_OUT_CLIPS = 16
 _PICTURED = 512  # training videos of which the mean picture is taken, at most
+_MEAN_OF, _MEDIAN_OF = 8, 100  # frames of a video that its mean and its median are taken of
 
 
 class _WatchedLoader(DataLoader[Clip]):
@@ -63,7 +64,6 @@ class VideoDataModule(L.LightningDataModule):
         self.index: VideoIndex | None = None
         self._labeler: Labeler | None = None
         self._holdout: ClipDataset | None = None
-        self._mean_picture: Tensor | None = None
 
     def setup(self, stage: str) -> None:
         """Scan the folder once; unusable files are listed in the quarantine report."""
@@ -116,35 +116,28 @@ class VideoDataModule(L.LightningDataModule):
 
     def rollout_batch(self, count: int) -> Batch:
         """The first ``count`` held-out clips, for pictures."""
-        batch: Batch = default_collate(self._held_out().fixed_clips(count))
+        batch = self.held_out_batch(count)
         return {key: value for key, value in batch.items() if value.ndim > 1}  # no counts
 
     def held_out_batch(self, count: int) -> Batch:
-        """At most ``count`` held-out clips, those of one video not side by side."""
+        """At most ``count`` held-out clips, from all held-out videos in turn."""
         batch: Batch = default_collate(self._held_out().fixed_clips(count))
         return batch
 
-    def still_scenes(self, video: Tensor, frames: int = 100) -> Tensor:
-        """Median of at most ``frames`` frames of held-out videos (N,), (N, H, W, 3) in [0, 1]."""
+    def still_scenes(self, video: Tensor) -> Tensor:
+        """The median picture of each of the held-out videos (N,), (N, H, W, 3) in [0, 1]."""
         clips = self._held_out()
-        medians: dict[int, Tensor] = {}
-        for number in set(video.tolist()):
-            info = clips.videos[number]
-            chosen = np.linspace(0, info.frames - 1, min(frames, info.frames)).astype(int)
-            shown = torch.from_numpy(clips.cache.read(info, chosen.tolist()))
-            medians[number] = shown.median(dim=0).values.float() / 255.0
+        medians = {
+            number: _spread_frames(clips, number, _MEDIAN_OF).median(dim=0).values
+            for number in set(video.tolist())
+        }
         return torch.stack([medians[number] for number in video.tolist()])
 
-    def mean_picture(self, frames: int = 8) -> Tensor:
-        """Mean of ``frames`` frames of every training video, (H, W, 3) in [0, 1]."""
-        if self._mean_picture is None:
-            clips = self.clips("train")
-            sums = [
-                clips.cache.read(info, np.linspace(0, info.frames - 1, frames).astype(int).tolist())
-                for info in clips.videos[:_PICTURED]
-            ]
-            self._mean_picture = torch.from_numpy(np.stack(sums).mean(axis=(0, 1)) / 255.0).float()
-        return self._mean_picture
+    def mean_picture(self) -> Tensor:
+        """The mean picture of the training videos, (H, W, 3) in [0, 1]."""
+        clips = self.clips("train")
+        chosen = range(min(len(clips.videos), _PICTURED))
+        return torch.stack([_spread_frames(clips, n, _MEAN_OF).mean(dim=0) for n in chosen]).mean(0)
 
     @property
     def body_width(self) -> int:
@@ -157,6 +150,13 @@ class VideoDataModule(L.LightningDataModule):
         if self._holdout is None:
             self._holdout = self.clips("holdout")
         return self._holdout
+
+
+def _spread_frames(clips: ClipDataset, video: int, count: int) -> Tensor:
+    """At most ``count`` frames of a video, evenly spread, (T, H, W, 3) in [0, 1]."""
+    info = clips.videos[video]
+    chosen = np.linspace(0, info.frames - 1, min(count, info.frames)).astype(int)
+    return torch.from_numpy(clips.cache.read(info, chosen.tolist())) / 255.0
 
 
 class _Chunks(IterableDataset[Batch]):

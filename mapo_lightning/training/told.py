@@ -14,26 +14,26 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
 from mapo_lightning.models.interfaces import WorldModel
+from mapo_lightning.training.datamodule import VideoDataModule
 from mapo_lightning.types import Batch, Frames
 
 HORIZONS = (1, 5, 10, 15)
 """Frames ahead of the last one that was shown."""
 MOVING = 0.1
 """A pixel moves if one of its colours varies by more than this share of the range in the clip."""
-VERSIONS = ("told", "untold", "mistold")
+_COSTS = ("untold", "mistold")  # compared with told, video by video
 _EDGES = {
     "truth": (40, 40, 40),
     "told": (60, 180, 75),
     "untold": (245, 150, 40),
     "mistold": (230, 60, 60),
 }
-YARDSTICKS = ("copy", "still_scene", "mean_picture")
 
 Errors = NDArray[np.float64]
 """Mean squared error on moving pixels, colours in [0, 1]: (videos, K)."""
@@ -80,7 +80,7 @@ class ToldReport(NamedTuple):
     def sentence(self) -> str:
         """What a newcomer should know of it."""
         horizon = 5 if 5 in self.horizons else self.horizons[-1]
-        told, untold, mistold = (self.at(name, horizon).mean for name in VERSIONS)
+        told, untold, mistold = (self.at(n, horizon).mean for n in ("told", "untold", "mistold"))
         gain = self.gain("untold", horizon)
         verdict = "The phrases lead the dream" if gain.low > 0 else "The phrases do not lead it yet"
         return (
@@ -90,42 +90,55 @@ class ToldReport(NamedTuple):
             f"{self.at('copy', horizon).mean:.1f}. {verdict}: untold costs {gain}."
         )
 
+    def rows(self) -> list[tuple[str, int, Interval]]:
+        """Everything that is reported: name, horizon, and error or difference in thousandths."""
+        errors = [(name, h, self.at(name, h)) for name in self.errors for h in self.horizons]
+        costs = [(f"{n} - told", h, self.gain(n, h)) for n in _COSTS for h in self.horizons]
+        return errors + costs
+
     def table(self) -> str:
-        """Markdown: a row per dream and yardstick, a column per horizon."""
-        head = " | ".join(f"{horizon} ahead" for horizon in self.horizons)
-        lines = [f"| thousandths | {head} |", "|---" * (len(self.horizons) + 1) + "|"]
-        for name in self.errors:
-            row = " | ".join(str(self.at(name, horizon)) for horizon in self.horizons)
-            lines.append(f"| {name.replace('_', ' ')} | {row} |")
-        for name in ("untold", "mistold"):
-            row = " | ".join(str(self.gain(name, horizon)) for horizon in self.horizons)
-            lines.append(f"| {name} - told | {row} |")
-        return "\n".join(lines) + "\n"
+        """Markdown: a row per dream, yardstick and difference, a column per horizon."""
+        return _table(self.rows(), self.horizons)
 
 
 def over_seeds(reports: Sequence[ToldReport]) -> str:
-    """Markdown: means over models of several seeds, with Student's t interval over the seeds."""
-    horizons = reports[0].horizons
-    head = " | ".join(f"{horizon} ahead" for horizon in horizons)
-    lines = [
-        f"Means over {len(reports)} models, 95 % Student's t interval over them; thousandths.",
-        "",
-        f"| | {head} |",
-        "|---" * (len(horizons) + 1) + "|",
+    """Markdown: means over models of several seeds, with Student's t interval over the models."""
+    cells = zip(*(report.rows() for report in reports), strict=True)
+    rows = [
+        (same[0][0], same[0][1], _student([value.mean for _, _, value in same])) for same in cells
     ]
-    for name in reports[0].errors:
-        cells = [_student([r.at(name, h).mean for r in reports]) for h in horizons]
-        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(map(str, cells))} |")
-    for name in ("untold", "mistold"):
-        cells = [_student([r.gain(name, h).mean for r in reports]) for h in horizons]
-        lines.append(f"| {name} - told | {' | '.join(map(str, cells))} |")
+    return (
+        f"Means over {len(reports)} models, with 95 % Student's t intervals over them.\n\n"
+        + _table(rows, reports[0].horizons)
+    )
+
+
+def _table(rows: Sequence[tuple[str, int, Interval]], horizons: tuple[int, ...]) -> str:
+    head = " | ".join(f"{horizon} ahead" for horizon in horizons)
+    lines = [f"| thousandths | {head} |", "|---" * (len(horizons) + 1) + "|"]
+    for start in range(0, len(rows), len(horizons)):
+        cells = " | ".join(str(value) for _, _, value in rows[start : start + len(horizons)])
+        lines.append(f"| {rows[start][0].replace('_', ' ')} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def _student(values: Sequence[float]) -> Interval:
-    mean, half = float(np.mean(values)), float(scipy.stats.sem(values))
-    half *= float(scipy.stats.t.ppf(0.975, len(values) - 1))
+    mean, half = float(np.mean(values)), float(stats.sem(values))
+    half *= float(stats.t.ppf(0.975, len(values) - 1))
     return Interval(mean, mean - half, mean + half)
+
+
+def measure_held_out(world_model: WorldModel, data: VideoDataModule, clips: int) -> ToldReport:
+    """`measure_told` of at most ``clips`` clips of the held-out videos of a data module.
+
+    Raises:
+        ValueError: See `measure_told`.
+        VideoFileError: A video can no longer be read.
+    """
+    batch = data.held_out_batch(clips)
+    still, device = data.still_scenes(batch["video"]), next(world_model.parameters()).device
+    batch = {key: value.to(device) for key, value in batch.items()}
+    return measure_told(world_model, batch, still, data.mean_picture(), body=data.body_width)
 
 
 def measure_told(
@@ -150,7 +163,8 @@ def measure_told(
         seed: Of the dreams' random numbers, the same for every version.
 
     Raises:
-        ValueError: Fewer than two videos, or clips that are not longer than ``seen``.
+        ValueError: Fewer than two videos, or fewer than two in which anything moves; or clips that
+            are not longer than ``seen``.
     """
     obs = batch["obs"]
     video = batch.get("video", torch.arange(len(obs)))
@@ -176,6 +190,11 @@ def measure_told(
         name: _per_video(_errors(truth, frames, moving, seen, horizons), video)
         for name, frames in (dreams | others).items()
     }
+    if len(errors["told"]) < 2:
+        raise ValueError(
+            f"told, untold and mistold need two videos in which something moves, got "
+            f"{len(errors['told'])} of {len(set(video.tolist()))}"
+        )
     return ToldReport(errors, horizons, {"truth": truth} | dreams, seen)
 
 
@@ -277,11 +296,9 @@ def _per_video(errors_NK: Tensor, video_N: Tensor) -> Errors:
     return np.asarray(rows, np.float64).reshape(len(rows), errors_NK.shape[1])
 
 
-def _interval(values: NDArray[np.float64], draws: int = 2000) -> Interval:
-    """Mean and percentile bootstrap over videos."""
-    if not len(values):
-        return Interval(float("nan"), float("nan"), float("nan"))
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
+def _interval(values: NDArray[np.float64]) -> Interval:
+    """Mean and percentile bootstrap over videos, always from the same draws."""
+    found = stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return Interval(float(values.mean()), float(found.low), float(found.high))

@@ -136,6 +136,8 @@ def test_exploration_noise_is_added_while_exploring_only() -> None:
     agent = module.agent
     assert isinstance(agent, DreamerAgent)
     assert torch.equal(agent.act(belief, False), agent.policy(belief.feat).mode())
+    agent.cfg.greedy = "mean"
+    assert torch.equal(agent.act(belief, False), agent.policy(belief.feat).expectation())
     torch.manual_seed(4)
     noisy = agent.act(belief, True)
     agent.cfg.explore_noise = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from mapo_lightning.config.compose import compose
+from mapo_lightning.envs.dmc import _notes_of_the_suite
 from mapo_lightning.envs.factory import make_env
 from mapo_lightning.envs.metaworld import MetaWorldTask, scripted_expert
 from mapo_lightning.envs.settings import EnvConfig
@@ -149,3 +151,18 @@ def test_the_tasks_of_the_paper_have_the_protocol_of_their_suite(name: str, root
     assert cfg.world_model.concat_embed is dmc
     assert cfg.world_model.bonus.beta == (0.1 if dmc else 1.0)
     assert cfg.replay.prioritize_ends is not dmc
+
+
+def test_only_outdated_attributes_of_the_suites_own_files_are_quiet(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    absl = logging.getLogger("absl")
+    with caplog.at_level(logging.DEBUG):
+        make_env(EnvConfig(kind="dmc", name="cheetah_run"), seed=0).close()
+        with _notes_of_the_suite():
+            absl.warning("the mass matrix is singular")
+    outdated = [r for r in caplog.records if "settotalmass" in r.getMessage()]
+    assert {(r.name, r.levelname) for r in outdated} == {("mapo_lightning.envs.dmc", "DEBUG")}
+    assert [r.levelname for r in caplog.records if "singular" in r.getMessage()] == ["WARNING"]
+    absl.warning("attribute x is deprecated")
+    assert caplog.records[-1].name == "absl"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from program import train
+from program import SMALL, TOLD, train
 
 pytestmark = pytest.mark.slow
 
@@ -22,8 +22,30 @@ def test_the_toy_is_dreamt_and_told_errs_least(tmp_path: Path) -> None:
     for other in ("untold", "mistold", "copy", "still_scene", "mean_picture"):
         assert told < found[other, 5]["mean"], other
     assert found["untold - told", 5]["low"] > 0
-    again = train(
-        tmp_path, "checkpoint=run/pretrain/last.ckpt", "run_dir=told",
-        script=str(Path(__file__).parents[2] / "mapo_lightning/told.py"),
-    )  # fmt: skip
-    assert said.strip().splitlines()[-1] in again  # the same sentence, from the checkpoint
+    # The same from the checkpoint: the sentence, the figures, and a table over two models.
+    twice = ["checkpoint=run/pretrain/last.ckpt"] * 2
+    again = train(tmp_path, *twice, "run_dir=told", script=TOLD)
+    assert again.count(said.strip().splitlines()[-1]) == 2
+    for number in ("1", "2"):
+        assert json.loads((tmp_path / "told" / number / "told.json").read_text()) == rows
+    together = (tmp_path / "told/told.md").read_text()
+    assert together.startswith("Means over 2 models")
+    assert f"| told | {found['told', 1]['mean']:.2f} " in together
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["callbacks.told=4"], "mapo-told needs checkpoint=PATH of a pre-trained model"),
+        (["checkpoint=none.ckpt"], "no checkpoint at 'none.ckpt'"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(tmp_path: Path, words: list[str], sentence: str) -> None:
+    assert sentence in train(tmp_path, *words, code=2, script=TOLD)
+
+
+def test_a_dream_that_no_phrase_drives_is_refused(tmp_path: Path) -> None:
+    words = [*SMALL, "stage=pretrain", "method=apv", "demo.clips_per_scene=4", "demo.frames=30"]
+    train(tmp_path, *words, "run_dir=run")
+    said = train(tmp_path, "checkpoint=run/pretrain/last.ckpt", code=2, script=TOLD)
+    assert "was pre-trained with method=apv, whose dreams no phrase drives" in said

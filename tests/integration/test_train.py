@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from miniatures import write_ssv2
 from networks import image
-from program import ROOT, SMALL, TRAIN, end, start, train
+from program import ROOT, SMALL, TOLD, TRAIN, end, start, train
 
 from mapo_lightning.training.checkpoint import read_checkpoint
 
@@ -95,6 +95,8 @@ def test_evaluate_plays_a_checkpoint(toy_videos: Path, tmp_path: Path) -> None:
     scores = [[line for line in text.splitlines() if line.startswith("  mapo")] for text in said]
     assert scores[0]
     assert scores[0] == scores[1]
+    said_no = train(tmp_path, checkpoint, code=2, script=TOLD)
+    assert "is no checkpoint of stage=pretrain; phrases drive only those" in said_no
 
 
 def test_two_processes_make_one_run_and_end_cleanly(toy_videos: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import av
 import cv2
 import numpy as np
 
+from mapo_lightning.data.video import VideoInfo, probe_video, write_mp4
 from mapo_lightning.types import Frames
 
 WAYS = ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right")
@@ -119,3 +120,14 @@ def cases(count: int) -> Iterator[tuple[int, float]]:
     """(way, percent) pairs: all ways in turn, distances from 2 to 12 percent of the width."""
     for number in range(count):
         yield number % 8, 2.0 + 10.0 * (number * 0.618 % 1.0)
+
+
+def write_squares(folder: Path, **look: object) -> list[VideoInfo]:
+    """Three films of 40 frames in which a square moves: right, then down, then left."""
+    found = []
+    for number, way in enumerate((0, 2, 4)):
+        path = folder / f"{number}.mp4"
+        film = moving_square(np.random.default_rng(number), way, 40.0, 40, **look)  # type: ignore[arg-type]
+        write_mp4(path, film, 20)
+        found.append(probe_video(path))
+    return found

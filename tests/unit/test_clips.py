@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scenes import moving_square, numbered
+from scenes import numbered, write_squares
 from torch.utils.data import DataLoader
 
 from mapo_lightning.data.clips import Clip, ClipDataset
@@ -26,13 +26,7 @@ def frame_numbers(clip: Clip) -> list[int]:
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> list[VideoInfo]:
     """Three films in which a square moves: right, then down, then left."""
-    folder, found = tmp_path_factory.mktemp("videos"), []
-    for number, way in enumerate((0, 2, 4)):
-        rng = np.random.default_rng(number)
-        path = folder / f"{number}.mp4"
-        write_mp4(path, moving_square(rng, way, 40.0, 40, background="flat"), 20)
-        found.append(probe_video(path))
-    return found
+    return write_squares(tmp_path_factory.mktemp("videos"), background="flat")
 
 
 @pytest.fixture(scope="module")

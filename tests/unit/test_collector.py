@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import Replay, ReplayError, ReplaySpec
 from mapo_lightning.data.settings import ReplayConfig
-from mapo_lightning.envs.collector import Collector, RandomPolicy, run_episodes
+from mapo_lightning.envs.collector import Collector, RandomPolicy, StillPolicy, run_episodes
+from mapo_lightning.envs.factory import close_vector_env, make_vector_env
 from mapo_lightning.envs.live_labels import LiveLabeler, Step
+from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.labeler import Labeler
@@ -180,6 +182,21 @@ def test_evaluation_plays_every_seed_once(count: int, tmp_path: Path) -> None:
     assert [tuple(e) for e in episodes] == [(total, LENGTH, 1.0)] * 3
     assert [film[:, 0, 0, 0].tolist() for film in films] == [list(range(LENGTH + 1))] * 2
     assert sum(bool(first.any()) for first in seen) == -(-3 // count)
+
+
+@pytest.mark.parametrize("label_size", [None, 48])
+def test_a_film_shows_the_larger_picture_where_there_is_one(
+    label_size: int | None, tmp_path: Path
+) -> None:
+    cfg = EnvConfig(size=32, label_size=label_size, time_limit=3)
+    envs = make_vector_env(cfg, 0, 1)
+    watch, _ = tracker(tmp_path, 1)
+    try:
+        _, (film,) = run_episodes(envs, watch, lambda seed: StillPolicy(2), [7], record=1)
+    finally:
+        close_vector_env(envs)
+    side = label_size or 32
+    assert film.shape == (4, side, side, 3)
 
 
 def test_random_actions_are_held_as_long_as_asked() -> None:

@@ -44,9 +44,12 @@ def test_what_told_and_untold_are_measured_with(tmp_path: Path) -> None:
     )
     module = VideoDataModule(data, VlmConfig(), 2, tmp_path / "cache", seed=0)
     train, held_out = (module.clips(name).videos for name in ("train", "holdout"))
-    frames = [read(info, [0, 13, 26, 39], (32, 32)) for info in train]  # of forty
+    frames = [read(info, [0, 5, 11, 16, 22, 27, 33, 39], (32, 32)) for info in train]  # of forty
     expected = np.mean(frames, axis=(0, 1)) / 255
-    np.testing.assert_allclose(module.mean_picture(4).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(module.mean_picture().numpy(), expected, atol=1e-6)
+    whole = np.sort(read(held_out[0], range(40), (32, 32)), axis=0)[19] / 255  # torch's median
+    scenes = module.still_scenes(torch.tensor([0, 0]))
+    np.testing.assert_allclose(scenes.numpy(), [whole, whole], atol=1e-6)
     batch = module.held_out_batch(3)
     assert batch["obs"].shape == (3, 9, 32, 32, 3)
     assert batch["video"].tolist() == [n % len(held_out) for n in range(3)]

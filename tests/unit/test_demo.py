@@ -130,6 +130,18 @@ def test_films_move_differ_and_repeat(scene: EnvConfig) -> None:
         assert filmed.paths
 
 
+@pytest.mark.parametrize(("scenery", "alike"), [(0, []), (1, [(0, 1), (1, 2)]), (2, [(0, 2)])])
+def test_scenery_says_how_many_colourings_take_turns(
+    scenery: int, alike: list[tuple[int, int]]
+) -> None:
+    scene = EnvConfig(kind="dmc", name="cartpole_swingup")
+    films = [film(scene, clip, 1, 64, 25, 0, scenery).frames[0] for clip in range(3)]
+    corners = [frame[:8, :8].astype(int) for frame in films]  # the sky: no cart gets there
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        apart = np.abs(corners[one] - corners[other]).max()
+        assert (apart == 0) == ((one, other) in alike or scenery == 1), (one, other, apart)
+
+
 def test_two_processes_render_what_one_renders(tmp_path: Path) -> None:
     scenes = [EnvConfig(kind="dmc", name="reacher_easy"), *TOY]
     alone = render(tmp_path / "one", scenes=scenes, clips_per_scene=1)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scenes import damage, moving_square
+from scenes import damage, write_squares
 
 from mapo_lightning.data import frame_cache
 from mapo_lightning.data.clips import ClipDataset
 from mapo_lightning.data.frame_cache import FrameCache
 from mapo_lightning.data.reader import read, thin_out
 from mapo_lightning.data.settings import VideoDataConfig
-from mapo_lightning.data.video import probe_video, write_mp4
+from mapo_lightning.data.video import probe_video
 from mapo_lightning.data.video_info import VideoFileError, VideoInfo
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import ConfigError, Frames
@@ -26,12 +26,7 @@ SIZE = (32, 32)
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> list[VideoInfo]:
     """A film as it is, one at half the rate, and the middle square of a third."""
-    folder, found = tmp_path_factory.mktemp("videos"), []
-    for number, way in enumerate((0, 2, 4)):
-        rng = np.random.default_rng(number)
-        path = folder / f"{number}.mp4"
-        write_mp4(path, moving_square(rng, way, 40.0, 40, size=(64, 96)), 20)
-        found.append(probe_video(path))
+    found = write_squares(tmp_path_factory.mktemp("videos"), size=(64, 96))
     return [found[0], thin_out(found[1], 10.0, False), thin_out(found[2], None, True)]
 
 

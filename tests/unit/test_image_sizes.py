@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mapo_lightning.config.compose import compose
+from mapo_lightning.models.blocks import transposed
 from mapo_lightning.models.rssm_world.action_source import InverseAction
 from mapo_lightning.models.rssm_world.context import FrameContext
 from mapo_lightning.models.rssm_world.decoder import CNNDecoder, build_decoder
@@ -129,3 +130,21 @@ def test_other_sizes_have_a_layer_of_the_cnn_fewer_or_more(size: int, kernels: l
     assert [shape[0] for shape in shapes(encoder)] == widths
     assert [shape[0] for shape in shapes(decoder)] == [128, *widths[-2::-1]]
     assert [shape[-1] for shape in shapes(decoder)] == kernels
+
+
+@pytest.mark.parametrize(
+    ("kernel", "side", "padding"),
+    [(5, 1, 0), (6, 1, 0), (5, 5, 0), (5, 13, 0), (6, 5, 0), (6, 14, 0), (4, 8, 1), (4, 1, 1)],
+)
+def test_a_shuffled_convolution_is_the_transposed_one(kernel: int, side: int, padding: int) -> None:
+    layer = nn.ConvTranspose2d(7, 3, kernel, stride=2, padding=padding).double()
+    x = torch.randn(4, 7, side, side, dtype=torch.float64, requires_grad=True)
+    expected, found = layer(x), transposed(layer, x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    leaves = [x, *layer.parameters()]
+    for one, other in zip(
+        torch.autograd.grad(expected.square().sum(), leaves),
+        torch.autograd.grad(found.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-10)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import truncnorm
 from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 
@@ -23,6 +24,7 @@ from mapo_lightning.models.returns import lambda_returns, step_weights
 from mapo_lightning.models.rssm_world.belief import DreamtBelief
 from mapo_lightning.models.rssm_world.heads import Heads
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
+from mapo_lightning.models.settings import ObjectiveConfig
 from mapo_lightning.types import ConfigError
 from tests.contract.test_world_models import experience, rssm_world
 
@@ -54,6 +56,15 @@ def test_balanced_kl_averages_before_the_maximum(free: float) -> None:
         assert prior2.grad is not None
         torch.testing.assert_close(prior.grad, 0.8 * prior2.grad)
         torch.testing.assert_close(post.grad, 0.2 * post2.grad)
+
+
+def test_the_mean_action_is_that_of_the_cut_normal() -> None:
+    mean = torch.tensor([0.9, -0.3, 0.0, -0.999], dtype=torch.float64)
+    std = torch.tensor([0.5, 1.7, 0.1, 2.1], dtype=torch.float64)
+    low, high = ((edge - mean) / std for edge in (-1.0, 1.0))
+    expected = truncnorm.mean(low, high, loc=mean, scale=std)
+    found = TruncatedNormal(mean, std).expectation()
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-12)
 
 
 def test_one_hot_samples_follow_the_probabilities_and_pass_their_gradient() -> None:
@@ -264,3 +275,12 @@ def test_loss_terms_and_scales_must_have_the_same_names() -> None:
 def test_uniform_policy_entropy_is_below_that_of_the_uniform_distribution() -> None:
     policy = TruncatedNormal(torch.zeros(1, 1), torch.full((1, 1), 50.0))
     assert float(policy.entropy()) == pytest.approx(math.log(2.0), abs=1e-3)
+
+
+def test_common_factors_multiply_the_terms_that_they_name() -> None:
+    names = ["image", "kl_lower", "kl_upper", "reward", "aux_reward", "latent_action_kl"]
+    objective = ObjectiveConfig(dict.fromkeys(names, 2.0), kl=0.1, reward=50.0)
+    factors = {"kl_lower": 0.1, "kl_upper": 0.1, "reward": 50.0, "aux_reward": 50.0}
+    assert objective.weights == {name: 2.0 * factors.get(name, 1.0) for name in names}
+    with pytest.raises(ConfigError, match="reward must not be negative, got -1"):
+        ObjectiveConfig(reward=-1.0)

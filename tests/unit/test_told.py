@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks.told import ToldUntold
+from callbacks.told import ToldUntold, save_report
 from mapo_lightning.training.told import (
     HORIZONS,
     MOVING,
     ToldReport,
     measure_told,
+    over_seeds,
     told_strip,
     versions,
 )
@@ -183,6 +185,26 @@ def test_one_video_or_no_future_is_refused(videos: list[int], steps: int, found:
         measure_told(teller, batch, stills(batch), torch.zeros(SIDE, SIDE, 3), seen=SEEN)
 
 
+def test_videos_in_which_nothing_moves_say_nothing() -> None:
+    batch, teller = clips([0, 1, 2]), Teller()
+    batch["obs"][1:] = 90
+    with pytest.raises(ValueError, match="in which something moves, got 1 of 3"):
+        measure_told(teller, batch, stills(batch), torch.zeros(SIDE, SIDE, 3), seen=SEEN)
+
+
+def test_models_of_several_seeds_are_the_unit_of_their_interval() -> None:
+    def model(told: float) -> ToldReport:
+        errors = {name: np.full((2, 1), 0.01) for name in ("untold", "mistold", "copy")}
+        return ToldReport({"told": np.full((2, 1), told), **errors}, (5,), {}, SEEN)
+
+    table = over_seeds([model(0.001), model(0.002), model(0.006)])
+    half = 4.302653 * np.std([1, 2, 6], ddof=1) / np.sqrt(3)  # Student's t, two degrees of freedom
+    assert f"| told | 3.00 [{3 - half:.2f}, {3 + half:.2f}] |" in table
+    assert f"| untold - told | 7.00 [{7 - half:.2f}, {7 + half:.2f}] |" in table
+    assert "| copy | 10.00 [10.00, 10.00] |" in table
+    assert table.startswith("Means over 3 models")
+
+
 def test_intervals_are_over_videos_and_gains_are_paired() -> None:
     told = np.array([[0.001], [0.002], [0.006]])
     errors = {name: told for name in ("mistold", "copy")} | {"told": told, "untold": told + 0.004}
@@ -235,7 +257,7 @@ def ended(callback: ToldUntold, held_out: Mock, monkeypatch: pytest.MonkeyPatch)
         body_width=1,
     )
     trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data, global_step=7)
-    module: Any = SimpleNamespace(world_model=CopyLastFrame(), device=torch.device("cpu"))
+    module: Any = SimpleNamespace(world_model=CopyLastFrame())
     callback.on_train_end(trainer, module)
     return recorder
 
@@ -251,19 +273,20 @@ def test_the_report_of_a_training_is_logged_and_saved(
     np.testing.assert_allclose(report.errors["told"], report.errors["copy"], rtol=1e-4)
     assert recorder.log_metrics.call_args.args[1:] == (report.metrics(), 7)
     table = recorder.log_table.call_args.args[2]
-    assert len(table) == len(report.errors) * len(report.horizons)
+    assert len(table) == (len(report.errors) + 2) * len(report.horizons)
+    assert {row["dream"] for row in table} == {*report.errors, "untold - told", "mistold - told"}
     assert {k: table[1][k] for k in list(table[1])[:2]} == {"dream": "told", "frames_ahead": 5}
     assert table[1]["mean"] == pytest.approx(report.at("told", 5).mean, abs=1e-3)
-    callback.save(tmp_path / "pretrain")
+    save_report(report, tmp_path / "pretrain")
     text = (tmp_path / "pretrain/told.md").read_text()
     assert text == f"{report.sentence()}\n\n{report.table()}"
+    assert json.loads((tmp_path / "pretrain/told.json").read_text()) == table
     assert (tmp_path / "pretrain/told.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("error", [ValueError("one video"), VideoError("it is gone")])
 def test_a_trained_model_outlives_what_cannot_be_measured(
     error: Exception,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -272,7 +295,6 @@ def test_a_trained_model_outlives_what_cannot_be_measured(
         recorder = ended(callback, Mock(side_effect=error), monkeypatch)
     assert f"was not measured: {error}" in caplog.text
     assert recorder.mock_calls == []
-    callback.save(tmp_path / "pretrain")
-    assert (str(callback), list(tmp_path.iterdir())) == ("", [])
+    assert callback.report is None
     ended(ToldUntold(0), held_out := Mock(), monkeypatch)
     held_out.assert_not_called()

@@ -34,7 +34,7 @@ class ImageConfig:
             raise ConfigError(f"size must be 32, 64 or 128 pixels, got {self.size}")
         if not self.channels or min(self.channels) < 4 or any(c % 4 for c in self.channels):
             raise ConfigError(f"channels must be multiples of 4, got {list(self.channels)}")
-        sides = [8 * 2**i for i in reversed(range(self.size.bit_length() - 4))]
+        sides = [8 * 2**i for i in reversed(range(self.halvings - 1))]
         if self.kind == "resnet" and len(self.channels) != len(sides):
             maps = ", ".join(f"{side}x{side}" for side in sides)
             raise ConfigError(
