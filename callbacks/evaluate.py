@@ -12,7 +12,7 @@ import lightning as L
 from callbacks.recorder import recorder_of
 from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.checkpoint import read_checkpoint
-from mapo_lightning.training.evaluation import Evaluation, Play, Score
+from mapo_lightning.training.evaluation import Evaluation, Play, Score, enlarged
 from mapo_lightning.training.finetune import FinetuneModule
 
 
@@ -86,7 +86,8 @@ class EvaluatePolicy(L.Callback):
         if recorder is not None and trainer.logger is not None:
             trainer.logger.log_metrics(self.newest.metrics(), pl_module.env_frames)
             if films:
-                recorder.log_video(trainer, "episode", films[0], self.fps, pl_module.env_frames)
+                film, step = enlarged(films[0]), pl_module.env_frames
+                recorder.log_video(trainer, "episode", film, self.fps, step)
         # Also where a mean is not a number: one agent is always kept.
         better = not self.newest.score.mean <= self.best_return
         if better:

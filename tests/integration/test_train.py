@@ -11,6 +11,7 @@ from miniatures import write_ssv2
 from networks import image
 from program import ROOT, SMALL, TOLD, TRAIN, end, start, train
 
+from mapo_lightning.data.video import probe_video
 from mapo_lightning.training.checkpoint import read_checkpoint
 
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
@@ -74,7 +75,9 @@ def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path:
     artifacts = [p.name for p in (tmp_path / "runs/artifacts").rglob("*") if p.is_file()]
     assert "last.ckpt" in artifacts
     assert "config.yaml" in artifacts
-    assert any(name.endswith(".mp4") for name in artifacts)
+    films = [p for p in (tmp_path / "runs/artifacts").rglob("*.mp4") if p.parent.name == "episode"]
+    assert films
+    assert {probe_video(film).width for film in films} == {256}  # an agent's 32 are too small
     assert any(name.endswith(".png") for name in artifacts)
     (page,) = (tmp_path / "runs/artifacts").rglob("pages/labels/*.html")
     assert page.read_text().count("<article") == 4
