@@ -168,33 +168,28 @@ def measure_told(
     """
     obs = batch["obs"]
     video = batch.get("video", torch.arange(len(obs)))
-    if len(set(video.tolist())) < 2 or obs.shape[1] <= seen:
-        raise ValueError(
-            f"told, untold and mistold need two videos and more than {seen} frames, got "
-            f"{len(set(video.tolist()))} and {obs.shape[1]}"
-        )
+    videos, needed = len(set(video.tolist())), "told, untold and mistold need two videos"
+    if videos < 2 or obs.shape[1] <= seen:
+        raise ValueError(f"{needed} and more than {seen} frames, got {videos} and {obs.shape[1]}")
     clips = {key: value for key, value in batch.items() if value.ndim > 1}
     truth = obs.float() / 255.0
     dreams = {
         name: _dream(world_model, told, seen, seed)
         for name, told in versions(clips, seen, body, _of_another_video(video)).items()
     }
-    others = {
-        "copy": truth[:, seen - 1 : seen].expand_as(truth),
-        "still_scene": still.to(truth)[:, None].expand_as(truth),
-        "mean_picture": mean_picture.to(truth).expand_as(truth),
+    yardsticks = {
+        "copy": truth[:, seen - 1 : seen],
+        "still_scene": still.to(truth)[:, None],
+        "mean_picture": mean_picture.to(truth),
     }
     horizons = tuple(h for h in HORIZONS if seen + h <= obs.shape[1])
     moving = (truth.amax(1) - truth.amin(1)).amax(-1, keepdim=True) > MOVING  # (N, H, W, 1)
     errors = {
-        name: _per_video(_errors(truth, frames, moving, seen, horizons), video)
-        for name, frames in (dreams | others).items()
+        name: _per_video(_errors(truth, frames.expand_as(truth), moving, seen, horizons), video)
+        for name, frames in (dreams | yardsticks).items()
     }
-    if len(errors["told"]) < 2:
-        raise ValueError(
-            f"told, untold and mistold need two videos in which something moves, got "
-            f"{len(errors['told'])} of {len(set(video.tolist()))}"
-        )
+    if (moved := len(errors["told"])) < 2:
+        raise ValueError(f"{needed} in which something moves, got {moved} of {videos}")
     return ToldReport(errors, horizons, {"truth": truth} | dreams, seen)
 
 
