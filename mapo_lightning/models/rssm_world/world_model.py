@@ -75,17 +75,19 @@ class RSSMWorldModel(nn.Module):
             self.source = build_action_source(
                 cfg.source, cfg.image, cfg.lower.hidden, semantic_dim, env_dim
             )
-            self.lower = dynamics(cfg.lower, self.source.action_dim, embed)
+            self.lower = dynamics(cfg.lower, self.source.action_dim, embed, cfg.unimix)
             feat = cfg.lower.feat
             seen = feat + embed * cfg.concat_embed
         if action_dim is not None and cfg.upper is not None:
-            self.upper = dynamics(cfg.upper, action_dim, seen)
+            self.upper = dynamics(cfg.upper, action_dim, seen, cfg.unimix)
             feat = cfg.upper.feat
         self.feat_dim = feat
         self.decoder = build_decoder(cfg.image, feat, cfg.context)
         wanted = {"reward": True, "aux_reward": cfg.aux_reward, "discount": cfg.discount_head}
         named = [name for name, want in wanted.items() if want and controls]
-        self.heads = Heads(named, feat, cfg.head_units, cfg.head_layers)
+        self.heads = Heads(
+            named, feat, cfg.head_units, cfg.head_layers, cfg.head_style, cfg.rewards
+        )
         # PreLAR's bonus compares embeddings, that of the stacked systems lower states.
         compared = cfg.lower.feat if cfg.lower is not None and self.upper is not None else embed
         self.bonus = VideoBonus(cfg.bonus, compared) if controls and cfg.bonus.beta else None
