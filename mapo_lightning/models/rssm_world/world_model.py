@@ -83,11 +83,7 @@ class RSSMWorldModel(nn.Module):
             feat = cfg.upper.feat
         self.feat_dim = feat
         self.decoder = build_decoder(cfg.image, feat, cfg.context)
-        wanted = {"reward": True, "aux_reward": cfg.aux_reward, "discount": cfg.discount_head}
-        named = [name for name, want in wanted.items() if want and controls]
-        self.heads = Heads(
-            named, feat, cfg.head_units, cfg.head_layers, cfg.head_style, cfg.rewards
-        )
+        self.heads = _heads(cfg, feat, controls)
         # PreLAR's bonus compares embeddings, that of the stacked systems lower states.
         compared = cfg.lower.feat if cfg.lower is not None and self.upper is not None else embed
         self.bonus = VideoBonus(cfg.bonus, compared) if controls and cfg.bonus.beta else None
@@ -277,3 +273,10 @@ class RSSMWorldModel(nn.Module):
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode for what `observe` uses: its batch norms, the only parts that differ."""
         return evaluation_mode(self._observing_norms)
+
+
+def _heads(cfg: WorldModelConfig, feat: int, controls: bool) -> Heads:
+    """The heads that the configuration wants; none in pre-training."""
+    wanted = {"reward": True, "aux_reward": cfg.aux_reward, "discount": cfg.discount_head}
+    named = [name for name, want in wanted.items() if want and controls]
+    return Heads(named, feat, cfg.head_units, cfg.head_layers, cfg.head_style, cfg.rewards)
