@@ -144,6 +144,7 @@ class RSSMWorldModel(nn.Module):
         log: dict[str, Tensor] = {}
         if self.source is not None and self.lower is not None and seen.driven is not None:
             terms |= self.source.losses(seen.driven, self.lower, *seen.prior["lower"])
+            log |= seen.driven.log
         for name, (post, prior_BTSK) in seen.prior.items():
             dynamics = self.lower if name == "lower" else self.upper
             assert dynamics is not None
