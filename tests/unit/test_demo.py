@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mapo_lightning.config.compose import compose
 from mapo_lightning.data.video import probe_video, read_frames
 from mapo_lightning.envs.demo import default_scenes, render_demo_videos
 from mapo_lightning.envs.filming import SmoothActions, film
 from mapo_lightning.envs.settings import EnvConfig
+from mapo_lightning.run.config import RunConfig, conf_folder
+from mapo_lightning.run.stages import render_demo
 from mapo_lightning.types import ConfigError, EnvironmentSetupError
 
 pytestmark = pytest.mark.slow
@@ -40,6 +43,16 @@ def test_the_videos_are_readable_and_as_long_and_large_as_asked(tmp_path: Path) 
     decoded = read_frames(paths[0], range(12), 64).astype(int)
     filmed = film(TOY[0], 0, 12, 64, 25, seed=0).frames
     assert np.abs(decoded - filmed).mean() < 12.0, "what was filmed is what is read"
+
+
+def test_half_the_frames_per_second_show_every_second_frame(tmp_path: Path) -> None:
+    (fast, slow) = (film(TOY[0], 0, n, 64, fps, seed=0).frames for n, fps in ((11, 10), (6, 5)))
+    np.testing.assert_array_equal(slow, fast[::2])
+    cfg = compose(["env=toy", "demo.fps=5", f"data.root={tmp_path}"], RunConfig, conf_folder())
+    cfg.config.demo.clips_per_scene, cfg.config.demo.frames = 1, 12
+    render_demo(cfg.config)
+    (path,) = tmp_path.glob("*.mp4")
+    assert round(probe_video(path).fps) == 5
 
 
 def test_a_second_call_renders_nothing_and_reports_all_as_done(tmp_path: Path) -> None:
