@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from mapo_lightning.data.video_info import printable
+from mapo_lightning.data.video_info import Caption, printable
 from mapo_lightning.types import ConfigError
 
 SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".avi", ".m4v", ".mov"})
@@ -30,6 +30,8 @@ class Entry(NamedTuple):
     """Numbers of the images of a run, ascending."""
     number_rate: float = 0.0
     """Image numbers per second, Hz; 0.0 if unknown."""
+    captions: tuple[Caption, ...] = ()
+    """Sentences about the video, by their start."""
 
 
 @dataclass

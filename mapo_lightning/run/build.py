@@ -21,6 +21,7 @@ from mapo_lightning.models.agents.dreamer import DreamerAgent
 from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.semantics.describer import CaptionReader, NullDescriber
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.semantics.settings import VlmConfig
@@ -189,12 +190,14 @@ def answers_late(cfg: RunConfig) -> bool:
     """Whether collecting goes on without waiting for the describer."""
     if cfg.vlm.collect.late is not None:
         return cfg.vlm.collect.late
-    # These two answer within a frame, and a run that waits for them repeats exactly.
-    return cfg.vlm.kind not in ("flow", "none") and not cfg.trainer.deterministic
+    # These answer within a frame, and a run that waits for them repeats exactly.
+    return cfg.vlm.kind not in ("flow", "none", "templates") and not cfg.trainer.deterministic
 
 
 def build_live_labeler(cfg: RunConfig, envs: int, writer: str, late: bool = False) -> LiveLabeler:
     """Labels of what ``envs`` environments show; ``late``: without waiting for them."""
     vlm, task = shared_store(cfg), f"{cfg.env.kind}/{cfg.env.name}"
     labeler = build_labeler(vlm, Path(cfg.work_dir).absolute(), writer)
+    if isinstance(labeler.describer, CaptionReader):  # no sentence comes with an environment
+        labeler.describer = NullDescriber()
     return LiveLabeler(labeler, vlm.window, vlm.collect, envs, task, late)

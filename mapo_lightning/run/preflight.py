@@ -111,7 +111,7 @@ def _check_videos(cfg: RunConfig) -> None:
     """See that there are videos, or that they can be rendered."""
     build.build_videos(cfg)
     if cfg.data.kind != "demo":
-        list_videos(cfg.data)
+        list_videos(cfg.data, cfg.vlm.caption_file)
         return
     for scene in build.demo_scenes(cfg):
         probed_action_dim(scene)

@@ -117,6 +117,12 @@ def label(session: Session) -> None:
 def finetune(session: Session, init_from: Path | None = None) -> None:
     """Stage 2, with an evaluation before and after, and a summary."""
     cfg, seed = session.cfg, session.cfg.seed + session.rank
+    if cfg.vlm.kind == "templates":
+        log.warning(
+            "vlm=templates has no sentences about an environment: every label in fine-tuning is "
+            "null. To have environments described, pre-train first, and then fine-tune with "
+            "stage=finetune init_from=CHECKPOINT and another describer, such as vlm=flow"
+        )
     updates = cfg.finetune.updates(cfg.trainer.processes)
     best = session.folder / "finetune" / BEST if cfg.evaluate.keep_best else None
     if session.resumed.finished("finetune", updates):
