@@ -70,7 +70,7 @@ def test_frames_and_whole_videos(tmp_path: Path) -> None:
 
 
 BAD = {
-    "an unknown video": ("video,text\na.mp4,x\nA.mp4,x\n", "line 3: there is no video .*mean 'a.mp4'"),
+    "an unknown video": ("video,text\na,x\nA.mp4,x\n", "line 3: there is no video .*mean 'a.mp4'"),
     "two of that name": (HEAD + "b.mp4,0,1,x\n", "line 2: 2 videos are called 'b.mp4'"),
     "end before start": (HEAD + "a.mp4,2,1,x\n", "line 2: it ends at 1, but begins at 2"),
     "no length": (HEAD + "a.mp4,2,2,x\n", "line 2: it ends at 2, but begins at 2"),
