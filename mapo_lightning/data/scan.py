@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 
 from mapo_lightning.data.captions import add_captions, check_times
 from mapo_lightning.data.human36m import list_human36m
-from mapo_lightning.data.listing import SUFFIXES, Entry, Listing, list_folder, restrict
+from mapo_lightning.data.listing import (
+    SUFFIXES,
+    Entry,
+    Listing,
+    list_experts,
+    list_folder,
+    restrict,
+)
 from mapo_lightning.data.reader import locate, thin_out
 from mapo_lightning.data.scan_cache import ScanCache
 from mapo_lightning.data.settings import VideoDataConfig
@@ -29,6 +36,7 @@ LISTS: dict[str, Callable[[Path], Listing]] = {
     "folder": list_folder,
     "ssv2": list_ssv2,
     "human36m": list_human36m,
+    "metaworld_experts": list_experts,
 }
 """Function that lists the videos of each kind of data set; a new kind adds its own."""
 
@@ -113,7 +121,7 @@ def list_videos(cfg: VideoDataConfig, captions: str | None = None) -> tuple[List
     listing = LISTS[cfg.kind](root)
     if captions is not None and listing.entries:
         listing.entries = add_captions(listing.entries, root, captions)
-    entries = restrict(listing, cfg.classes, cfg.limit, cfg.seed)
+    entries = restrict(listing, cfg.classes, cfg.limit, cfg.seed, cfg.leave_out or ())
     if not entries:
         kinds = ", ".join(sorted(SUFFIXES))
         raise VideoError(f"no video found in '{root}' or its subfolders; looked for {kinds}")
@@ -220,7 +228,7 @@ def _report(
         return
     log.info(
         "data=%s: %d videos listed, %d of them missing, %d found but in no list; %d left out by "
-        "data.classes and data.limit; %d classes (%s)",
+        "data.classes, data.leave_out and data.limit; %d classes (%s)",
         cfg.kind,
         found["listed"],
         found["missing"],

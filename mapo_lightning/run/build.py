@@ -14,6 +14,7 @@ from mapo_lightning.envs.collector import (
     Collector,
 )
 from mapo_lightning.envs.demo import default_scenes
+from mapo_lightning.envs.experts import expert_scenes
 from mapo_lightning.envs.factory import make_vector_env
 from mapo_lightning.envs.live_labels import LiveLabeler
 from mapo_lightning.envs.settings import EnvConfig
@@ -38,6 +39,9 @@ from mapo_lightning.training.pretrain import PretrainModule
 from mapo_lightning.training.settings import HANDED_OVER
 from mapo_lightning.types import CheckpointError, ConfigError
 
+RENDERED = ("demo", "metaworld_experts")
+"""Kinds of data that are rendered where they are missing."""
+
 
 def demo_scenes(cfg: RunConfig) -> list[EnvConfig]:
     """Scenes that the demo's videos show.
@@ -46,12 +50,22 @@ def demo_scenes(cfg: RunConfig) -> list[EnvConfig]:
         ConfigError: One of ``demo.scenes`` is not kind/name.
     """
     scenes = []
+    if cfg.data.kind == "metaworld_experts":
+        return expert_scenes(cfg.demo.scenes, cfg.env)
     for scene in cfg.demo.scenes:
         kind, _, name = scene.partition("/")
         if not name:
             raise ConfigError(f"demo.scenes must hold kind/name, got '{scene}'")
         scenes.append(EnvConfig(kind=kind, name=name, render_quality=cfg.env.render_quality))  # type: ignore[arg-type]
     return scenes or default_scenes()
+
+
+def left_out(cfg: RunConfig) -> list[str] | None:
+    """Classes of videos never to use: those chosen, or the task that experts are not to show."""
+    if cfg.data.leave_out is not None or cfg.data.kind != "metaworld_experts":
+        return cfg.data.leave_out
+    task = cfg.env.name.removesuffix("-v3") if cfg.env.kind == "metaworld" else ""
+    return [task] if task in {scene.name for scene in demo_scenes(cfg)} else []
 
 
 def build_videos(cfg: RunConfig) -> VideoDataModule:
@@ -68,9 +82,8 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
     corpus = hashlib.blake2b(str(Path(cfg.data.root).absolute()).encode(), digest_size=4)
     name = f"{Path(cfg.data.root).name}-{corpus.hexdigest()}"
     work = Path(cfg.work_dir).absolute()
-    return VideoDataModule(
-        cfg.data, shared_store(cfg), cfg.pretrain.batch_size, work / name, cfg.seed
-    )
+    data = replace(cfg.data, leave_out=left_out(cfg))
+    return VideoDataModule(data, shared_store(cfg), cfg.pretrain.batch_size, work / name, cfg.seed)
 
 
 def build_labelling(cfg: RunConfig, rank: int, world: int) -> CorpusLabelling:
