@@ -164,7 +164,7 @@ class VlmConfig:
             raise ConfigError("model must name a model, got an empty text")
         if self.captions and self.kind != "templates":
             raise ConfigError(
-                f"captions='{self.captions}' is read by vlm=templates only, and kind is "
+                f"vlm.captions='{self.captions}' is read by vlm=templates only, and vlm.kind is "
                 f"{self.kind}: choose vlm=templates, or leave out vlm.captions"
             )
         if self.kind == "openai" and not self.server.base_urls and not self.cached_only:

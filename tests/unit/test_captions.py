@@ -18,6 +18,7 @@ from mapo_lightning.data.scan import scan_videos
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import write_mp4
 from mapo_lightning.data.video_info import Caption, VideoInfo
+from mapo_lightning.label_tools.check import check_labels
 from mapo_lightning.label_tools.parquet import export_labels, import_labels
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import ConfigError, DescriberError
@@ -245,6 +246,7 @@ def test_labels_travel_as_parquet(films: Path, tmp_path: Path) -> None:
     CorpusLabelling(clips).run(lambda _: None)
     clips.labeler.close()
     assert export_labels(tmp_path / "labels", tmp_path / "labels.parquet") == 20
+    assert check_labels(tmp_path / "labels").faults == {}
     other = tmp_path / "other"
     other.mkdir()
     assert import_labels(tmp_path / "labels.parquet", other / "labels")[:3] == (20, 0, 0)
