@@ -107,15 +107,8 @@ def restrict(
     Raises:
         ConfigError: There is no such class, or nothing is left.
     """
-    known = {entry.label.lower(): entry.label for entry in listing.entries if entry.label}
-    for key, name in [*(("classes", x) for x in classes), *(("leave_out", x) for x in leave_out)]:
-        if name.lower() not in known:
-            near = difflib.get_close_matches(name.lower(), known, 1, 0.0)
-            hint = f"did you mean '{known[near[0]]}'?" if near else "it names no classes at all."
-            raise ConfigError(
-                f"data.{key} holds '{name}', which is none of the {len(known)} classes of this "
-                f"data set; {hint}"
-            )
+    for key, names in (("classes", classes), ("leave_out", leave_out)):
+        _check_classes(listing, key, names)
     left, wanted = {name.lower() for name in leave_out}, {name.lower() for name in classes}
     kept = [
         entry
@@ -138,3 +131,15 @@ def restrict(
     for part, count in zip(parts, (limit - held, held), strict=True):
         chosen |= set(sorted(part, key=draw)[:count])
     return [entry for entry in kept if entry in chosen]
+
+
+def _check_classes(listing: Listing, key: str, names: Sequence[str]) -> None:
+    known = {entry.label.lower(): entry.label for entry in listing.entries if entry.label}
+    for name in names:
+        if name.lower() not in known:
+            near = difflib.get_close_matches(name.lower(), known, 1, 0.0)
+            hint = f"did you mean '{known[near[0]]}'?" if near else "it names no classes at all."
+            raise ConfigError(
+                f"data.{key} holds '{name}', which is none of the {len(known)} classes of this "
+                f"data set; {hint}"
+            )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,13 +75,12 @@ def render_demo_videos(
 ) -> list[Path]:
     """Render videos into a folder, unless they are there already.
 
-    A video gets its name when it is complete, so a killed call loses only the videos in progress.
-    Videos of an earlier call with other settings are removed; files that this function did not
-    write are left alone. Of several processes that call it at once, one renders and others wait.
+    A killed call loses only the videos in progress. Videos of a call with other settings are
+    removed; files of others are left alone. Of several processes, one renders and others wait.
 
     Args:
         root: Folder, made if missing.
-        scenes: What to film, see `filming.film`; None or empty: `default_scenes`.
+        scenes: What to film; None or empty: `default_scenes`.
         clips_per_scene: Videos of each scene; they differ in start, motion, camera and colours.
         frames: Length of a video.
         size: Height and width, in pixels; even.
@@ -103,8 +103,7 @@ def render_demo_videos(
     _check(clips_per_scene, frames, size, fps, processes)
     jobs = [
         _Job(Path(root), scene, clip, frames, size, fps, seed, scenery, noise)
-        for scene in scenes or default_scenes()
-        for clip in range(clips_per_scene)
+        for scene, clip in product(scenes or default_scenes(), range(clips_per_scene))
     ]
     with _locked(Path(root)):
         _render_missing(_Manifest(Path(root), sentences or {}), jobs, processes, progress)
