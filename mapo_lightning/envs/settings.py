@@ -79,7 +79,10 @@ class DemoConfig:
     clips_per_scene: int = 4
     """Videos per scene."""
     frames: int = 75
-    """Frames per video, at 25 frames per second."""
+    """Frames per video."""
+    fps: int = 25
+    """Frames per second of simulated time: fewer show more motion from one frame to the next. A
+    simulator that is slower, such as the toy with its 10, gives what it has."""
     size: int = 256
     """Height and width of the videos, in pixels."""
     scenery: int = 0
@@ -90,7 +93,7 @@ class DemoConfig:
     action lies in [-1, 1]."""
 
     def __post_init__(self) -> None:
-        for name in ("clips_per_scene", "frames"):
+        for name in ("clips_per_scene", "frames", "fps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.scenery < 0:

@@ -12,12 +12,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+MLPStyle: TypeAlias = Literal["elu", "rms_silu"]
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
@@ -33,12 +35,31 @@ def xavier(layer: Layer) -> Layer:
     return layer
 
 
-def mlp(inputs: int, units: int, layers: int, outputs: int) -> nn.Sequential:
-    """Multi-layer perceptron with ELU after every hidden layer, (..., inputs) -> (..., outputs)."""
+def mlp(
+    inputs: int, units: int, layers: int, outputs: int, style: MLPStyle = "elu"
+) -> nn.Sequential:
+    """Multi-layer perceptron, (..., inputs) -> (..., outputs).
+
+    Hidden layers are followed by ELU (``elu``: DreamerV2), or by RMS norm and SiLU (``rms_silu``:
+    DreamerV3).
+    """
     modules: list[nn.Module] = []
     for width in [inputs] + [units] * (layers - 1):
-        modules += [xavier(nn.Linear(width, units)), nn.ELU()]
+        modules.append(xavier(nn.Linear(width, units)))
+        if style == "elu":
+            modules.append(nn.ELU())
+        else:
+            modules += [nn.RMSNorm(units, eps=1e-4), nn.SiLU()]
     return nn.Sequential(*modules, xavier(nn.Linear(units, outputs)))
+
+
+def zeroed(network: nn.Sequential) -> nn.Sequential:
+    """Let ``network`` say 0 for every input at first, and return it."""
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return network
 
 
 def transposed(layer: nn.ConvTranspose2d, x_NCHW: Tensor) -> Tensor:

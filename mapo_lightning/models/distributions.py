@@ -28,6 +28,18 @@ def draw_class(probs_K: Tensor, noise: Tensor) -> Tensor:
     return torch.searchsorted(bounds, noise[..., None], right=True)
 
 
+def mixed(logits_K: Tensor, unimix: float) -> Tensor:
+    """Logits of a mixture with the uniform distribution, (..., K); unchanged for ``unimix`` 0.
+
+    Source: DreamerV3's categoricals, with ``unimix`` 0.01: no class becomes impossible, and no KL
+    infinite.
+    """
+    if not unimix:
+        return logits_K
+    probs_K = logits_K.float().softmax(dim=-1)
+    return ((1.0 - unimix) * probs_K + unimix / probs_K.shape[-1]).log()
+
+
 def one_hot_sample(logits_K: Tensor, noise: Tensor) -> Tensor:
     """Draw one-hot samples whose gradient is that of the probabilities.
 
@@ -110,6 +122,13 @@ class TruncatedNormal:
         x = torch.addcmul(self.mean, self.std, torch.erfinv(centred), value=math.sqrt(2.0))
         clipped = x.clamp(-EDGE, EDGE)
         return x + (clipped - x).detach() if x.requires_grad else clipped
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Logarithm of the density at ``action`` (..., A), summed over A: nats, (...)."""
+        distance = (action - self.mean) / self.std
+        nats = -0.5 * (distance.square() + math.log(2 * math.pi)) - (self.std * self._mass).log()
+        total: Tensor = nats.sum(-1)
+        return total
 
     def mode(self) -> Tensor:
         """Most probable action, (..., A)."""

@@ -125,6 +125,7 @@ def build_finetune(
         action_dim,
         cfg.world_model.head_layers,
         cfg.world_model.head_units,
+        cfg.world_model.head_style,
     )
     _check_names(cfg, world_model)
     report = None

@@ -41,6 +41,11 @@ def check_run(cfg: RunConfig) -> None:
     _check_unused(cfg, earlier)
     check_store(cfg.tracking)
     if cfg.trainer.capture:
+        if cfg.finetune.agent_updates > 1 and "finetune" in phases:
+            raise ConfigError(
+                "trainer.capture=true records one optimiser update per batch, but "
+                f"finetune.agent_updates is {cfg.finetune.agent_updates}: set one of them back"
+            )
         cuda_recorder(cfg.trainer.accelerator, cfg.trainer.processes)
     if phases:
         check_hardware(cfg.trainer)

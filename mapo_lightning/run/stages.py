@@ -98,6 +98,7 @@ def render_demo(cfg: RunConfig) -> None:
             build.demo_scenes(cfg),
             clips_per_scene=cfg.demo.clips_per_scene,
             frames=cfg.demo.frames,
+            fps=cfg.demo.fps,
             size=cfg.demo.size,
             seed=cfg.data.seed,
             scenery=cfg.demo.scenery,

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
-from mapo_lightning.models.interfaces import Agent, WorldModel
+from mapo_lightning.models.interfaces import Agent, Fit, WorldModel
 from mapo_lightning.training.base_module import TrainedModule, named_adam
 from mapo_lightning.training.settings import FinetuneConfig
 from mapo_lightning.types import Batch, ConfigError
@@ -52,11 +53,39 @@ class FinetuneModule(TrainedModule):
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. (3) on the replayed chunk, eq. (4) and (5) on dreams that start in all its states."""
         fit = self.world_model.loss(batch)
+        for _ in range(self.cfg.agent_updates - 1):
+            self._update_agent(fit, batch)
         behaviour = self.agent.losses(self.world_model, fit, batch)
         total = fit.total
         for loss in behaviour.losses.values():
             total = total + loss
         return total, fit.log | behaviour.log | {"world_model": fit.total.detach()}
+
+    def _update_agent(self, fit: Fit, batch: Batch) -> None:
+        """One update of the agent alone, with its groups of the shared optimiser.
+
+        It happens inside this batch's forward. So gradients are computed without the hooks by which
+        DDP waits for one backward per batch, and are averaged here.
+        """
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        losses = self.agent.losses(self.world_model, fit, batch).losses
+        names = set(self.agent.groups())
+        groups = [group for group in optimizer.param_groups if group["name"] in names]
+        parameters = [p for group in groups for p in group["params"]]
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            gradients = torch.autograd.grad(torch.stack([*losses.values()]).sum(), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(gradient)
+                gradient = gradient / dist.get_world_size()
+            parameter.grad = gradient
+        for group in groups:
+            norm = self.optimizer_cfg.max_grad_norm
+            torch.nn.utils.clip_grad_norm_(group["params"], norm, foreach=True)
+        optimizer.step()  # the others have no gradient now and stay as they are
+        for parameter in parameters:
+            parameter.grad = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Let the agent do what it does between updates."""

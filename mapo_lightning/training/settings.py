@@ -87,6 +87,9 @@ class FinetuneConfig:
     """Learning rate of upper dynamics, decoder and heads."""
     lr_lower: float = 3e-4
     """Learning rate of encoder, context and lower dynamics."""
+    agent_updates: int = 1
+    """Updates of the agent per update of the world model, each in dreams of its own. 1 as
+    published; a dream costs a fraction of the world model's update."""
     hold_lower: int = 0
     """First updates in which the lower learning rate is zero: 100 on Meta-World (facts 2.5)."""
     hold_actor: int = 0
@@ -107,7 +110,8 @@ class FinetuneConfig:
     published systems train them all (O23). Batch norm goes on following its inputs."""
 
     def __post_init__(self) -> None:
-        for name in ("agent_steps", "prefill", "prefill_hold", "train_every", "batch_size"):
+        least = ("agent_steps", "prefill", "prefill_hold", "train_every", "batch_size")
+        for name in (*least, "agent_updates"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.chunk_length < 2:

@@ -155,6 +155,7 @@ def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) ->
     run = partial(train, tmp_path, script=str(script))
     two = ["trainer.devices=2", "trainer.strategy=ddp", "tracking.enabled=true"]
     two += ["evaluate.keep_best=true", "evaluate.every=2"]
+    two += ["finetune.agent_updates=2", "agent.normalise=percentile"]  # both speak to each other
     said = run(*FINETUNE, *two, "run_dir=run", "finetune.agent_steps=170")
     assert said.count("episodes from reset seeds") == 1  # one process speaks
     weights = [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,13 @@ def trained(
     folder: Path,
     updates: int = UPDATES,
     resume: Path | None = None,
+    words: Sequence[str] = (),
 ) -> tuple[TrainedModule, list[dict[str, float]], L.Trainer]:
     """A trained module, what was logged at every second update, and its trainer."""
     torch.manual_seed(0)
-    words = ["env=toy", "finetune.hold_actor=4", "agent.target_every=2", "agent.horizon=4"]
-    words += RESIDUAL.split()  # batch norms move their statistics in what is recorded
-    cfg = compose(words, RunConfig, CONF).config
+    usual = ["env=toy", "finetune.hold_actor=4", "agent.target_every=2", "agent.horizon=4"]
+    usual += RESIDUAL.split()  # batch norms move their statistics in what is recorded
+    cfg = compose([*usual, *words], RunConfig, CONF).config
     module: TrainedModule
     module = build_pretrain(cfg) if stage == "pretrain" else build_finetune(cfg, 2, None)[0]
     if tape is not None:
@@ -189,3 +191,26 @@ def test_a_batch_of_another_shape_is_refused() -> None:
 def test_capture_wants_one_gpu(accelerator: str, processes: int) -> None:
     with pytest.raises(ConfigError, match=r"trainer.capture=true records the work of one GPU"):
         cuda_recorder(accelerator, processes)
+
+
+def test_more_updates_of_the_agent_are_its_own_and_leave_the_world_model_alone(
+    tmp_path: Path,
+) -> None:
+    one, _, _ = trained("finetune", None, tmp_path / "one", updates=1)
+    words = ["finetune.agent_updates=3", "finetune.hold_actor=0"]
+    three, _, trainer = trained("finetune", None, tmp_path / "three", updates=1, words=words)
+    assert trainer.global_step == 1
+    for name, value in one.state_dict().items():
+        if name.startswith("world_model."):
+            assert torch.equal(three.state_dict()[name], value), name
+    (optimizer,) = trainer.optimizers
+    made = {
+        group["name"]: {int(optimizer.state[p]["step"]) for p in group["params"]}
+        for group in optimizer.param_groups
+    }
+    assert made == {"lower": {1}, "model": {1}, "actor": {3}, "critic": {3}}
+    moved = [
+        (three.state_dict()[f"agent.{name}"] - one.state_dict()[f"agent.{name}"]).abs().max()
+        for name in ("actor.0.weight", "critic.0.weight")
+    ]
+    assert min(moved) > 1e-5

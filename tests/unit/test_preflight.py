@@ -59,6 +59,7 @@ def pretrained(path: Path, *words: str) -> Path:
         (["trainer.accelerator=abacus"], "'trainer.accelerator' must be one of auto, cpu"),
         (["trainer.strategy=dpp"], "Did you mean 'ddp'?"),
         (["trainer.capture=true"], "records the work of one GPU"),
+        (["trainer.capture=true", "finetune.agent_updates=2"], "finetune.agent_updates is 2"),
         (["data=folder", "data.root=nowhere"], "data.root must be a folder with videos"),
         (["data=folder", "data.root=..", "stage=label"], "no video found in '..'"),
         (["data=ssv2", "data.root=.."], "is not Something-Something V2"),

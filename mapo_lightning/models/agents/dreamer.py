@@ -1,4 +1,4 @@
-"""DreamerV2's actor-critic, which learns inside the dream only.
+"""Dreamer's actor-critic, which learns inside the dream only.
 
 Shapes: I imagined steps, N imagination starts, F feat, A action.
 """
@@ -11,18 +11,21 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from mapo_lightning.models.agents.settings import AgentConfig
-from mapo_lightning.models.blocks import frozen, mlp
+from mapo_lightning.models.blocks import MLPStyle, frozen, mlp, zeroed
 from mapo_lightning.models.distributions import TruncatedNormal
 from mapo_lightning.models.interfaces import (
     AgentLoss,
     Belief,
     DifferentiableWorldModel,
+    Dream,
     Fit,
     WorldModel,
 )
 from mapo_lightning.models.returns import lambda_returns, step_weights
+from mapo_lightning.models.scalar_outputs import SCALARS
 from mapo_lightning.types import Batch, ConfigError
 
 
@@ -58,6 +61,30 @@ class ActorInDream:
         return TruncatedNormal.from_raw(torch.stack(self.raw))
 
 
+class ReturnRange(nn.Module):
+    """Moving average of the range of returns, from the 5th to the 95th percentile, at least 1.
+
+    Source: DreamerV3, arXiv:2301.04104v2, "Actor learning".
+    """
+
+    average: Tensor
+
+    def __init__(self, momentum: float = 0.99) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, returns: Tensor) -> Tensor:
+        """Follow the returns of an update while training; what to divide by, a scalar."""
+        if self.training:
+            width = returns.quantile(0.95) - returns.quantile(0.05)
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(width)
+                width = width / dist.get_world_size()
+            self.average.lerp_(width, 1.0 - self.momentum)
+        return self.average.clamp(min=1.0)
+
+
 class DreamerAgent(nn.Module):
     """Actor, critic and slow critic over the features of the control dynamics.
 
@@ -67,27 +94,40 @@ class DreamerAgent(nn.Module):
         action_dim: Width A of an action.
         layers: Hidden layers of both networks.
         units: Width of those layers.
+        style: What follows the hidden layers, see `mlp`.
 
     Raises:
-        ConfigError: The world model gives no gradients through its dreams.
+        ConfigError: The world model gives no gradients through its dreams, and needs to.
 
-    Source: eq. (4) and (5) of the MAPO paper; DreamerV2, arXiv:2010.02193, Sec. 2; facts 4.
+    Source: eq. (4) and (5) of the MAPO paper; DreamerV2, arXiv:2010.02193, Sec. 2; facts 4. The
+    settings that differ from these: DreamerV3, arXiv:2301.04104v2.
     """
 
     def __init__(
-        self, cfg: AgentConfig, world_model: WorldModel, action_dim: int, layers: int, units: int
+        self,
+        cfg: AgentConfig,
+        world_model: WorldModel,
+        action_dim: int,
+        layers: int,
+        units: int,
+        style: MLPStyle = "elu",
     ) -> None:
         super().__init__()
-        if not isinstance(world_model, DifferentiableWorldModel):
+        through = cfg.gradient == "dynamics"
+        if through and not isinstance(world_model, DifferentiableWorldModel):
             raise ConfigError(
-                "agent.kind=dreamer learns by gradients through dreams, which "
-                f"{type(world_model).__name__} does not give; choose another agent or world model"
+                "agent.gradient=dynamics learns by gradients through dreams, which "
+                f"{type(world_model).__name__} does not give; set agent.gradient=reinforce, or "
+                "choose another agent or world model"
             )
-        self.cfg, self.action_dim = cfg, action_dim
+        self.cfg, self.action_dim, self.values = cfg, action_dim, SCALARS[cfg.critic]
         feat = world_model.feat_dim
-        self.actor = mlp(feat, units, layers, 2 * action_dim)
-        self.critic = mlp(feat, units, layers, 1)
+        self.actor = mlp(feat, units, layers, 2 * action_dim, style)
+        self.critic = mlp(feat, units, layers, self.values.width, style)
+        if cfg.critic == "twohot":
+            zeroed(self.critic)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.spread = ReturnRange() if cfg.normalise == "percentile" else None
 
     def policy(self, feat: Tensor) -> TruncatedNormal:
         """Action distribution in states with features (..., F)."""
@@ -110,25 +150,34 @@ class DreamerAgent(nn.Module):
             fit: Gives the states to start from, without history.
             batch: Not read.
         """
-        assert isinstance(world_model, DifferentiableWorldModel)
         start = fit.belief.flatten().detach()
         lead = self.cfg.horizon, len(start.feat), self.action_dim
         policy = ActorInDream(self.actor, torch.rand(lead, device=start.feat.device))
         with frozen(world_model):
-            dream = world_model.imagine_with_gradients(start, policy, self.cfg.horizon)
-            slow_IN = self.target(dream.feat).float().squeeze(-1)
+            dream, action_INA = self._dream(world_model, start, policy)
+            slow_IN = self.values.read(self.target(dream.feat))
+        raw_INV = self.critic(dream.feat[:-1].detach())
+        value_IN = self.values.read(raw_INV)
+        trusted_IN = slow_IN
+        if self.cfg.bootstrap == "fast":
+            with frozen(self.critic):
+                trusted_IN = self.values.read(self.critic(dream.feat))
         discount_IN = self.cfg.discount * dream.discount
         target_IN = lambda_returns(
-            dream.reward[:-1], slow_IN[:-1], discount_IN[:-1], slow_IN[-1], self.cfg.lam
+            dream.reward[:-1], trusted_IN[:-1], discount_IN[:-1], trusted_IN[-1], self.cfg.lam
         )
         weight_IN = step_weights(discount_IN)
         entropy_IN = policy.policies.entropy()
         # Eq. (5). The action taken in state i first shows in the target of state i + 1.
-        gain_IN = target_IN[1:] + self.cfg.entropy * entropy_IN[:-1]
+        gain_IN = self._gain(target_IN, trusted_IN, policy, action_INA)
+        gain_IN = gain_IN + self.cfg.entropy * entropy_IN[:-1]
         actor = -(weight_IN[:-2] * gain_IN).mean()
         # Eq. (4). Deviation: critic-target. The released code's targets also contain the entropy.
-        value_IN = self.critic(dream.feat[:-1].detach()).float().squeeze(-1)
-        critic = (weight_IN[:-1] * 0.5 * (value_IN - target_IN.detach()).pow(2)).mean()
+        error_IN = self.values.error(raw_INV, target_IN.detach())
+        if self.cfg.slow_weight:
+            slow_error_IN = self.values.error(raw_INV, slow_IN[:-1].detach())
+            error_IN = error_IN + self.cfg.slow_weight * slow_error_IN
+        critic = (weight_IN[:-1] * error_IN).mean()
         log = {
             "actor": actor,
             "critic": critic,
@@ -141,13 +190,44 @@ class DreamerAgent(nn.Module):
             {"actor": actor, "critic": critic}, {name: x.detach() for name, x in log.items()}
         )
 
+    def _dream(
+        self, world_model: WorldModel, start: Belief, policy: ActorInDream
+    ) -> tuple[Dream, Tensor | None]:
+        """A dream, and the actions in it (I, N, A) where their likelihood will be asked for."""
+        if self.cfg.gradient == "dynamics":
+            assert isinstance(world_model, DifferentiableWorldModel)
+            return world_model.imagine_with_gradients(start, policy, self.cfg.horizon), None
+        dream = world_model.imagine(
+            start, lambda i, belief: policy.sample(self.actor(belief.feat), i), self.cfg.horizon
+        )
+        policy.policies = self.policy(dream.feat[:-1])
+        return dream, dream.action
+
+    def _gain(
+        self,
+        target_IN: Tensor,
+        trusted_IN: Tensor,
+        policy: ActorInDream,
+        action_INA: Tensor | None,
+    ) -> Tensor:
+        """What the actor is to increase, apart from entropy, for the steps of eq. (5)."""
+        gain_IN = target_IN[1:]
+        if action_INA is not None:
+            # By how much the action did better than what is expected of the state it was taken in.
+            advantage_IN = (gain_IN - trusted_IN[: len(gain_IN)]).detach()
+            gain_IN = advantage_IN * policy.policies.log_prob(action_INA)[: len(gain_IN)]
+        return gain_IN if self.spread is None else gain_IN / self.spread(target_IN.detach())
+
     def groups(self) -> Mapping[str, Iterable[nn.Parameter]]:
         """Actor and critic; the slow critic is copied, not trained."""
         return {"actor": self.actor.parameters(), "critic": self.critic.parameters()}
 
     @torch.no_grad()
     def after_update(self, updates: int) -> None:
-        """Copy the critic into the slow critic on schedule."""
+        """Move the slow critic towards the critic on schedule."""
         if updates % self.cfg.target_every == 0:
             for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
-                slow.copy_(fast)
+                if self.cfg.target_rate == 1.0:
+                    slow.copy_(fast)
+                else:
+                    slow.lerp_(fast, self.cfg.target_rate)

@@ -6,6 +6,8 @@ Shapes: B batch, T time, A action, V semantic vector.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -30,6 +32,7 @@ class Driven(NamedTuple):
 
     action: Tensor  # (B, T, A)
     latent: LatentAction | None = None  # where the action was inferred from frames
+    log: Mapping[str, Tensor] = MappingProxyType({})  # detached scalars for the curves
 
 
 class ActionSource(nn.Module):
@@ -77,6 +80,8 @@ class NullAction(ActionSource):
 class SemanticAction(ActionSource):
     """MAPO: a trainable projection of the embedded phrase, plus the position code.
 
+    The code has the norm sqrt(A / 2). Those of the phrases are learned; the largest of a batch is
+    logged as ``phrase_norm``.
     Frames without a significant action are the zero vector before the code is added (O4).
     Source: Sec. 4.1 (1) and Algorithm 1, line 10; facts O1, O4, O9.
     """
@@ -89,9 +94,10 @@ class SemanticAction(ActionSource):
     def forward(self, batch: Batch) -> Driven:
         """Projected phrases, (B, T, A)."""
         action = self.project(batch["semantic"]) * batch["has_semantic"][..., None]
+        loudest = action.detach().norm(dim=-1).amax()
         if self.position:
             action = action + position_code(batch["position"], self.action_dim)
-        return Driven(action)
+        return Driven(action, log={"phrase_norm": loudest})
 
 
 class InverseAction(ActionSource):

@@ -56,8 +56,8 @@ def consistency(
         before = RSSMState(*(x[:, :-1] for x in post)).flatten()
         other_NA = latent.sample[order_B].flatten(0, 1)
         unused_NS = before.stoch.new_zeros(before.stoch.shape[:-1])
-        other_NSK = dynamics.imagine_step(before, other_NA, unused_NS).logits
-        state_N = categorical_kl(prior_BTSK[:, 1:].flatten(0, 1), other_NSK)
+        other_NSK = dynamics.mixed(dynamics.imagine_step(before, other_NA, unused_NS).logits)
+        state_N = categorical_kl(dynamics.mixed(prior_BTSK[:, 1:].flatten(0, 1)), other_NSK)
         # A clip drawn for itself changes nothing; rounding must not rank it.
         same_B = order_B == torch.arange(len(order_B), device=order_B.device)
         state_N = state_N.masked_fill(same_B.repeat_interleave(latent.mean.shape[1]), 0.0)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mapo_lightning.models.blocks import mlp
+from mapo_lightning.models.blocks import MLPStyle, mlp, zeroed
+from mapo_lightning.models.scalar_outputs import SCALARS, ScalarKind
 from mapo_lightning.types import Batch
 
 
@@ -22,17 +23,35 @@ class Heads(nn.ModuleDict):
         feat: Width F of the control state.
         units: Width of the hidden layers.
         layers: Number of hidden layers.
+        style: Of the hidden layers, see `mlp`.
+        rewards: How the reward heads say their number; ``twohot`` ones begin at 0.
 
     Source: facts 4 and 4.1.
     """
 
-    def __init__(self, names: Sequence[str], feat: int, units: int, layers: int) -> None:
-        super().__init__({name: mlp(feat, units, layers, 1) for name in names})
+    def __init__(
+        self,
+        names: Sequence[str],
+        feat: int,
+        units: int,
+        layers: int,
+        style: MLPStyle = "elu",
+        rewards: ScalarKind = "normal",
+    ) -> None:
+        kinds = {name: "normal" if name == "discount" else rewards for name in names}
+        self.outputs = {name: SCALARS[kind] for name, kind in kinds.items()}
+        networks = {
+            name: mlp(feat, units, layers, output.width, style)
+            for name, output in self.outputs.items()
+        }
+        for name, kind in kinds.items():
+            if kind == "twohot":
+                zeroed(networks[name])
+        super().__init__(networks)
 
     def read(self, name: str, feat: Tensor) -> Tensor:
-        """Output of one head, (..., F) -> (...), float32."""
-        out: Tensor = self[name](feat).float().squeeze(-1)
-        return out
+        """Number that one head says, (..., F) -> (...), float32."""
+        return self.outputs[name].read(self[name](feat))
 
     def terms(self, batch: Batch, feat_BTF: Tensor, bonus_BT: Tensor | None) -> dict[str, Tensor]:
         """-ln p(r_t | s_t) of both reward heads, and the discount head's cross-entropy.
@@ -50,16 +69,14 @@ class Heads(nn.ModuleDict):
         target_BT = reward_BT
         if bonus_BT is not None:
             target_BT = reward_BT[:, : bonus_BT.shape[1]] + bonus_BT
-        terms = {
-            "reward": self._squared_error("reward", feat_BTF[:, : target_BT.shape[1]], target_BT)
-        }
+        terms = {"reward": self._error("reward", feat_BTF[:, : target_BT.shape[1]], target_BT)}
         if "aux_reward" in self:
-            terms["aux_reward"] = self._squared_error("aux_reward", feat_BTF, reward_BT)
+            terms["aux_reward"] = self._error("aux_reward", feat_BTF, reward_BT)
         if "discount" in self:
             goes_on_BT = (~batch["is_terminal"]).float()
             logit_BT = self.read("discount", feat_BTF)
             terms["discount"] = F.binary_cross_entropy_with_logits(logit_BT, goes_on_BT)
         return terms
 
-    def _squared_error(self, name: str, feat_BTF: Tensor, target_BT: Tensor) -> Tensor:
-        return 0.5 * (self.read(name, feat_BTF) - target_BT).pow(2).mean()
+    def _error(self, name: str, feat_BTF: Tensor, target_BT: Tensor) -> Tensor:
+        return self.outputs[name].error(self[name](feat_BTF), target_BT).mean()

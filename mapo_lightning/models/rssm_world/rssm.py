@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mapo_lightning.models.blocks import xavier
-from mapo_lightning.models.distributions import balanced_kl, one_hot_sample
+from mapo_lightning.models.distributions import balanced_kl, mixed, one_hot_sample
 from mapo_lightning.models.rssm_world.settings import RSSMConfig
 from mapo_lightning.types import ConfigError
 
@@ -30,7 +30,7 @@ class RSSMState(NamedTuple):
     """What the model believes; leading axes are (B,) or (B, T)."""
 
     feat: Tensor  # (..., S*K + D) flat feature that decoder and heads read: sample, then deter
-    logits: Tensor  # (..., S, K) what the sample was drawn from
+    logits: Tensor  # (..., S, K) what the sample was drawn from, before `RSSM.mixed`
 
     @classmethod
     def of(cls, deter: Tensor, stoch: Tensor, logits: Tensor) -> RSSMState:
@@ -97,12 +97,15 @@ class RSSM(nn.Module):
         cfg: Sizes.
         action_dim: Width A of the actions it is given; at most ``cfg.action_slot`` if that is set.
         embed_dim: Width E of what the posterior sees.
+        unimix: Share of the uniform distribution in all categoricals.
 
     Source:
         facts 2.2; eq. (2) and (3) of the MAPO paper.
     """
 
-    def __init__(self, cfg: RSSMConfig, action_dim: int, embed_dim: int) -> None:
+    def __init__(
+        self, cfg: RSSMConfig, action_dim: int, embed_dim: int, unimix: float = 0.0
+    ) -> None:
         super().__init__()
         if cfg.action_slot and action_dim > cfg.action_slot:
             raise ConfigError(
@@ -110,6 +113,7 @@ class RSSM(nn.Module):
                 f"{cfg.action_slot}; raise it or set it to 0"
             )
         self.cfg, self.action_slot = cfg, cfg.action_slot or action_dim
+        self.unimix = unimix
         flat = cfg.stoch * cfg.classes
         self.inp = xavier(nn.Linear(flat + self.action_slot, cfg.hidden))
         self.cell = NormedGRU(cfg.hidden, cfg.deter)
@@ -162,7 +166,7 @@ class RSSM(nn.Module):
             deter_BD = self._recur(driven_BTU[:, t], stoch_BX, state.deter * keep_BT1[:, t])
             hidden_BU = F.elu(seen_BTU[:, t] + F.linear(deter_BD, deter_weight))
             logits_BSK = self._grouped(self.posterior[2](hidden_BU).float())
-            sample_BSK = one_hot_sample(logits_BSK, noise_BTS[:, t])
+            sample_BSK = one_hot_sample(self.mixed(logits_BSK), noise_BTS[:, t])
             state = RSSMState.of(deter_BD, sample_BSK, logits_BSK)
             states.append(state)
         post = RSSMState(*(torch.stack(parts, dim=1) for parts in zip(*states, strict=True)))
@@ -202,11 +206,17 @@ class RSSM(nn.Module):
         """Predict one step: p(s_t | s_{t-1}, a_{t-1})."""
         deter_BD = self._recur(self.drive(action_BA), prev.stoch.flatten(-2), prev.deter)
         logits_BSK = self._grouped(self.prior(deter_BD).float())
-        return RSSMState.of(deter_BD, one_hot_sample(logits_BSK, noise_BS), logits_BSK)
+        sample_BSK = one_hot_sample(self.mixed(logits_BSK), noise_BS)
+        return RSSMState.of(deter_BD, sample_BSK, logits_BSK)
 
     def kl(self, post_BTSK: Tensor, prior_BTSK: Tensor, free_nats: float) -> Tensor:
         """Balanced KL of this model, scalar nats per step."""
+        post_BTSK, prior_BTSK = self.mixed(post_BTSK), self.mixed(prior_BTSK)
         return balanced_kl(post_BTSK, prior_BTSK, self.cfg.kl_balance, free_nats)
+
+    def mixed(self, logits: Tensor) -> Tensor:
+        """Logits of the distribution that is drawn from, (..., K)."""
+        return mixed(logits, self.unimix)
 
     def drive(self, action: Tensor) -> Tensor:
         """Part of the input layer that the action feeds, (..., A) -> (..., U)."""

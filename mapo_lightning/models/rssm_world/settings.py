@@ -220,6 +220,15 @@ class WorldModelConfig:
     """Hidden layers of reward, actor and critic networks."""
     head_units: int = 400
     """Width U of those layers."""
+    head_style: Literal["elu", "rms_silu"] = "elu"
+    """What follows each of those layers: ELU, as in DreamerV2, or RMS norm and SiLU, as in
+    DreamerV3."""
+    rewards: Literal["normal", "twohot"] = "normal"
+    """How the reward heads say a number: as the mean of a unit normal, as in DreamerV2, or by
+    weights of 255 fixed values on a symlog scale, as in DreamerV3."""
+    unimix: float = 0.0
+    """Share of the uniform distribution in every categorical of the stochastic states, in [0, 1):
+    0.01 in DreamerV3."""
     aux_reward: bool = False
     """Second reward head, trained on the reward without bonus (O25)."""
     discount_head: bool = False
@@ -240,5 +249,7 @@ class WorldModelConfig:
                 "world_model.upper is null, so the environment's action must drive the lower "
                 "dynamics, but world_model.source.kind is semantic; set it to inverse or null"
             )
+        if not 0.0 <= self.unimix < 1.0:
+            raise ConfigError(f"world_model.unimix must lie in [0, 1), got {self.unimix}")
         if self.head_layers < 1 or self.head_units < 1:
             raise ConfigError("head_layers and head_units must be at least 1")

@@ -75,17 +75,15 @@ class RSSMWorldModel(nn.Module):
             self.source = build_action_source(
                 cfg.source, cfg.image, cfg.lower.hidden, semantic_dim, env_dim
             )
-            self.lower = dynamics(cfg.lower, self.source.action_dim, embed)
+            self.lower = dynamics(cfg.lower, self.source.action_dim, embed, cfg.unimix)
             feat = cfg.lower.feat
             seen = feat + embed * cfg.concat_embed
         if action_dim is not None and cfg.upper is not None:
-            self.upper = dynamics(cfg.upper, action_dim, seen)
+            self.upper = dynamics(cfg.upper, action_dim, seen, cfg.unimix)
             feat = cfg.upper.feat
         self.feat_dim = feat
         self.decoder = build_decoder(cfg.image, feat, cfg.context)
-        wanted = {"reward": True, "aux_reward": cfg.aux_reward, "discount": cfg.discount_head}
-        named = [name for name, want in wanted.items() if want and controls]
-        self.heads = Heads(named, feat, cfg.head_units, cfg.head_layers)
+        self.heads = _heads(cfg, feat, controls)
         # PreLAR's bonus compares embeddings, that of the stacked systems lower states.
         compared = cfg.lower.feat if cfg.lower is not None and self.upper is not None else embed
         self.bonus = VideoBonus(cfg.bonus, compared) if controls and cfg.bonus.beta else None
@@ -146,6 +144,7 @@ class RSSMWorldModel(nn.Module):
         log: dict[str, Tensor] = {}
         if self.source is not None and self.lower is not None and seen.driven is not None:
             terms |= self.source.losses(seen.driven, self.lower, *seen.prior["lower"])
+            log |= seen.driven.log
         for name, (post, prior_BTSK) in seen.prior.items():
             dynamics = self.lower if name == "lower" else self.upper
             assert dynamics is not None
@@ -275,3 +274,10 @@ class RSSMWorldModel(nn.Module):
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode for what `observe` uses: its batch norms, the only parts that differ."""
         return evaluation_mode(self._observing_norms)
+
+
+def _heads(cfg: WorldModelConfig, feat: int, controls: bool) -> Heads:
+    """The heads that the configuration wants; none in pre-training."""
+    wanted = {"reward": True, "aux_reward": cfg.aux_reward, "discount": cfg.discount_head}
+    named = [name for name, want in wanted.items() if want and controls]
+    return Heads(named, feat, cfg.head_units, cfg.head_layers, cfg.head_style, cfg.rewards)

@@ -32,6 +32,7 @@ class ScanFunction(torch.autograd.Function):
         """See `Scan.with_gradients`."""
         ctx.set_materialize_grads(False)
         ctx.axis, ctx.shared_seen = tape.axis, seen.ndim == 1
+        ctx.from_sample = 1.0 - tape.unimix
         rows = tape.keep, tape.before, tape.entry, tape.after
         ctx.save_for_backward(*rows, *weights, *(x for one in tape.steps for x in one))
         states = tape.states.view_as(tape.states)  # another object, or it would hold itself
@@ -47,7 +48,7 @@ class ScanFunction(torch.autograd.Function):
         width = len(Saved._fields)
         steps = [Saved(*tensors[i : i + width]) for i in range(0, len(tensors), width)]
         _, _, wants_seen, wants_start, *wants_weights = ctx.needs_input_grad
-        back = Backward(ctx.axis, w, steps, *rows)
+        back = Backward(ctx.axis, w, steps, ctx.from_sample, *rows)
         start = back.run(states, logits, wants_start)
         seen = back.stacked([g.seen for g in back.found]) if wants_seen else None
         if seen is not None and ctx.shared_seen:
@@ -73,6 +74,7 @@ class Backward:
         axis: int,
         w: Weights,
         steps: Sequence[Saved],
+        from_sample: float,
         keep: Tensor | None,
         before: Tensor,
         entry: Tensor,
@@ -80,6 +82,7 @@ class Backward:
     ) -> None:
         self.axis, self.w, self.steps = axis, w, steps
         self.keep, self.before, self.entry, self.after = keep, before, entry, after
+        self.from_sample = from_sample  # the uniform part of a mixture has no gradient
         self.units, self.flat = w.stoch.shape
         self.driven = w.stoch.new_empty((*before.shape[:2], self.units))
         self.found: list[_Gradients] = []
@@ -105,6 +108,8 @@ class Backward:
             # Straight-through: the sample's gradient is that of the probabilities.
             g_probs = g_stoch.view(one.probs.shape)
             pulled = torch._softmax_backward_data(g_probs, one.probs, -1, torch.float32)
+            if self.from_sample != 1.0:
+                pulled = pulled * self.from_sample
             g_logits = pulled.flatten(1).to(w.logits.dtype)
             g_hidden = _plus_product(hidden[t], g_logits, w.logits)
             g_seen = _elu_backward(g_hidden, one.hidden)

@@ -32,6 +32,44 @@ class NetworkPolicy(Protocol):
         ...
 
 
+class RecordedNetwork(Protocol):
+    """A network on its way through a dream."""
+
+    def __call__(self, x_BF: Tensor) -> Tensor:
+        """Output (B, outputs) of one step, without autograd."""
+        ...
+
+    def outputs(self) -> Tensor:
+        """Outputs of all steps in a graph, (I, B, outputs)."""
+        ...
+
+
+def recorded(network: nn.Sequential) -> RecordedNetwork:
+    """The cheapest way to run ``network`` step by step and to differentiate all steps together."""
+    plain = all(isinstance(layer, nn.Linear | nn.ELU) for layer in network)
+    return RecordedMLP(network) if plain else RunAgain(network)
+
+
+class RunAgain:
+    """Runs any network step after step, and once more over all steps for their graph."""
+
+    def __init__(self, network: nn.Sequential) -> None:
+        self.network = network
+        self.inputs: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, x_BF: Tensor) -> Tensor:
+        """Output (B, outputs) of one step."""
+        self.inputs.append(x_BF)
+        out: Tensor = self.network(x_BF)
+        return out
+
+    def outputs(self) -> Tensor:
+        """Outputs of all steps in a graph, (I, B, outputs)."""
+        out: Tensor = self.network(torch.stack(self.inputs))
+        return out
+
+
 class RecordedMLP:
     """Runs an `mlp` step after step without autograd, and gives all steps one backward together.
 

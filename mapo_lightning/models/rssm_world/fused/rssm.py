@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mapo_lightning.models.rssm_world.fused.policy import (
     NetworkPolicy,
-    RecordedMLP,
     product_dtype,
+    recorded,
 )
 from mapo_lightning.models.rssm_world.fused.scan import Scan
 from mapo_lightning.models.rssm_world.fused.tape import Weights
@@ -64,7 +64,7 @@ class FusedRSSM(RSSM):
         wants_gradients = torch.is_grad_enabled()
         if wants_gradients and not isinstance(policy, NetworkPolicy):
             return super().imagine(start_BF, policy, steps, encode)
-        record = RecordedMLP(policy.network) if isinstance(policy, NetworkPolicy) else None
+        record = recorded(policy.network) if isinstance(policy, NetworkPolicy) else None
         first = self.prior[0]
         assert isinstance(first, nn.Linear)
         noise_IBS = torch.rand((steps, len(start_BF), self.cfg.stoch), device=start_BF.device)
@@ -113,4 +113,4 @@ class FusedRSSM(RSSM):
         self, weights: Weights, start_BF: Tensor, steps: int, axis: int, keep: Tensor | None = None
     ) -> Scan:
         groups = self.cfg.stoch, self.cfg.classes
-        return Scan(weights, groups, start_BF.detach(), steps, axis, keep)
+        return Scan(weights, groups, start_BF.detach(), steps, axis, keep, self.unimix)

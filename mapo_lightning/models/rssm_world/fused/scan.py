@@ -49,6 +49,7 @@ class Scan:
         count: Number T of steps.
         axis: Where the steps' axis goes in all inputs and results: 0 or 1.
         keep: What each step leaves of the state before it, (..., 1); None: everything.
+        unimix: Share of the uniform distribution in what samples are drawn from.
 
     Attributes:
         states: States (..., F); without ``keep`` T + 1 of them, the start first.
@@ -64,7 +65,9 @@ class Scan:
         count: int,
         axis: int,
         keep: Tensor | None = None,
+        unimix: float = 0.0,
     ) -> None:
+        self.unimix = unimix
         self.weights, self.groups, self.start = weights, groups, start_BF
         self.axis, self.keep = axis, keep
         self.steps, self.logits = list[Saved](), list[Tensor]()
@@ -118,7 +121,10 @@ class Scan:
         logits_BX = torch.addmm(w.logits_bias, hidden_BU, w.logits.t()).float()
         probs_BSK = logits_BX.view(-1, *self.groups).softmax(dim=-1)
         stoch_BSK = after_BF[:, :flat].view(-1, *self.groups)
-        torch.eq(draw_class(probs_BSK, noise_BS), self.classes, out=stoch_BSK)
+        drawn_BSK = probs_BSK
+        if self.unimix:
+            drawn_BSK = probs_BSK * (1.0 - self.unimix) + self.unimix / self.groups[1]
+        torch.eq(draw_class(drawn_BSK, noise_BS), self.classes, out=stoch_BSK)
         self.steps.append(Saved(gates_BG, *inner, hidden_BU, probs_BSK))
         if self.keep is not None:
             self.logits.append(logits_BX)
@@ -137,7 +143,7 @@ class Scan:
             ``states``, and the logits (..., X); None without ``keep``: a dream's are not used.
         """
         rows = self.before, self.entry, self.after, self.states
-        tape = Tape(self.axis, self.keep, *rows, self.steps, self.logits)
+        tape = Tape(self.axis, self.keep, *rows, self.steps, self.logits, self.unimix)
         out: tuple[Tensor, Tensor | None] = ScanFunction.apply(  # type: ignore[no-untyped-call]
             tape, driven, seen, start_BF, *self.weights
         )

@@ -48,3 +48,4 @@ class Tape(NamedTuple):
     states: Tensor  # `after`, or in a dream the start and `after`
     steps: list[Saved]
     logits: list[Tensor]  # (B, X) float32 of each step; empty without ``keep``
+    unimix: float  # share of the uniform distribution in what was drawn from
