@@ -84,6 +84,7 @@ class LabelReport(L.Callback):
                 figures = {
                     "labels/direction_as_points": found.flow.share,
                     "labels/direction_as_simulator": found.truth.share,
+                    "labels/direction_as_class": found.sentence.share,
                     "labels/still_null": found.still_null,
                 }
                 known = {name: x for name, x in figures.items() if math.isfinite(x)}

@@ -54,7 +54,8 @@ def write_ssv2(root: Path, train: int = 4, validation: int = 2, frames: int = 30
     rows = []
     for number in range(train + validation):
         template = CLASSES[number % 3].replace("something", "[something]", 1)
-        rows.append({"id": str(101 + number), "label": "x", "template": template})
+        row = {"id": str(101 + number), "template": template, "placeholders": [f"cup {number}"]}
+        rows.append(row | {"label": CLASSES[number % 3].lower().replace("something", "cup")})
         write_webm(
             root / "20bn-something-something-v2" / f"{101 + number}.webm", scene(number, frames)
         )

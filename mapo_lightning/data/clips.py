@@ -230,7 +230,8 @@ class ClipDataset(IterableDataset[Clip]):
 
     def window_requests(self, video: int, ends: Sequence[int]) -> list[WindowRequest]:
         """Questions about windows of a video; their frames are decoded together."""
-        return WindowFrames(self.videos[video], self.grid, ends, self.vlm.window.size).requests()
+        info, size = self.videos[video], self.vlm.window.size
+        return WindowFrames(info, self.grid, ends, size, self.vlm.kind == "templates").requests()
 
     def fixed_clips(self, count: int) -> list[Clip]:
         """Return the same clips on every call, spread over the videos; for validation.

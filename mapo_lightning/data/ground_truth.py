@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from mapo_lightning.types import VideoError
 
 FILE = "truth.jsonl"
-"""Written by ``envs/demo.py``: one line a video, ``{"video", "size", "paths"}``."""
+"""Written by ``envs/demo.py``: one line a video, ``{"video", "size", "paths"}``; for Meta-World
+also ``task``, ``success`` and ``solved_at``, a frame."""
 
 _UNSEEN = frozenset({"mocap"})
 """Bodies that the simulator is controlled by and that are never drawn."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from mapo_lightning.data.video_info import printable
+from mapo_lightning.data.video_info import Caption, printable
 from mapo_lightning.types import ConfigError
 
 SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".avi", ".m4v", ".mov"})
@@ -30,6 +31,8 @@ class Entry(NamedTuple):
     """Numbers of the images of a run, ascending."""
     number_rate: float = 0.0
     """Image numbers per second, Hz; 0.0 if unknown."""
+    captions: tuple[Caption, ...] = ()
+    """Sentences about the video, by their start."""
 
 
 @dataclass
@@ -72,7 +75,25 @@ def list_folder(root: Path) -> Listing:
     return listing
 
 
-def restrict(listing: Listing, classes: Sequence[str], limit: int | None, seed: int) -> list[Entry]:
+_FILMED = re.compile(r"metaworld_([a-z0-9-]+?)(?:_camera-.+)?_\d+")
+
+
+def list_experts(root: Path) -> Listing:
+    """List the films of Meta-World's experts: the task in the file's name is the class."""
+    listing = list_folder(root)
+    found = [(_FILMED.fullmatch(entry.path.stem), entry) for entry in listing.entries]
+    listing.entries = [entry._replace(label=name[1]) for name, entry in found if name]
+    listing.unlisted = [entry.path.name for name, entry in found if not name]
+    return listing
+
+
+def restrict(
+    listing: Listing,
+    classes: Sequence[str],
+    limit: int | None,
+    seed: int,
+    leave_out: Sequence[str] = (),
+) -> list[Entry]:
     """Choose among the entries.
 
     Args:
@@ -81,21 +102,23 @@ def restrict(listing: Listing, classes: Sequence[str], limit: int | None, seed: 
         limit: Keep at most this many, drawn by their names; both parts of a split keep their
             share.
         seed: Which ones a limit keeps.
+        leave_out: Labels never to keep, in upper or lower case.
 
     Raises:
-        ConfigError: There is no such class.
+        ConfigError: There is no such class, or nothing is left.
     """
-    known = {entry.label.lower(): entry.label for entry in listing.entries if entry.label}
-    for name in classes:
-        if name.lower() not in known:
-            near = difflib.get_close_matches(name.lower(), known, 1, 0.0)
-            hint = f"did you mean '{known[near[0]]}'?" if near else "it names no classes at all."
-            raise ConfigError(
-                f"data.classes holds '{name}', which is none of the {len(known)} classes of this "
-                f"data set; {hint}"
-            )
-    wanted = {name.lower() for name in classes}
-    kept = [entry for entry in listing.entries if not wanted or entry.label.lower() in wanted]
+    for key, names in (("classes", classes), ("leave_out", leave_out)):
+        _check_classes(listing, key, names)
+    left, wanted = {name.lower() for name in leave_out}, {name.lower() for name in classes}
+    kept = [
+        entry
+        for entry in listing.entries
+        if (not wanted or entry.label.lower() in wanted) and entry.label.lower() not in left
+    ]
+    if listing.entries and not kept:
+        raise ConfigError(
+            f"data.leave_out={list(leave_out)} leaves none of the {len(listing.entries)} videos"
+        )
     if limit is None or limit >= len(kept):
         return kept
 
@@ -108,3 +131,15 @@ def restrict(listing: Listing, classes: Sequence[str], limit: int | None, seed: 
     for part, count in zip(parts, (limit - held, held), strict=True):
         chosen |= set(sorted(part, key=draw)[:count])
     return [entry for entry in kept if entry in chosen]
+
+
+def _check_classes(listing: Listing, key: str, names: Sequence[str]) -> None:
+    known = {entry.label.lower(): entry.label for entry in listing.entries if entry.label}
+    for name in names:
+        if name.lower() not in known:
+            near = difflib.get_close_matches(name.lower(), known, 1, 0.0)
+            hint = f"did you mean '{known[near[0]]}'?" if near else "it names no classes at all."
+            raise ConfigError(
+                f"data.{key} holds '{name}', which is none of the {len(known)} classes of this "
+                f"data set; {hint}"
+            )

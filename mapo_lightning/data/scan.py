@@ -11,8 +11,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from mapo_lightning.data.captions import add_captions, check_times
 from mapo_lightning.data.human36m import list_human36m
-from mapo_lightning.data.listing import SUFFIXES, Entry, Listing, list_folder, restrict
+from mapo_lightning.data.listing import (
+    SUFFIXES,
+    Entry,
+    Listing,
+    list_experts,
+    list_folder,
+    restrict,
+)
 from mapo_lightning.data.reader import locate, thin_out
 from mapo_lightning.data.scan_cache import ScanCache
 from mapo_lightning.data.settings import VideoDataConfig
@@ -28,6 +36,7 @@ LISTS: dict[str, Callable[[Path], Listing]] = {
     "folder": list_folder,
     "ssv2": list_ssv2,
     "human36m": list_human36m,
+    "metaworld_experts": list_experts,
 }
 """Function that lists the videos of each kind of data set; a new kind adds its own."""
 
@@ -48,24 +57,26 @@ class VideoIndex(NamedTuple):
     """Those never trained on; empty if there is only one video, or ``holdout`` is 0."""
 
 
-def scan_videos(cfg: VideoDataConfig, cache: Path) -> VideoIndex:
+def scan_videos(cfg: VideoDataConfig, cache: Path, captions: str | None = None) -> VideoIndex:
     """Find the usable videos of a data set; each is decoded in full once, by its first scan.
 
     Args:
         cfg: Where to look and what to accept.
         cache: Folder for ``videos.json`` (the cache of results by content), ``quarantine.jsonl``
             (videos that this scan rejected) and ``report.json`` (its summary); made if missing.
+        captions: See `list_videos`.
 
     Returns:
         The index; the same on every machine that sees the same files.
 
     Raises:
-        ConfigError: No folder is given, or a class that the data set does not have.
+        ConfigError: No folder is given, or a class that the data set does not have; or the
+            sentences about the videos are missing or wrong.
         VideoError: The folder is missing, is not laid out as `kind` says, or holds no usable
             video; names the reasons.
     """
     root = Path(cfg.root)
-    listing, entries = list_videos(cfg)
+    listing, entries = list_videos(cfg, captions)
     known = ScanCache(cache / "videos.json", cfg.max_undecodable)
     results = _examine_all(entries, root, cfg, known)
     rejected = [found for found in results if isinstance(found, VideoFileError)]
@@ -87,14 +98,19 @@ def scan_videos(cfg: VideoDataConfig, cache: Path) -> VideoIndex:
     return index
 
 
-def list_videos(cfg: VideoDataConfig) -> tuple[Listing, list[Entry]]:
+def list_videos(cfg: VideoDataConfig, captions: str | None = None) -> tuple[Listing, list[Entry]]:
     """List a data set and choose from it, without opening a video or writing anything.
+
+    Args:
+        cfg: Where to look.
+        captions: File of sentences about the videos; '': the data set's own; None: no sentences.
 
     Returns:
         All that it offers, and the videos that ``cfg`` keeps of it.
 
     Raises:
-        ConfigError: No folder is given, or a class that the data set has not.
+        ConfigError: No folder is given, or a class that the data set has not; or the sentences
+            about the videos are missing or wrong.
         VideoError: The folder is missing, is not laid out as `kind` says, or offers no video.
     """
     root = Path(cfg.root)
@@ -103,7 +119,9 @@ def list_videos(cfg: VideoDataConfig) -> tuple[Listing, list[Entry]]:
             f"data.root must be a folder with videos, got '{cfg.root}'"
         )
     listing = LISTS[cfg.kind](root)
-    entries = restrict(listing, cfg.classes, cfg.limit, cfg.seed)
+    if captions is not None and listing.entries:
+        listing.entries = add_captions(listing.entries, root, captions)
+    entries = restrict(listing, cfg.classes, cfg.limit, cfg.seed, cfg.leave_out or ())
     if not entries:
         kinds = ", ".join(sorted(SUFFIXES))
         raise VideoError(f"no video found in '{root}' or its subfolders; looked for {kinds}")
@@ -135,7 +153,9 @@ def _examine(
         info = known.examine(source)
         if source.numbers:
             info = info._replace(fps=entry.number_rate / source.numbers.step)
-        info = thin_out(info._replace(label=entry.label), cfg.rate, cfg.square)
+        info = info._replace(label=entry.label, captions=entry.captions)
+        check_times(info)
+        info = thin_out(info, cfg.rate, cfg.square)
         if info.frames < cfg.span:
             detail = f"it has {info.frames} frames, a clip needs {cfg.span}"
             raise VideoFileError(entry.path, "too_short", detail)
@@ -208,7 +228,7 @@ def _report(
         return
     log.info(
         "data=%s: %d videos listed, %d of them missing, %d found but in no list; %d left out by "
-        "data.classes and data.limit; %d classes (%s)",
+        "data.classes, data.leave_out and data.limit; %d classes (%s)",
         cfg.kind,
         found["listed"],
         found["missing"],

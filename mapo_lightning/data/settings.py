@@ -13,13 +13,17 @@ from mapo_lightning.types import POSITIONS, ConfigError
 class VideoDataConfig:
     """Which videos to learn from, and how clips are cut from them (O28, O29)."""
 
-    kind: Literal["demo", "folder", "ssv2", "human36m"] = "demo"
+    kind: Literal["demo", "folder", "ssv2", "human36m", "metaworld_experts"] = "demo"
     """demo: videos rendered from simulators on this machine. folder: your own, from `root`. ssv2,
-    human36m: Something-Something V2 and Human3.6M, as distributed; see docs/data.md."""
+    human36m: Something-Something V2 and Human3.6M, as distributed. metaworld_experts: the experts
+    of Meta-World's 50 tasks, filmed on this machine. See docs/data.md."""
     root: str = ""
     """Folder of the videos, searched with all its subfolders; empty only with kind=demo."""
     classes: list[str] = field(default_factory=list)
-    """Classes to use, by the data set's own names; empty uses all. ssv2 and human36m only."""
+    """Classes to use, by the data set's own names; empty uses all. Not with demo and folder."""
+    leave_out: Optional[list[str]] = None  # noqa: UP045 (read by OmegaConf)
+    """Classes never to use. null: none; with metaworld_experts the task of ``env=``, so that
+    fine-tuning meets a task that no video has shown."""
     limit: Optional[int] = None  # noqa: UP045 (read by OmegaConf)
     """Use at most this many videos, drawn by name and `seed`; null uses all."""
     official_split: bool = True

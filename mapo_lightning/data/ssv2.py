@@ -4,7 +4,8 @@ Layout below the given folder; folders may have any names and depth::
 
     20bn-something-something-v2/78687.webm ...     or folders of frames: 78687/000001.jpg ...
     labels/labels.json                             {"Holding something": "41", ...}
-    labels/train.json, validation.json             [{"id": "78687", "template": ...}, ...]
+    labels/train.json, validation.json             [{"id": "78687", "placeholders":
+                                    ["a cup"], "template": "Holding [something]"}, ...]
     labels/test.json                               [{"id": ...}, ...], may be missing
 
 The lists may also be called ``something-something-v2-train.json`` and so on.
@@ -13,18 +14,23 @@ The lists may also be called ``something-something-v2-train.json`` and so on.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from mapo_lightning.data.listing import SUFFIXES, Entry, Listing, walk
+from mapo_lightning.data.video_info import Caption
 from mapo_lightning.types import VideoError
+
+_PLACE, _PLAIN = re.compile(r"\[[^\[\]]*\]"), re.compile(r"[\[\]]")
 
 
 def list_ssv2(root: Path) -> Listing:
     """List the videos of the training and the validation list.
 
     Returns:
-        Entries with the class template, without brackets, as label and the official split.
+        Entries with the class template, without brackets, as label, the template with its objects
+        as caption, and the official split.
 
     Raises:
         VideoError: The folder is not SSv2, a list is damaged, or no listed video was found.
@@ -34,10 +40,11 @@ def list_ssv2(root: Path) -> Listing:
     classes = _read(files["labels"], dict)
     for split in ("train", "validation"):
         for row in _read(files[split], list):
-            name, label = _row(row, classes, files[split])
+            name, label, caption = _row(row, classes, files[split])
             listed.add(name)
             if name in videos:
-                listing.entries.append(Entry(videos[name], label, split == "validation"))
+                entry = Entry(videos[name], label, split == "validation", captions=(caption,))
+                listing.entries.append(entry)
             else:
                 listing.missing.append(name)
     if not listing.entries:
@@ -90,8 +97,8 @@ def _read(path: Path, kind: type) -> Any:
     return content
 
 
-def _row(row: Any, classes: dict[str, Any], path: Path) -> tuple[str, str]:
-    """(id, class) of one row of a list."""
+def _row(row: Any, classes: dict[str, Any], path: Path) -> tuple[str, str, Caption]:
+    """(id, class, sentence) of one row of a list."""
     if not isinstance(row, dict) or not isinstance(row.get("template"), str) or "id" not in row:
         raise VideoError(
             f"'{path}' must list objects with id and template, it holds {json.dumps(row)[:80]}"
@@ -102,4 +109,12 @@ def _row(row: Any, classes: dict[str, Any], path: Path) -> tuple[str, str]:
             f"'{path}' gives video {row['id']} the class '{label}', which labels.json does not "
             "have; take all lists from one release of the data set"
         )
-    return str(row["id"]), label
+    return str(row["id"]), label, Caption(_sentence(row["template"], row.get("placeholders")))
+
+
+def _sentence(template: str, objects: Any) -> str:
+    """The template with its objects, still in brackets; as it is, where they do not fit it."""
+    if not isinstance(objects, list) or len(objects) != len(_PLACE.findall(template)):
+        return template
+    names = iter(objects)
+    return _PLACE.sub(lambda place: f"[{_PLAIN.sub(' ', str(next(names)))}]", template)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -117,6 +118,19 @@ class Access(NamedTuple):
     """The same for decord, whatever frames it gave; 0.0 if it does not open the file."""
 
 
+class Caption(NamedTuple):
+    """A sentence that comes with a video, and when it holds."""
+
+    text: str
+    start: float = 0.0
+    """Seconds from the first frame, or the number of the frame in its file."""
+    end: float = math.inf
+    """The first moment, or the number of the first frame, that it does not hold for."""
+    in_frames: bool = False
+    where: str = ""
+    """For messages: the file and the line that it is from."""
+
+
 class VideoInfo(NamedTuple):
     """What is known about a readable video."""
 
@@ -143,6 +157,8 @@ class VideoInfo(NamedTuple):
     """How the file is read; None: not examined yet, or images."""
     times: tuple[int, ...] | None = None
     """Time of every frame of the file, in milliseconds from the first; None: evenly spaced."""
+    captions: tuple[Caption, ...] = ()
+    """Sentences about it, by their start; only where describers read them."""
 
 
 def printable(path: Path | str) -> str:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
+from mapo_lightning.data.captions import caption_of
 from mapo_lightning.data.reader import name_window, read
 from mapo_lightning.data.video_info import VideoInfo
 from mapo_lightning.semantics.labeler import Label, Labeler, WindowRequest
@@ -86,19 +87,40 @@ class PendingWindow(NamedTuple):
 
 
 class WindowFrames:
-    """Decodes several windows of a video in one go, the first time one of them is needed."""
+    """Decodes several windows of a video in one go, the first time one of them is needed.
 
-    def __init__(self, info: VideoInfo, grid: WindowGrid, ends: Sequence[int], size: int) -> None:
+    Args:
+        info: The video.
+        grid: Where windows lie.
+        ends: Ends of the windows.
+        size: Short side of their frames, in pixels.
+        captioned: Windows are named by the sentence about them too: an edited one is a new window.
+    """
+
+    def __init__(
+        self,
+        info: VideoInfo,
+        grid: WindowGrid,
+        ends: Sequence[int],
+        size: int,
+        captioned: bool = False,
+    ) -> None:
         self.info, self.grid, self.ends, self.size = info, grid, ends, size
+        self.captioned = captioned
         self.indices = sorted({frame for end in ends for frame in grid.window(end)})
         self.frames: Frames | None = None
 
     def requests(self) -> list[WindowRequest]:
         """One question per window."""
-        return [
-            WindowRequest(*name_window(self.info, self.grid.window(end), self.size), self.at(end))
-            for end in self.ends
-        ]
+        return [self._request(end) for end in self.ends]
+
+    def _request(self, end: int) -> WindowRequest:
+        window = self.grid.window(end)
+        identity, source = name_window(self.info, window, self.size)
+        if not self.captioned:
+            return WindowRequest(identity, source, self.at(end))
+        caption = caption_of(self.info, window)
+        return WindowRequest(f"{identity} caption {caption}", source, self.at(end), caption)
 
     def at(self, end: int) -> Callable[[], Frames]:
         """Return a function that gives the frames of the window ending at a frame."""

@@ -1,8 +1,9 @@
 """The demo's videos, rendered on this machine instead of shipped or downloaded.
 
 A few dozen short videos of the kind that pre-training reads: pixels, without actions or rewards.
-``truth.jsonl`` beside them says where the moving parts are seen; it is used to judge labels, and
-training never reads it.
+``truth.jsonl`` beside them says where the moving parts are seen and whether an expert solved its
+task; it is used to judge labels, and training never reads it. ``captions.jsonl`` holds a sentence
+about each video in which an expert solves its task, if there is one for that task.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import hashlib
 import json
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mapo_lightning.data.video import write_mp4
 from mapo_lightning.envs.factory import light_start, needs_gl
-from mapo_lightning.envs.filming import film
+from mapo_lightning.envs.filming import NOISE, film
 from mapo_lightning.envs.gl import prepare_gl
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.files import FileLock, atomic_write
@@ -32,7 +34,8 @@ log = logging.getLogger(__name__)
 VERSION = 2
 """Increased when the same settings would give other videos."""
 
-_MANIFEST, _TRUTH = "manifest.json", "truth.jsonl"
+_VERSIONS = {"metaworld": 3}  # suites whose videos have changed since then
+_MANIFEST, _TRUTH, _CAPTIONS = "manifest.json", "truth.jsonl", "captions.jsonl"
 
 
 def default_scenes() -> list[EnvConfig]:
@@ -65,24 +68,27 @@ def render_demo_videos(
     fps: int = 25,
     seed: int = 0,
     scenery: int = 0,
+    noise: float = NOISE,
+    sentences: Mapping[str, str] | None = None,
     processes: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Render videos into a folder, unless they are there already.
 
-    A video gets its name when it is complete, so a killed call loses only the videos in progress.
-    Videos of an earlier call with other settings are removed; files that this function did not
-    write are left alone. Of several processes that call it at once, one renders and others wait.
+    A killed call loses only the videos in progress. Videos of a call with other settings are
+    removed; files of others are left alone. Of several processes, one renders and others wait.
 
     Args:
         root: Folder, made if missing.
-        scenes: What to film, see `filming.film`; None or empty: `default_scenes`.
+        scenes: What to film; None or empty: `default_scenes`.
         clips_per_scene: Videos of each scene; they differ in start, motion, camera and colours.
         frames: Length of a video.
         size: Height and width, in pixels; even.
         fps: Frames per second.
         seed: Of everything random; the same seed gives the same pixels.
         scenery: Colourings of each scene that its videos take in turn; 0: each has its own.
+        noise: See `filming.NOISE`.
+        sentences: Name of a task -> what its expert does, for ``captions.jsonl``.
         processes: Processes that render; 1 renders in this one.
         progress: Called with (videos done, videos in all), also at the start.
 
@@ -96,12 +102,11 @@ def render_demo_videos(
     """
     _check(clips_per_scene, frames, size, fps, processes)
     jobs = [
-        _Job(Path(root), scene, clip, frames, size, fps, seed, scenery)
-        for scene in scenes or default_scenes()
-        for clip in range(clips_per_scene)
+        _Job(Path(root), scene, clip, frames, size, fps, seed, scenery, noise)
+        for scene, clip in product(scenes or default_scenes(), range(clips_per_scene))
     ]
     with _locked(Path(root)):
-        _render_missing(_Manifest(Path(root)), jobs, processes, progress)
+        _render_missing(_Manifest(Path(root), sentences or {}), jobs, processes, progress)
     return [job.path for job in jobs]
 
 
@@ -131,8 +136,8 @@ def _render_missing(
         prepare_gl()  # here, so that workers inherit the choice and an error is raised once
     if progress is not None:
         progress(len(jobs) - len(todo), len(jobs))
-    for job, paths in _run(todo, min(processes, len(todo))):
-        done.add(job, paths)
+    for job, seen in _run(todo, min(processes, len(todo))):
+        done.add(job, seen)
         if progress is not None:
             progress(len(done.videos), len(jobs))
 
@@ -148,6 +153,7 @@ class _Job(NamedTuple):
     fps: int
     seed: int
     scenery: int
+    noise: float
 
     @property
     def name(self) -> str:
@@ -163,15 +169,22 @@ class _Job(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """Hash of everything that the video depends on."""
-        settings = [VERSION, asdict(self.scene), *self[2:]]
+        version = _VERSIONS.get(self.scene.kind, VERSION)
+        settings = [version, asdict(self.scene), *self[2:-1]]
+        if self.noise != NOISE:
+            settings.append(self.noise)
         return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
 
 
-def _render(job: _Job) -> dict[str, list[list[int]]]:
-    """Render one video; returns where the moving parts are seen."""
+def _render(job: _Job) -> dict[str, Any]:
+    """Render one video; returns the truth about it."""
     clip = film(job.scene, *job[2:])
     _replace(job.path, write_mp4(None, clip.frames, job.fps))
-    return clip.paths
+    truth: dict[str, Any] = {"video": job.name, "size": job.size, "paths": clip.paths}
+    if job.scene.kind == "metaworld":
+        task = job.scene.name.removesuffix("-v3")
+        truth |= {"task": task, "success": clip.success is not None, "solved_at": clip.success}
+    return truth
 
 
 def _run(jobs: Sequence[_Job], processes: int) -> Iterator[tuple[_Job, Any]]:
@@ -194,10 +207,10 @@ def _run(jobs: Sequence[_Job], processes: int) -> Iterator[tuple[_Job, Any]]:
 
 
 class _Manifest:
-    """What the folder holds: ``manifest.json`` and ``truth.jsonl``."""
+    """What the folder holds: ``manifest.json``, ``truth.jsonl`` and ``captions.jsonl``."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, sentences: Mapping[str, str]) -> None:
+        self._root, self._sentences = root, sentences
         self.videos: dict[str, str] = {}
         """Name of a complete video -> fingerprint of its settings."""
         try:
@@ -216,14 +229,28 @@ class _Manifest:
         lines = self._read(_TRUTH, "").splitlines()
         kept = [line for line in lines if _video_of(line) in self.videos]
         _replace(self._root / _TRUTH, "".join(f"{line}\n" for line in kept).encode())
+        if self._sentences:
+            captions = "".join(self._caption(json.loads(line)) for line in kept)
+            _replace(self._root / _CAPTIONS, captions.encode())
         self._write_manifest()
 
-    def add(self, job: _Job, paths: dict[str, list[list[int]]]) -> None:
+    def add(self, job: _Job, truth: dict[str, Any]) -> None:
         """Add a complete video."""
         with (self._root / _TRUTH).open("a") as file:
-            file.write(json.dumps({"video": job.name, "size": job.size, "paths": paths}) + "\n")
+            file.write(json.dumps(truth) + "\n")
+        if caption := self._caption(truth):
+            with (self._root / _CAPTIONS).open("a") as file:
+                file.write(caption)
         self.videos[job.name] = job.fingerprint
         self._write_manifest()
+
+    def _caption(self, truth: Mapping[str, Any]) -> str:
+        """Line of a solved task's sentence, which holds until then: the rest is random motion."""
+        text = self._sentences.get(truth.get("task", ""))
+        if text is None or truth["solved_at"] is None:
+            return ""
+        frames = {"first_frame": 0, "last_frame": truth["solved_at"]}
+        return json.dumps({"video": truth["video"], **frames, "text": text}) + "\n"
 
     def _write_manifest(self) -> None:
         text = json.dumps(self.videos, indent=1, sort_keys=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,6 +35,10 @@ HERTZ = {"toy/": (0.1, 0.35), "dmc/cartpole_": (0.6, 1.2), "": (0.25, 1.2)}
 The toy and the cart-pole have ranges of their own, with which nothing leaves the picture."""
 
 
+NOISE = 0.15
+"""How far smooth random motion moves the actions of an expert away, of actions in [-1, 1]."""
+
+
 class FilmedClip(NamedTuple):
     """A video with the paths of its moving parts."""
 
@@ -42,6 +46,8 @@ class FilmedClip(NamedTuple):
     """(T, H, W, 3) uint8."""
     paths: dict[str, list[list[int]]]
     """Where each part that visibly moves is seen in every frame: name -> T x [right, down], px."""
+    success: int | None = None
+    """First frame in which the task is solved; None if it never is, or the suite does not say."""
 
 
 class SmoothActions:
@@ -69,7 +75,14 @@ class SmoothActions:
 
 
 def film(
-    scene: EnvConfig, clip: int, frames: int, size: int, fps: int, seed: int, scenery: int = 0
+    scene: EnvConfig,
+    clip: int,
+    frames: int,
+    size: int,
+    fps: int,
+    seed: int,
+    scenery: int = 0,
+    noise: float = NOISE,
 ) -> FilmedClip:
     """Film one clip of a scene; the same arguments give the same pixels.
 
@@ -83,34 +96,71 @@ def film(
         seed: Of the whole set of videos.
         scenery: Colourings of the scene that its clips take in turn, the simulator's own first; 0:
             every clip has its own.
+        noise: See `NOISE`.
     """
     label = f"{scene.kind}/{scene.name}"
-    rng = np.random.default_rng([seed, zlib.crc32(label.encode()), clip])
+    shots, seen, success = [], [], None
     simulator = make_simulator(_with_camera(scene, clip))
     try:
         tint = getattr(simulator, "tint", None)
         colouring = clip % scenery if scenery else clip
         if tint is not None and colouring:  # 0 is what an agent sees
             tint(np.random.default_rng([seed, zlib.crc32(label.encode()), colouring, 1]))
-        simulator.reset(int(rng.integers(2**31)))
-        actor = _Actor(simulator, scene, rng)
-        repeat = scene.action_repeat or max(1, round(simulator.frame_rate / fps))
-        shots, seen = [simulator.frame(size)], [_landmarks(simulator, size)]
-        for _ in range(frames - 1):
-            for _ in range(repeat):
-                actor.advance()
+        for frame, solved in enumerate(_perform(simulator, scene, clip, frames, fps, seed, noise)):
+            success = frame if solved and success is None else success
             shots.append(simulator.frame(size))
             seen.append(_landmarks(simulator, size))
     finally:
         simulator.close()
-    return FilmedClip(np.stack(shots), _paths(seen, least=size / 50))
+    return FilmedClip(np.stack(shots), _paths(seen, least=size / 50), success)
+
+
+def rehearse(
+    scene: EnvConfig, clip: int, frames: int, fps: int, seed: int, noise: float = NOISE
+) -> int | None:
+    """Play the clip that `film` films, without drawing it.
+
+    Returns:
+        First frame in which the task is solved; None if it never is.
+    """
+    simulator = make_simulator(_with_camera(scene, clip))
+    try:
+        played = _perform(simulator, scene, clip, frames, fps, seed, noise)
+        return next((frame for frame, solved in enumerate(played) if solved), None)
+    finally:
+        simulator.close()
+
+
+def _perform(
+    simulator: Simulator,
+    scene: EnvConfig,
+    clip: int,
+    frames: int,
+    fps: int,
+    seed: int,
+    noise: float,
+) -> Iterator[bool]:
+    """Play a clip; yields at every frame whether the task has been solved."""
+    name = zlib.crc32(f"{scene.kind}/{scene.name}".encode())
+    rng = np.random.default_rng([seed, name, clip])
+    simulator.reset(int(rng.integers(2**31)))
+    actor = _Actor(simulator, scene, rng, noise)
+    repeat = scene.action_repeat or max(1, round(simulator.frame_rate / fps))
+    yield False
+    for _ in range(frames - 1):
+        for _ in range(repeat):
+            actor.advance()
+        yield actor.since > 0
 
 
 class _Actor:
     """Moves a simulator frame by frame, across the ends of episodes too."""
 
-    def __init__(self, simulator: Simulator, scene: EnvConfig, rng: np.random.Generator) -> None:
-        self._simulator, self._time, self._done, self._since = simulator, 0.0, False, 0
+    def __init__(
+        self, simulator: Simulator, scene: EnvConfig, rng: np.random.Generator, noise: float
+    ) -> None:
+        self._simulator, self._time, self._done = simulator, 0.0, False
+        self._noise, self.since = noise, 0  # steps in which the task was solved
         dim = action_width(simulator.action_space)
         self._smooth = SmoothActions(dim, rng, _choice(HERTZ, scene))
         # The toy's clock stops nothing but the agent's episode: no cut is needed.
@@ -128,14 +178,14 @@ class _Actor:
         self._time += 1.0 / self._simulator.frame_rate
         outcome = self._simulator.step(self._action())
         self._done = outcome.terminated or (outcome.truncated and not self._timeless)
-        self._since += bool(outcome.success)
+        self.since += bool(outcome.success)
 
     def _action(self) -> Any:
         smooth = self._smooth.at(self._time)
-        if self._expert is not None and self._since < 20:
+        if self._expert is not None and self.since < 20:
             # An expert stands still after its success; from then on the arm moves at random.
             expert = self._expert.get_action(self._simulator.state)  # type: ignore[attr-defined]
-            return np.clip(expert + 0.15 * smooth, -1.0, 1.0).astype(np.float32)
+            return np.clip(expert + self._noise * smooth, -1.0, 1.0).astype(np.float32)
         return to_space(self._simulator.action_space, smooth)
 
 

@@ -46,17 +46,19 @@ class MetaWorldTask:
         self.frame_rate = 1.0 / float(self._env.dt)
         self.frame_limit: int | None = int(self._env.max_path_length)
         self.state: NDArray[np.float64] = np.zeros(39)
-        """State that the scripted experts act on, (39,); not shown to the agent."""
+        """State that the scripted experts act on, (39,), the goal included; not shown to the
+        agent."""
 
     def reset(self, seed: int | None) -> None:
         """Start an episode with a new goal; a seed restarts the random stream."""
         if seed is not None:
             self._env.seed(seed)
-        self.state, _ = self._env.reset()
+        self.state = self._with_goal(self._env.reset()[0])
 
     def step(self, action: NDArray[np.float32]) -> Outcome:
         """Advance one control frame; ``action`` (4,): hand dx, dy, dz and grip, in [-1, 1]."""
-        self.state, reward, _, truncated, info = self._env.step(action)
+        state, reward, _, truncated, info = self._env.step(action)
+        self.state = self._with_goal(state)
         return Outcome(float(reward), False, bool(truncated), float(info["success"]))
 
     def frame(self, size: int) -> Frames:
@@ -67,6 +69,10 @@ class MetaWorldTask:
         """Free the OpenGL contexts and the simulation."""
         self._camera.close()
         self._env.close()
+
+    def _with_goal(self, state: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Meta-World hides the goal, the last three numbers, but many of its experts need it."""
+        return np.concatenate([state[:-3], self._env._get_pos_goal()])
 
     @property
     def goal(self) -> NDArray[np.float64]:
@@ -88,6 +94,7 @@ def scripted_expert(name: str) -> Any:
     Raises:
         EnvironmentSetupError: The task has no expert.
     """
+    prepare_gl()  # the import below brings MuJoCo along
     from metaworld.policies import ENV_POLICY_MAP
 
     expert: Any = ENV_POLICY_MAP.get(f"{name.removesuffix('-v3')}-v3")

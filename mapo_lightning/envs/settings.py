@@ -71,10 +71,11 @@ class EnvConfig:
 
 @dataclass
 class DemoConfig:
-    """Videos that ``data=demo`` renders once; no actions are stored with them."""
+    """Videos that ``data=demo`` and ``data=metaworld_experts`` render once, without actions."""
 
     scenes: list[str] = field(default_factory=list)
-    """Scenes as kind/name, for example dmc/walker_run, metaworld/door-open, toy/disc."""
+    """Scenes as kind/name, for example dmc/walker_run, metaworld/door-open, toy/disc. Empty: a few
+    of each suite; with data=metaworld_experts, all of its 50 tasks."""
     clips_per_scene: int = 4
     """Videos per scene."""
     frames: int = 75
@@ -87,6 +88,9 @@ class DemoConfig:
     scenery: int = 0
     """Colourings of a scene that its videos take in turn: 1 keeps the simulator's own colours, and
     motion is learned sooner; 0 gives every video its own. The toy's floors always differ."""
+    noise: float = 0.15
+    """How far smooth random motion moves the actions of Meta-World's experts away, in [0, 1]; an
+    action lies in [-1, 1]."""
 
     def __post_init__(self) -> None:
         for name in ("clips_per_scene", "frames", "fps"):
@@ -94,5 +98,7 @@ class DemoConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.scenery < 0:
             raise ConfigError(f"scenery must not be negative, got {self.scenery}")
+        if not 0.0 <= self.noise <= 1.0:
+            raise ConfigError(f"noise must lie in [0, 1], got {self.noise}")
         if self.size < 64 or self.size % 2:
             raise ConfigError(f"size must be even and at least 64 pixels, got {self.size}")

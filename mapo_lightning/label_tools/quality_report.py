@@ -16,9 +16,12 @@ from mapo_lightning.semantics.agreement import (
     frozen,
     jittered,
     same_direction,
+    sentence_shift,
 )
+from mapo_lightning.semantics.describer import CaptionReader
 from mapo_lightning.semantics.labeler import Label, Labeler
 from mapo_lightning.semantics.point_tracking import dominant_motion
+from mapo_lightning.semantics.templates import direction_on_screen
 from mapo_lightning.types import ConfigError, DescriberError, Frames
 
 _AT_ONCE = 16  # windows queried at once
@@ -43,6 +46,8 @@ class Quality:
     """Agreement with the motion of tracked points."""
     truth: Agreement
     """Agreement with the simulator; rendered videos only."""
+    sentence: Agreement
+    """Agreement with the direction that the video's class names; Something-Something V2 only."""
     still_null: float
     """Share of frozen windows (one frame repeated, with sensor noise) with the label null."""
     words_kept: dict[str, float]
@@ -50,7 +55,8 @@ class Quality:
     direction_kept: dict[str, float]
     """Share of windows whose direction stays the same, by kind of jitter."""
     by_video: dict[str, Agreement]
-    """Agreement with the simulator, or with tracked points if there is none, by name of video."""
+    """Agreement with the simulator, or else with the class, or else with tracked points, by name of
+    video."""
 
     def row(self) -> dict[str, object]:
         """Return the measures as one row of a table."""
@@ -61,7 +67,8 @@ class Quality:
             "null": _percent(self.null),
             "unreadable": _percent(self.unreadable),
         }
-        for name, found in (("points", self.flow), ("simulator", self.truth)):
+        references = {"points": self.flow, "simulator": self.truth, "class": self.sentence}
+        for name, found in references.items():
             low, high = found.interval
             right = f"{_percent(found.share)} of {found.told}"
             row[f"direction as {name}"] = f"{right} [{100 * low:.0f}, {100 * high:.0f}]"
@@ -80,7 +87,8 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
     """Judge labels, and query the describer about frozen and jittered copies of their windows.
 
     Args:
-        labeler: Labels the copies; four further queries per window.
+        labeler: Labels the copies; four further queries per window, and none where it reads
+            sentences and no frames.
         examples: Labelled windows; the true motion beside their videos is used if there is any.
 
     Raises:
@@ -98,12 +106,13 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
     ground_truth = GroundTruth({example.path.parent for example in examples})
     judged = [_judge(example, ground_truth) for example in examples]
     count = len(judged)
-    still = _ask(labeler, [frozen(example.frames) for example in examples], "frozen")
+    shown = [] if isinstance(labeler.describer, CaptionReader) else examples
+    still = _ask(labeler, [frozen(example.frames) for example in shown], "frozen")
     unanswered = asked - count + sum(not label.answered for label in still)
     words: dict[str, float] = {}
     directions: dict[str, float] = {}
-    copies = [jittered(example.frames) for example in examples]
-    for kind in copies[0]:
+    copies = [jittered(example.frames) for example in shown]
+    for kind in copies[0] if copies else ():
         again = _ask(labeler, [copy[kind] for copy in copies], f"jitter {kind}")
         pairs = [(one, two) for one, two in zip(judged, again, strict=True) if two.answered]
         unanswered += count - len(pairs)
@@ -117,6 +126,7 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
         unreadable=_share(one.status == "unreadable" for one in judged),
         flow=agreement(judged, [one.by_points for one in judged]),
         truth=agreement(judged, [one.by_simulator for one in judged]),
+        sentence=agreement(judged, [one.by_sentence for one in judged]),
         still_null=_share(not label.known for label in still if label.answered),
         words_kept=words,
         direction_kept=directions,
@@ -137,7 +147,7 @@ def markdown(found: Sequence[Quality]) -> str:
     head = "| |" + "".join(f" `{_cell(row['describer'])}` |" for row in rows)
     lines = [head, "|---|" + "---|" * len(rows)]
     for name in list(rows[0])[1:]:
-        lines.append(f"| {name} |" + "".join(f" {_cell(row[name])} |" for row in rows))
+        lines.append(f"| {name} |" + "".join(f" {_cell(row.get(name, '-'))} |" for row in rows))
     for quality in found:
         told = {video: one for video, one in quality.by_video.items() if one.told}
         worst = sorted(told.items(), key=lambda pair: (pair[1].share, pair[0]))[:_WORST]
@@ -150,20 +160,23 @@ def _by_video(examples: Sequence[LabelExample], judged: Sequence[Judged]) -> dic
     groups: dict[str, list[Judged]] = {}
     for example, one in zip(examples, judged, strict=True):
         groups.setdefault(example.video, []).append(one)
-    known = any(one.by_simulator is not None for one in judged)
+    known = [[one.by_simulator for one in judged], [one.by_sentence for one in judged]]
+    best = next((i for i, shifts in enumerate(known) if any(x is not None for x in shifts)), 2)
     return {
-        video: agreement(ones, [one.by_simulator if known else one.by_points for one in ones])
+        video: agreement(ones, [(x.by_simulator, x.by_sentence, x.by_points)[best] for x in ones])
         for video, ones in sorted(groups.items())
     }
 
 
 def _judge(example: LabelExample, ground_truth: GroundTruth) -> Judged:
     moved = ground_truth.moved(example.path, example.start, example.last)
+    by_points = dominant_motion(example.frames)
     return Judged(
         example.status,
         example.phrase,
-        dominant_motion(example.frames),
+        by_points,
         None if moved is None else clear_shift(moved.shifts),
+        sentence_shift(direction_on_screen(example.label), by_points),
     )
 
 

@@ -14,6 +14,7 @@ from mapo_lightning.envs.collector import (
     Collector,
 )
 from mapo_lightning.envs.demo import default_scenes
+from mapo_lightning.envs.experts import expert_scenes
 from mapo_lightning.envs.factory import make_vector_env
 from mapo_lightning.envs.live_labels import LiveLabeler
 from mapo_lightning.envs.settings import EnvConfig
@@ -21,6 +22,7 @@ from mapo_lightning.models.agents.dreamer import DreamerAgent
 from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.semantics.describer import CaptionReader, NullDescriber
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.semantics.settings import VlmConfig
@@ -37,6 +39,9 @@ from mapo_lightning.training.pretrain import PretrainModule
 from mapo_lightning.training.settings import HANDED_OVER
 from mapo_lightning.types import CheckpointError, ConfigError
 
+RENDERED = ("demo", "metaworld_experts")
+"""Kinds of data that are rendered where they are missing."""
+
 
 def demo_scenes(cfg: RunConfig) -> list[EnvConfig]:
     """Scenes that the demo's videos show.
@@ -45,12 +50,22 @@ def demo_scenes(cfg: RunConfig) -> list[EnvConfig]:
         ConfigError: One of ``demo.scenes`` is not kind/name.
     """
     scenes = []
+    if cfg.data.kind == "metaworld_experts":
+        return expert_scenes(cfg.demo.scenes, cfg.env)
     for scene in cfg.demo.scenes:
         kind, _, name = scene.partition("/")
         if not name:
             raise ConfigError(f"demo.scenes must hold kind/name, got '{scene}'")
         scenes.append(EnvConfig(kind=kind, name=name, render_quality=cfg.env.render_quality))  # type: ignore[arg-type]
     return scenes or default_scenes()
+
+
+def left_out(cfg: RunConfig) -> list[str] | None:
+    """Classes of videos never to use: those chosen, or the task that experts are not to show."""
+    if cfg.data.leave_out is not None or cfg.data.kind != "metaworld_experts":
+        return cfg.data.leave_out
+    task = cfg.env.name.removesuffix("-v3") if cfg.env.kind == "metaworld" else ""
+    return [task] if task in {scene.name for scene in demo_scenes(cfg)} else []
 
 
 def build_videos(cfg: RunConfig) -> VideoDataModule:
@@ -67,9 +82,8 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
     corpus = hashlib.blake2b(str(Path(cfg.data.root).absolute()).encode(), digest_size=4)
     name = f"{Path(cfg.data.root).name}-{corpus.hexdigest()}"
     work = Path(cfg.work_dir).absolute()
-    return VideoDataModule(
-        cfg.data, shared_store(cfg), cfg.pretrain.batch_size, work / name, cfg.seed
-    )
+    data = replace(cfg.data, leave_out=left_out(cfg))
+    return VideoDataModule(data, shared_store(cfg), cfg.pretrain.batch_size, work / name, cfg.seed)
 
 
 def build_labelling(cfg: RunConfig, rank: int, world: int) -> CorpusLabelling:
@@ -190,12 +204,14 @@ def answers_late(cfg: RunConfig) -> bool:
     """Whether collecting goes on without waiting for the describer."""
     if cfg.vlm.collect.late is not None:
         return cfg.vlm.collect.late
-    # These two answer within a frame, and a run that waits for them repeats exactly.
-    return cfg.vlm.kind not in ("flow", "none") and not cfg.trainer.deterministic
+    # These answer within a frame, and a run that waits for them repeats exactly.
+    return cfg.vlm.kind not in ("flow", "none", "templates") and not cfg.trainer.deterministic
 
 
 def build_live_labeler(cfg: RunConfig, envs: int, writer: str, late: bool = False) -> LiveLabeler:
     """Labels of what ``envs`` environments show; ``late``: without waiting for them."""
     vlm, task = shared_store(cfg), f"{cfg.env.kind}/{cfg.env.name}"
     labeler = build_labeler(vlm, Path(cfg.work_dir).absolute(), writer)
+    if isinstance(labeler.describer, CaptionReader):  # no sentence comes with an environment
+        labeler.describer = NullDescriber()
     return LiveLabeler(labeler, vlm.window, vlm.collect, envs, task, late)

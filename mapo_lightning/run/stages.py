@@ -25,6 +25,7 @@ from callbacks.told import ToldUntold, save_report
 from mapo_lightning.config.redact import redact_text
 from mapo_lightning.envs.collector import Episode, Policy, run_episodes
 from mapo_lightning.envs.demo import render_demo_videos
+from mapo_lightning.envs.experts import SENTENCES
 from mapo_lightning.envs.factory import close_vector_env, make_vector_env
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
@@ -85,9 +86,12 @@ def pretrain(session: Session) -> Path:
 
 
 def render_demo(cfg: RunConfig) -> None:
-    """Render the demo's videos where they are the data; every rank waits until they are there."""
-    if cfg.data.kind != "demo":
+    """Render the videos that are rendered here; every rank waits until they are there."""
+    if cfg.data.kind not in build.RENDERED:
         return
+    if cfg.data.kind == "metaworld_experts" and tracking.is_main_process():
+        tasks = ", ".join(build.left_out(cfg) or ()) or "none: data.leave_out=[TASK] leaves one out"
+        log.info("tasks whose films are left out: %s", tasks)
     with counting("rendering videos", "video", show=tracking.is_main_process()) as show:
         render_demo_videos(
             Path(cfg.data.root),
@@ -98,6 +102,8 @@ def render_demo(cfg: RunConfig) -> None:
             size=cfg.demo.size,
             seed=cfg.data.seed,
             scenery=cfg.demo.scenery,
+            noise=cfg.demo.noise,
+            sentences=SENTENCES if cfg.data.kind == "metaworld_experts" else None,
             progress=show,
         )
 
@@ -118,6 +124,12 @@ def label(session: Session) -> None:
 def finetune(session: Session, init_from: Path | None = None) -> None:
     """Stage 2, with an evaluation before and after, and a summary."""
     cfg, seed = session.cfg, session.cfg.seed + session.rank
+    if cfg.vlm.kind == "templates":
+        log.warning(
+            "vlm=templates has no sentences about an environment: every label in fine-tuning is "
+            "null. To have environments described, pre-train first, and then fine-tune with "
+            "stage=finetune init_from=CHECKPOINT and another describer, such as vlm=flow"
+        )
     updates = cfg.finetune.updates(cfg.trainer.processes)
     best = session.folder / "finetune" / BEST if cfg.evaluate.keep_best else None
     if session.resumed.finished("finetune", updates):

@@ -36,6 +36,9 @@ class Judged(NamedTuple):
     """Dominant motion of tracked points; None if they show none, or several."""
     by_simulator: Shift | None
     """Clear motion of the simulator's parts; None if it is unknown or not clear."""
+    by_sentence: Shift | None = None
+    """Direction that the data set's own class names, of no particular length; None: it names none,
+    or nothing clearly moves in the window."""
 
 
 class Agreement(NamedTuple):
@@ -79,6 +82,22 @@ def said_direction(phrase: Phrase | None) -> Shift | None:
     right, up = (sum(k[i] for k in known) for i in (0, 1))
     length = float(np.hypot(right, up))
     return np.array([right, -up]) / length if length else None
+
+
+def sentence_shift(direction: str, by_points: Shift | None) -> Shift | None:
+    """Reference motion of a window of a video whose class names a direction on the screen.
+
+    The class is about the whole video, and a window may lie before the motion or after it. So only
+    windows count in which tracked points clearly move, wherever to.
+
+    Args:
+        direction: Words of the class, such as ``right``; empty if it names none.
+        by_points: Dominant motion of tracked points.
+    """
+    way = said_direction(Phrase("", "", "", direction, ""))
+    if way is None or by_points is None or np.linalg.norm(by_points) < CLEAR_PERCENT:
+        return None
+    return 100.0 * way  # of the same length everywhere: a class says nothing about distances
 
 
 def said_distance(phrase: Phrase | None) -> float | None:

@@ -74,6 +74,22 @@ class StreamingDescriber(Describer, Protocol):
         ...
 
 
+@runtime_checkable
+class CaptionReader(Describer, Protocol):
+    """A describer that reads sentences which came with the videos, and no frames."""
+
+    def read(self, captions: Sequence[str]) -> Sequence[Reply]:
+        """Answer for windows whose sentences are known.
+
+        Args:
+            captions: The sentence about each window; empty where there is none.
+
+        Returns:
+            One reply per window, in order.
+        """
+        ...
+
+
 class NullDescriber:
     """Labels every window null: the ablation without semantic actions."""
 

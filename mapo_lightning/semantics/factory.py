@@ -14,6 +14,7 @@ from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.semantics.server_pool import OutageLog
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.store import LabelStore
+from mapo_lightning.semantics.templates import TemplateDescriber
 from mapo_lightning.semantics.text_encoder import build_encoder
 
 
@@ -30,6 +31,8 @@ def build_describer(cfg: VlmConfig) -> Describer:
     """Build the configured describer; loads no weights, opens no connection."""
     if cfg.kind == "flow":
         return FlowDescriber(min_percent=cfg.flow_min_percent)
+    if cfg.kind == "templates":
+        return TemplateDescriber()
     kinds: dict[str, Callable[[VlmConfig], Describer]]
     kinds = {"transformers": QwenDescriber, "openai": OpenAIDescriber}
     return kinds[cfg.kind](cfg) if cfg.kind in kinds else NullDescriber()
@@ -44,7 +47,8 @@ def build_labeler(cfg: VlmConfig, root: Path, writer: str) -> Labeler:
         writer: Name of this process in the store, such as ``rank0-worker1``.
     """
     # Computing flow again is cheaper than waiting for the disk; a model's answers are expensive.
-    store = LabelStore(Path(root) / cfg.store, writer, durable=cfg.kind != "flow")
+    durable = cfg.kind not in ("flow", "templates")
+    store = LabelStore(Path(root) / cfg.store, writer, durable=durable)
     describer = build_describer(cfg)
     if isinstance(describer, OpenAIDescriber):
         describer.outage = OutageLog(store.root / "outage")

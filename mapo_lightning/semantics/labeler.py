@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mapo_lightning.semantics.answers import read_answer
 from mapo_lightning.semantics.describer import (
+    CaptionReader,
     Describer,
     NoAnswer,
     NullDescriber,
@@ -53,6 +54,9 @@ class WindowRequest(NamedTuple):
     """For people: ``video.mp4 frames 12..15 step 1``."""
     frames: Callable[[], Frames]
     """Fetches the window, (T, H, W, 3) uint8; called only if the label is not stored."""
+    caption: str = ""
+    """Sentence that came with the video about this window; part of the identity, where describers
+    read it."""
 
 
 class Label(NamedTuple):
@@ -226,8 +230,8 @@ class Labeler:
         """Query the describer; answers are stored before they are yielded."""
         if not todo:
             return
-        keys, clips = list(todo), [request.frames() for request in todo.values()]
-        for answered in self._replies(clips):
+        keys = list(todo)
+        for answered in self._replies(list(todo.values())):
             found: dict[str, StoredLabel | None] = {}
             for number, reply in answered.items():
                 key = keys[number]
@@ -235,7 +239,13 @@ class Labeler:
             self.store.put({key: label for key, label in found.items() if label is not None})
             yield found
 
-    def _replies(self, clips: Sequence[Frames]) -> Iterator[Mapping[int, Reply | NoAnswer]]:
+    def _replies(
+        self, requests: Sequence[WindowRequest]
+    ) -> Iterator[Mapping[int, Reply | NoAnswer]]:
+        if isinstance(self.describer, CaptionReader):
+            yield dict(enumerate(self.describer.read([request.caption for request in requests])))
+            return
+        clips = [request.frames() for request in requests]
         if isinstance(self.describer, StreamingDescriber):
             yield from self.describer.describe_each(clips)
             return

@@ -108,10 +108,15 @@ class EmbedConfig:
 class VlmConfig:
     """Who describes the frames, and where the answers are kept (O1, O7)."""
 
-    kind: Literal["flow", "none", "transformers", "openai"] = "flow"
+    kind: Literal["flow", "none", "templates", "transformers", "openai"] = "flow"
     """flow: optical flow, no weights and no network. none: no describer, all labels are null.
-    transformers: a vision-language model in this process. openai: a server that speaks OpenAI's
-    API, such as vLLM."""
+    templates: sentences that come with the videos, put into slots; no model. transformers:
+    a vision-language model in this process. openai: a server that speaks OpenAI's API, such as
+    vLLM."""
+    captions: str = ""
+    """File of sentences about the videos, for kind=templates: CSV, JSON or JSON lines with the
+    columns video, start, end, text. Empty: those of the data set itself, or ``captions.csv``,
+    ``captions.json`` or ``captions.jsonl`` in data.root."""
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     """Hub id or folder of a Qwen2.5-VL or Qwen3-VL; with kind=openai its name at the server."""
     revision: str | None = None
@@ -157,11 +162,21 @@ class VlmConfig:
             raise ConfigError("store must name a folder, got an empty text")
         if not self.model:
             raise ConfigError("model must name a model, got an empty text")
+        if self.captions and self.kind != "templates":
+            raise ConfigError(
+                f"vlm.captions='{self.captions}' is read by vlm=templates only, and vlm.kind is "
+                f"{self.kind}: choose vlm=templates, or leave out vlm.captions"
+            )
         if self.kind == "openai" and not self.server.base_urls and not self.cached_only:
             raise ConfigError(
                 "server.base_url must name a server, such as "
                 "vlm.server.base_url=http://127.0.0.1:8000/v1"
             )
+
+    @property
+    def caption_file(self) -> str | None:
+        """Where sentences are looked for: a file, '' for the data set's own; None: nowhere."""
+        return self.captions if self.kind == "templates" else None
 
 
 def _at_least(section: object, **least: int) -> None:

@@ -44,6 +44,11 @@ DIRECTIONS: dict[str, tuple[float, float, float, float]] = {
 COMPASS = ("right", "lower right", "down", "lower left", "left", "upper left", "up", "upper right")
 """Eight directions on the screen, 45 degrees apart, clockwise from the right."""
 
+_NO_WAY = re.compile(
+    r"\bfrom (?:the |its |your )?(?:far )?(?:left|right|upper|lower)\b"  # where it comes from
+    r"|\b(?:left|right|upper|lower)[- ](?=(?:hand|arm|leg|foot|finger|thumb|knee|elbow)s?\b)"
+)
+"""Words that are no direction of a motion: "from left to right" goes to the right."""
 _COUNTERCLOCKWISE = re.compile(r"\b(counter|anti)[- ]clock")
 
 _VERB_LIST = """approach bend bounce bring bring carry catch clean close cover cut dig dip drag draw
@@ -96,7 +101,7 @@ _STATES = frozenset({"left", "lower", "close", "open"})
 
 def direction_words(text: str) -> list[str]:
     """Return all words of the text that are keys of `DIRECTIONS`, in order."""
-    joined = _COUNTERCLOCKWISE.sub(r"\1clock", text.lower())
+    joined = _NO_WAY.sub(" ", _COUNTERCLOCKWISE.sub(r"\1clock", text.lower()))
     return [word for word in re.findall(r"[a-z]+", joined) if word in DIRECTIONS]
 
 
@@ -141,7 +146,7 @@ def read_sentence(text: str) -> tuple[str, str, str, str, str] | None:
         verb.group().lower(),
         " ".join(target.split()),
         direction or _IMPLIED.get(base, ""),
-        _distance_in(text),
+        _distance_in(rest),  # what comes before the verb is the body: "a hand" is no length there
     )
 
 

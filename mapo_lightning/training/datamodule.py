@@ -68,7 +68,7 @@ class VideoDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Scan the folder once; unusable files are listed in the quarantine report."""
         if self.index is None:
-            self.index = scan_videos(self.data, self.root)
+            self.index = scan_videos(self.data, self.root, self.vlm.caption_file)
 
     def clips(self, split: str) -> ClipDataset:
         """Endless random clips of the ``train`` videos, of the ``holdout`` ones, or of ``all``."""

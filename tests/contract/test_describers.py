@@ -23,6 +23,7 @@ from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.phrase import parse_reply
 from mapo_lightning.semantics.qwen import QwenDescriber
 from mapo_lightning.semantics.settings import ServerConfig, VlmConfig
+from mapo_lightning.semantics.templates import TemplateDescriber
 from mapo_lightning.types import Frames
 
 
@@ -63,6 +64,7 @@ DESCRIBERS = {
     "none": Entry(lambda _: NullDescriber(), still_is_null=True),
     "flow": Entry(lambda _: FlowDescriber(), still_is_null=True),
     "flow_coarse": Entry(lambda _: FlowDescriber(3.0, min_area=0.02), still_is_null=True),
+    "templates": Entry(lambda _: TemplateDescriber(), still_is_null=True),
     "transformers": Entry(qwen, still_is_null=False, hidden_dim=64, in_worker=False),
     "openai": Entry(server, still_is_null=False, streams=True),
 }

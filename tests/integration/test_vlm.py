@@ -72,6 +72,24 @@ def test_model_in_the_process(videos: Path, qwen: Path, tmp_path: Path) -> None:
     assert {label.hidden.shape for label in labels if label.hidden is not None} == {(64,)}
 
 
+@pytest.mark.slow
+def test_sentences_in_a_file_and_nulls_in_the_environment(videos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "said.csv"
+    file.write_text("video,start,end,text\n0,0,9,The noise drifts to the right.\n")
+    run = [*words(videos, "vlm=templates", f"vlm.captions={file}"), "data.workers=2"]
+    said = train(tmp_path, *run, "stage=all")
+    assert "1 sentences about 1 of 3 videos" in said
+    assert said.count("vlm=templates has no sentences about an environment") == 1
+    labels = LabelStore(tmp_path / "runs/cache/labels", "r").items().values()
+    assert {label.source.split()[0] for label in labels} == {"0.mp4", "1.mp4", "2.mp4"}
+    known = {label.phrase.direction for label in labels if label.phrase is not None}
+    assert known == {"right"}
+    file.write_text("video,start,end,text\n7,0,9,x\n")
+    said = train(tmp_path, *run, "run_dir=refused", code=2)
+    assert "line 2: there is no video '7'" in said
+    assert not (tmp_path / "refused").exists()
+
+
 def test_absent_model_is_one_sentence(videos: Path, tmp_path: Path) -> None:
     said = train(tmp_path, *words(videos, "vlm=qwen2_5_vl_7b"), code=2)
     assert "error: cannot load 'Qwen/Qwen2.5-VL-7B-Instruct'" in said

@@ -222,6 +222,7 @@ def test_answers_for_episodes_that_are_gone_do_no_harm(tmp_path: Path) -> None:
 def test_runs_that_can_repeat_exactly_wait_for_their_labels() -> None:
     exact, slow = TrainerConfig(deterministic=True), VlmConfig(kind="server")  # type: ignore[arg-type]
     assert not answers_late(RunConfig())  # flow
+    assert not answers_late(RunConfig(vlm=VlmConfig(kind="templates")))
     assert answers_late(RunConfig(vlm=slow))
     assert not answers_late(RunConfig(vlm=slow, trainer=exact))
     assert answers_late(RunConfig(vlm=VlmConfig(collect=CollectConfig(late=True)), trainer=exact))

@@ -65,6 +65,8 @@ def pretrained(path: Path, *words: str) -> Path:
         (["data=ssv2", "data.root=.."], "is not Something-Something V2"),
         (["demo.scenes=[toy]"], "demo.scenes must hold kind/name, got 'toy'"),
         (["demo.scenes=[toy/dsic]"], "toy has no task 'dsic'"),
+        (["data=metaworld_experts", "demo.scenes=[toy/disc]"], "must hold metaworld/TASK"),
+        (["vlm.captions=said.csv"], "vlm.captions='said.csv' is read by vlm=templates only"),
         (["vlm.reviews=nowhere.json"], "vlm.reviews='nowhere.json'"),
         (["stage=label", "vlm=none"], "stage=label needs a describer"),
         (["finetune.objective.scales.kl_uper=1"], "kl_uper"),

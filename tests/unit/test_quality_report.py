@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from miniatures import write_list, write_ssv2
 from scenes import cases, moving_camera, moving_square, still
 
 from callbacks.label_report import LabelReport
@@ -27,6 +28,7 @@ from mapo_lightning.semantics.agreement import (
     frozen,
     jittered,
     said_direction,
+    sentence_shift,
 )
 from mapo_lightning.semantics.describer import NoAnswer, Reply
 from mapo_lightning.semantics.embed import HashedSlots
@@ -120,6 +122,51 @@ def test_agreement_by_hand() -> None:
     assert nobody.clear == 0
     assert math.isnan(nobody.share)
     assert nobody.interval == (0.0, 1.0)
+
+
+def test_a_class_is_a_reference_where_something_moves() -> None:
+    moving, slow = np.array([-9.0, 0.0]), np.array([2.0, 0.0])
+    np.testing.assert_allclose(sentence_shift("right", moving), [100.0, 0.0])
+    np.testing.assert_allclose(sentence_shift("up", moving), [0.0, -100.0])
+    for direction, by_points in (("", moving), ("right", slow), ("right", None)):
+        assert sentence_shift(direction, by_points) is None
+
+
+@pytest.mark.slow
+def test_the_directions_of_real_videos_are_judged_by_their_classes(
+    in_tmp: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_ssv2(in_tmp / "ssv2", train=4, validation=2)  # a block moves right in every video
+    labels = in_tmp / "ssv2" / "labels"
+    names = ("Pushing something from left to right", "Pulling something from right to left")
+    write_list(
+        labels / "labels.json",
+        {name: str(i) for i, name in enumerate((*names, "Holding something"))},
+    )
+    for split, first in (("train", 0), ("validation", 4)):
+        rows = json.loads((labels / f"{split}.json").read_text())
+        for number, row in enumerate(rows, first):
+            row["template"] = (*names, "Holding something")[number % 3].replace(
+                "something", "[something]"
+            )
+        write_list(labels / f"{split}.json", rows)
+    (in_tmp / "conf").symlink_to(root / "conf")
+    words = ["data=ssv2", "data.root=ssv2", "data.workers=0", "callbacks.quality=6", "run_dir=out"]
+    assert main([*words, "vlm=flow"]) == 0
+    found = json.loads((in_tmp / "out/flow.json").read_text())
+    # Flow sees the block move right: two videos say so, two say left, two say nothing.
+    assert (found["sentence"]["clear"], found["sentence"]["told"]) == (4, 4)
+    assert found["sentence"]["agree"] == 2
+    assert "| direction as class | 50.0 % of 4" in (in_tmp / "out/flow.md").read_text()
+    assert {video: one["agree"] for video, one in found["by_video"].items() if one["told"]} == {
+        "101.webm": 1, "102.webm": 0, "104.webm": 1, "105.webm": 0,
+    }  # fmt: skip
+    assert main([*words, "vlm=templates"]) == 0
+    table = (in_tmp / "out/templates.md").read_text()
+    assert "| direction as class | 100.0 % of 4" in table
+    assert "| still clips called null | - |" in table
+    assert "same words" not in table
+    capsys.readouterr()
 
 
 def test_statistics_of_equal_and_of_few_windows() -> None:

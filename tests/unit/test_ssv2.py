@@ -16,6 +16,7 @@ from mapo_lightning.data.clips import ClipDataset
 from mapo_lightning.data.scan import VideoIndex, scan_videos
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import resize
+from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import ConfigError, VideoError
 
@@ -69,6 +70,30 @@ def test_clips_are_squashed_and_carry_their_class_beside_them(ssv2: Path, tmp_pa
     assert not any(array.dtype.kind in "US" for array in clip.values())
     assert source.videos[int(clip["video"])].label == CLASSES[1]
     assert {x.label for x in source.label_examples(4)} == set(CLASSES)
+
+
+def test_its_own_sentences_are_labels_without_a_model(ssv2: Path, tmp_path: Path) -> None:
+    train = ssv2 / "labels" / "train.json"
+    rows = json.loads(train.read_text())
+    del rows[0]["placeholders"]
+    rows[2]["placeholders"] = ["one", "too many"]
+    rows[3]["placeholders"] = ["a [torn] cup"]
+    train.write_text(json.dumps(rows))
+    data = VideoDataConfig(kind="ssv2", root=str(ssv2))
+    found = scan_videos(data, tmp_path / "c", "").train
+    assert [video.captions[0].text for video in found] == [
+        "Holding [something]",
+        "Pushing [cup 1] from left to right",
+        "Closing [something]",
+        "Holding [a  torn  cup]",
+    ]
+    clips = ClipDataset(found, data, VlmConfig(kind="templates"), tmp_path)
+    clip = clips.clip_at(1, 0)
+    assert clip["has_semantic"].tolist() == [False] * 3 + [True] * 22
+    (label,) = clips.labeler.label(clips.window_requests(1, [7]))
+    assert label.phrase == Phrase("hand", "pushing", "cup 1", "right", "")
+    assert label.text == "Pushing cup 1 from left to right [hand][pushing][cup 1][right][]"
+    assert scan_videos(data, tmp_path / "c").train[1].captions[0].text == found[1].captions[0].text
 
 
 def test_both_lists_may_be_learned_from(ssv2: Path) -> None:

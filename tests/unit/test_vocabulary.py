@@ -26,11 +26,25 @@ from mapo_lightning.semantics.vocabulary import (
         ("anticlockwise", ["anticlockwise"]),
         ("clockwise", ["clockwise"]),
         ("nowhere", []),
+        ("from left to right", ["right"]),
+        ("from the far right to the left", ["left"]),
+        ("in from the left", []),
+        ("with the left hand to the right", ["right"]),
+        ("to the right, hand in hand", ["right"]),
     ],
 )
 def test_direction_words_of_a_text(text: str, words: list[str]) -> None:
     assert direction_words(text) == words
     assert direction_of(text) == (words[0] if words else "")
+
+
+def test_a_hand_that_does_something_is_no_distance() -> None:
+    phrase = parse_reply("A hand pushes the cup from left to right by 5 cm.").phrase
+    assert phrase is not None
+    assert (phrase.body, phrase.direction, phrase.displacement) == ("A hand", "right", "5 cm")
+    phrase = parse_reply("A hand pushes the cup.").phrase
+    assert phrase is not None
+    assert phrase.displacement == ""
 
 
 @pytest.mark.parametrize("way", ["counter-clockwise", "counter clockwise", "anti-clockwise"])
