@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.types import Frames
 
 
@@ -16,6 +17,9 @@ class Reply(NamedTuple):
     """The raw answer; read by `answers.read_answer` and `phrase.parse_reply`."""
     hidden: NDArray[np.float16] | None = None
     """Mean hidden state of the answer, (hidden_dim,), if the backend exposes it."""
+    phrase: Phrase | None = None
+    """The five slots, where more is known about them than the text says; they replace what is read
+    from a text that is not null."""
 
 
 class NoAnswer(NamedTuple):

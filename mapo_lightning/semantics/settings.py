@@ -123,6 +123,9 @@ class VlmConfig:
     max_new_tokens: int = 64
     """Longest answer, in tokens. One that is cut there is asked for once more, with four times as
     many; what is still cut then is not stored."""
+    direction: Literal["model", "flow"] = "model"
+    """Who says in which direction and how far things move: the model itself, as published, or
+    optical flow, which fills these two slots of every answer of the model that is not null."""
     hidden_dim: int | None = None
     """Width of the model's hidden state; null reads it from the model's configuration."""
     cached_only: bool = False
@@ -152,6 +155,12 @@ class VlmConfig:
         if not 0.0 < self.flow_min_percent <= 50.0:
             raise ConfigError(
                 f"flow_min_percent must lie in (0, 50] percent, got {self.flow_min_percent}"
+            )
+        if self.direction == "flow" and self.kind in ("flow", "none"):
+            why = "measures direction itself" if self.kind == "flow" else "gives no answers"
+            raise ConfigError(
+                f"direction=flow completes the answers of a model, but kind={self.kind} {why}: "
+                "leave out vlm.direction, or choose a model, such as vlm=openai_server"
             )
         if not self.store:
             raise ConfigError("store must name a folder, got an empty text")
