@@ -102,6 +102,10 @@ class EmbedConfig:
     state of kind=transformers, and hashed words for the others."""
     revision: str | None = None
     """Commit hash of the hub's sentence encoder; not used for a folder."""
+    direction: bool | None = None
+    """Join direction and displacement of the phrase to the vector, as 8 further entries, so that
+    opposite directions are far apart. null: where vlm.direction=flow. Hashed words, which hold them
+    already, stay as they are."""
 
 
 @dataclass
@@ -162,6 +166,13 @@ class VlmConfig:
                 f"direction=flow completes the answers of a model, but kind={self.kind} {why}: "
                 "leave out vlm.direction, or choose a model, such as vlm=openai_server"
             )
+        hidden = self.kind == "transformers" and not self.embed.encoder
+        if self.direction == "flow" and hidden and not self.joins_direction:
+            raise ConfigError(
+                "direction=flow would have no effect with embed.direction=false: the vector of "
+                "kind=transformers is the model's hidden state, which does not hold the measured "
+                "direction. Leave out vlm.embed.direction"
+            )
         if not self.store:
             raise ConfigError("store must name a folder, got an empty text")
         if not self.model:
@@ -171,6 +182,13 @@ class VlmConfig:
                 "server.base_url must name a server, such as "
                 "vlm.server.base_url=http://127.0.0.1:8000/v1"
             )
+
+    @property
+    def joins_direction(self) -> bool:
+        """Whether vectors other than hashed words get entries for direction and displacement."""
+        if self.embed.direction is None:
+            return self.direction == "flow"
+        return self.embed.direction
 
 
 def _at_least(section: object, **least: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mapo_lightning.semantics.embed import Encoder, HashedSlots, HiddenState
+from mapo_lightning.semantics.embed import Encoder, HashedSlots, HiddenState, WithDirection
 from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.semantics.qwen import hidden_size, loading, locate
 from mapo_lightning.semantics.settings import VlmConfig
@@ -92,9 +92,12 @@ def _load(source: str, revision: str | None) -> tuple[Any, Any]:
 
 def build_encoder(cfg: VlmConfig) -> Encoder:
     """Build the configured encoder: sentence encoder, hidden states or hashed words."""
+    encoder: Encoder
     if cfg.embed.encoder and cfg.kind != "none":
-        return TextEncoder(cfg.embed.encoder, cfg.embed.revision)
-    if cfg.kind == "transformers":
+        encoder = TextEncoder(cfg.embed.encoder, cfg.embed.revision)
+    elif cfg.kind == "transformers":
         width = cfg.hidden_dim or hidden_size(cfg.model, cfg.revision, "vlm.model")
-        return HiddenState(width)
-    return HashedSlots()
+        encoder = HiddenState(width)
+    else:
+        return HashedSlots()  # these hold the direction in any case
+    return WithDirection(encoder) if cfg.joins_direction else encoder

@@ -18,7 +18,7 @@ from mapo_lightning.semantics.phrase import Phrase, parse_reply
 from mapo_lightning.semantics.qwen import QwenDescriber, identity
 from mapo_lightning.semantics.settings import EmbedConfig, VlmConfig
 from mapo_lightning.semantics.text_encoder import TextEncoder, _load
-from mapo_lightning.types import DescriberError, Frames
+from mapo_lightning.types import ConfigError, DescriberError, Frames
 
 
 @pytest.fixture(scope="module", params=["qwen2_5", "qwen3"])
@@ -226,6 +226,49 @@ def test_text_encoder_tells_phrases_apart(bert: Path, tmp_path: Path) -> None:
     cfg = VlmConfig(kind="flow", embed=EmbedConfig(str(bert)))
     assert semantic_dim(cfg) == 32
     assert build_labeler(cfg, tmp_path, "w").encoder.semantic_dim == 32
+
+
+OPPOSITES = [("left", "right"), ("up", "down"), ("upper left", "lower right")]
+
+
+@pytest.mark.parametrize(("one", "other"), OPPOSITES)
+def test_directions_joined_to_a_text_encoder_stay_apart(
+    bert: Path, tmp_path: Path, one: str, other: str
+) -> None:
+    plain = EmbedConfig(str(bert))
+    joined = EmbedConfig(str(bert), direction=True)
+    cosines = []
+    for embed in (plain, joined):
+        cfg = VlmConfig(kind="flow", embed=embed)
+        encoder = pickle.loads(pickle.dumps(build_labeler(cfg, tmp_path, "w").encoder))
+        assert encoder.semantic_dim == semantic_dim(cfg)
+        phrases = [Phrase("hand", "lifts", "ball", way, "5 cm") for way in (one, other)]
+        a, b = (encoder.encode(phrase, None) for phrase in phrases)
+        assert a.shape == (encoder.semantic_dim,)
+        cosines.append(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
+    assert semantic_dim(VlmConfig(embed=joined)) == semantic_dim(VlmConfig(embed=plain)) + 8
+    assert cosines[0] > 0.8
+    assert cosines[1] <= 0.3
+
+
+def test_measured_directions_reach_the_vector_of_a_hidden_state(
+    folder: Path, tmp_path: Path
+) -> None:
+    cfg = config(folder, direction="flow")
+    assert semantic_dim(cfg) == 64 + 8
+    film = np.random.default_rng(3).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    film = film.repeat(2, 0).repeat(2, 1)
+    moves = [np.stack([np.roll(film, s * 3 * t, 1) for t in range(4)]) for s in (1, -1)]
+    labeler = build_labeler(cfg, tmp_path, "w")
+    assert not labeler.describer.in_worker
+    right, left = labeler.label_frames(moves, "v.mp4")
+    assert right.phrase is not None
+    assert left.phrase is not None
+    assert (right.phrase.direction, left.phrase.direction) == ("right", "left")
+    np.testing.assert_allclose(right.vector[64:68], -left.vector[64:68], atol=1e-6)
+    assert right.vector[64] > 3.0
+    with pytest.raises(ConfigError, match=r"no effect with embed\.direction=false"):
+        config(folder, direction="flow", embed=EmbedConfig(direction=False))
 
 
 def test_text_encoder_is_the_mean_over_its_words(bert: Path) -> None:
