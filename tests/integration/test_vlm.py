@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from program import SMALL, train
 from tiny_models import save_bert, save_qwen
 
 from mapo_lightning.data.video import write_mp4
+from mapo_lightning.run import quality
 from mapo_lightning.semantics.store import LabelStore
 
 
@@ -114,3 +116,27 @@ def test_server_dies_for_three_seconds(policy: str, videos: Path, tmp_path: Path
     assert len(labels) > 0
     assert (tmp_path / "runs").is_dir()
     assert not any((tmp_path / "runs/cache/labels/locks").glob("[0-9a-f]*"))
+
+
+@pytest.mark.slow
+def test_a_model_that_always_says_right_is_right_by_measurement(
+    root: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_tmp / "conf").symlink_to(root / "conf")
+    words = ["data=demo", "demo.scenes=[toy/disc_anywhere]", "demo.clips_per_scene=12"]
+    words += ["data.root=films", "vlm=openai_server", "callbacks.quality=60", "work_dir=work"]
+    found = {}
+    with running(says="[arm][moves][object][right][5 cm]") as server:
+        for direction in ("model", "flow"):
+            more = [f"vlm.server.base_url={server.url}", f"vlm.direction={direction}"]
+            assert quality.main([*words, *more, f"run_dir={direction}"]) == 0
+            found[direction] = json.loads((in_tmp / direction / "openai.json").read_text())
+    capsys.readouterr()
+    before, after = found["model"]["truth"], found["flow"]["truth"]
+    assert (before["clear"], before["told"]) == (54, 54)
+    assert before["share"] == pytest.approx(before["chance"], abs=1e-9)  # 13 of 54
+    assert before["share"] < 0.3
+    assert after["share"] >= 0.95  # 54 of 54
+    assert after["told"] >= 50
+    assert after["chance"] < 0.4
+    assert after["magnitude"] > 0.9  # and how far, which "5 cm" does not say
