@@ -117,7 +117,7 @@ class VlmConfig:
     transformers: a vision-language model in this process. openai: a server that speaks OpenAI's
     API, such as vLLM."""
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """Hub id or folder of a Qwen2.5-VL or Qwen3-VL; with kind=openai its name at the server."""
+    """Hub id or folder of an image-text model; with kind=openai its name at the server."""
     revision: str | None = None
     """Commit hash of the hub's model, so that its weights never change; not used for a folder."""
     device: str = "auto"
