@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from mapo_lightning.semantics.answers import read_answer
-from mapo_lightning.semantics.describer import Describer, NoAnswer, Reply, StreamingDescriber
+from mapo_lightning.semantics.describer import (
+    Describer,
+    Metered,
+    NoAnswer,
+    Reply,
+    StreamingDescriber,
+    Usage,
+)
 from mapo_lightning.semantics.flow import FlowDescriber
 from mapo_lightning.semantics.phrase import Phrase, parse_reply
 from mapo_lightning.types import Frames
@@ -34,6 +41,11 @@ class MeasuredDirection:
         self.model, self.flow = model, flow
         self.in_worker = model.in_worker
         self.name = f"{model.name} direction {flow.name}"
+
+    @property
+    def usage(self) -> Usage:
+        """What the model has used; the flow costs no tokens."""
+        return self.model.usage if isinstance(self.model, Metered) else Usage()
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply | NoAnswer]:
         """Describe each window; see `Describer.describe`.

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mapo_lightning.semantics.answers import MORE_ROOM, count_thoughts, read_answer
-from mapo_lightning.semantics.describer import NoAnswer, Reply
+from mapo_lightning.semantics.describer import NoAnswer, Reply, Usage
 from mapo_lightning.semantics.phrase import PROMPT
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import DescriberError, Frames
@@ -52,7 +52,7 @@ class QwenDescriber:
     in_worker = False  # one copy of the weights per training process, not one per worker
 
     def __init__(self, cfg: VlmConfig) -> None:
-        self.cfg = cfg
+        self.cfg, self.usage = cfg, Usage()
         prompt = hashlib.blake2b(PROMPT.encode(), digest_size=4).hexdigest()
         weights = identity(cfg.model, cfg.revision)
         self.name = f"transformers {weights} prompt {prompt} tokens {cfg.max_new_tokens}"
@@ -63,7 +63,7 @@ class QwenDescriber:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Load the weights at the first query."""
-        self.cfg, self.name = state["cfg"], state["name"]
+        self.cfg, self.name, self.usage = state["cfg"], state["name"], Usage()
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply | NoAnswer]:
         """Describe each window; the hidden state is the mean of the last layer over the answer.
@@ -92,6 +92,7 @@ class QwenDescriber:
             for first in range(0, len(numbers), self.cfg.batch_size):
                 batch = numbers[first : first + self.cfg.batch_size]
                 said = self.model.answer([clips[n] for n in batch], tokens)
+                self.usage = functools.reduce(Usage.plus, (one.usage for one in said), self.usage)
                 yield from zip(batch, said, strict=True)
 
     @property
@@ -109,6 +110,8 @@ class Said(NamedTuple):
     """Mean state over the tokens after its thoughts, (hidden_dim,); None if there are none."""
     cut: bool
     """It had no tokens left to end by itself."""
+    usage: Usage
+    """Tokens of this question and this answer."""
 
 
 class LoadedModel:
@@ -195,9 +198,10 @@ class LoadedModel:
         alive_BN = (torch.isin(said_BN, ends).cumsum(1) == 0).cpu()
         # The first state is that of the prompt's end; each later one has read one more token.
         read_BND = torch.stack(states[1:], 1) if len(states) > 1 else torch.zeros(len(clips), 0, 1)
-        return [self._said(*row) for row in zip(said_BN.cpu(), read_BND, alive_BN, strict=True)]
+        rows = zip(said_BN.cpu(), read_BND, alive_BN, strict=True)
+        return [self._said(*row, asked) for row in rows]
 
-    def _said(self, said_N: Tensor, read_ND: Tensor, alive_N: Tensor) -> Said:
+    def _said(self, said_N: Tensor, read_ND: Tensor, alive_N: Tensor, asked: int) -> Said:
         """One row of a batch: its tokens, the states that read them, and which are its words."""
 
         def text(count: int) -> str:
@@ -208,8 +212,10 @@ class LoadedModel:
         # The tokens up to the end of the last thought: as few as show all of them.
         begin = bisect_left(range(len(said_N)), thoughts, key=lambda n: count_thoughts(text(n)))
         cut = bool(alive_N[-1])
+        # The token that ends an answer is one as well.
+        usage = Usage(1, 1, asked, int(alive_N.sum()) + (not cut))
         alive_N[:begin] = False
-        return Said(whole, _mean(read_ND, alive_N), cut)
+        return Said(whole, _mean(read_ND, alive_N), cut, usage)
 
     def _patches(self, clip: Frames) -> tuple[Tensor, list[int]]:
         """Patches (N, 3 * TP * P * P) of a clip, and how many lie along time, height and width."""

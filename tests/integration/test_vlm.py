@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -140,3 +143,53 @@ def test_a_model_that_always_says_right_is_right_by_measurement(
     assert after["told"] >= 50
     assert after["chance"] < 0.4
     assert after["magnitude"] > 0.9  # and how far, which "5 cm" does not say
+
+
+def check_words(root: Path) -> list[str]:
+    """What ``make vlm-check`` types."""
+    done = subprocess.run(
+        ["make", "-n", "vlm-check", "GL=skip"], cwd=root, capture_output=True, text=True, check=True
+    )
+    line = done.stdout.replace("\\\n", " ").rpartition("-m mapo_lightning.quality")[2]
+    return shlex.split(line.splitlines()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transformers", "openai", "flow"])
+def test_vlm_check_measures_a_describer(
+    root: Path,
+    in_tmp: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    (in_tmp / "conf").symlink_to(root / "conf")
+    words = check_words(root)
+    assert "callbacks.quality=50" in words
+    # Fewer films without a simulator; what comes later wins.
+    words += ["demo.scenes=[toy/disc_anywhere]", "demo.clips_per_scene=3", "callbacks.quality=6"]
+    with running(says="[arm][moves][object][right][5 cm]") as server:
+        words += {
+            "transformers": ["vlm=qwen2_5_vl_7b", f"vlm.model={request.getfixturevalue('qwen')}"],
+            "openai": ["vlm=openai_server", f"vlm.server.base_url={server.url}"],
+            "flow": ["vlm=flow"],
+        }[kind]
+        assert quality.main(words) == 0
+        table = capsys.readouterr().out
+        answered = server.stats()["answered"]
+        assert quality.main(words) == 0  # all answers are known now
+        assert "| windows queried now | 0 |" in capsys.readouterr().out
+        assert server.stats()["answered"] == answered
+    assert "| windows queried now | 29 |" in table  # 6 windows, 4 copies of each, less the first
+    assert re.search(r"\| seconds per window \| \d", table)
+    tokens = re.search(r"\| tokens per query \| (.*) \|", table)
+    assert tokens is not None
+    if kind == "flow":
+        assert tokens[1] == "-"
+    elif kind == "openai":
+        assert tokens[1] == "9 in, 1,000,000 out"  # what that server claims
+        assert answered == 30
+    else:
+        asked, said = (int(count.replace(",", "")) for count in re.findall(r"[\d,]*\d", tokens[1]))
+        assert asked > 4 * 4  # the prompt and at least the frames
+        assert said == 5  # four words and the end
