@@ -98,8 +98,8 @@ class EmbedConfig:
     """How a phrase becomes a vector (O1)."""
 
     encoder: str = ""
-    """Hub id or folder of a sentence encoder that turns phrases into vectors; empty: the hidden
-    state of kind=transformers, and hashed words for the others."""
+    """Hub id or folder of a sentence encoder that turns phrases into vectors, or wordllama, the
+    package; empty: the hidden state of kind=transformers, and hashed words for the others."""
     revision: str | None = None
     """Commit hash of the hub's sentence encoder; not used for a folder."""
     direction: bool | None = None

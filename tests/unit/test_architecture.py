@@ -57,6 +57,7 @@ DOORS = {
         "semantics/qwen.py",
         "semantics/text_encoder.py",
     },
+    "wordllama": {"semantics/text_encoder.py"},
 }
 LIGHTNING = {"training", "tracking", "run"}  # rooms that know Lightning
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -245,7 +246,7 @@ def test_directions_joined_to_a_text_encoder_stay_apart(
         phrases = [Phrase("hand", "lifts", "ball", way, "5 cm") for way in (one, other)]
         a, b = (encoder.encode(phrase, None) for phrase in phrases)
         assert a.shape == (encoder.semantic_dim,)
-        cosines.append(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
+        cosines.append(cosine(a, b))
     assert semantic_dim(VlmConfig(embed=joined)) == semantic_dim(VlmConfig(embed=plain)) + 8
     assert cosines[0] > 0.8
     assert cosines[1] <= 0.3
@@ -284,3 +285,41 @@ def test_text_encoder_is_the_mean_over_its_words(bert: Path) -> None:
 def test_absent_text_encoder_is_one_sentence() -> None:
     with pytest.raises(DescriberError, match=r"cannot load 'no/where'.*vlm.embed.encoder=DIR"):
         semantic_dim(VlmConfig(embed=EmbedConfig("no/where")))
+
+
+def test_absent_wordllama_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DescriberError, match=r"needs the package wordllama.*\[wordllama\]"):
+        semantic_dim(VlmConfig(embed=EmbedConfig("wordllama")))
+
+
+@pytest.mark.skipif(not find_spec("wordllama"), reason="pip install 'mapo-lightning[wordllama]'")
+@pytest.mark.parametrize(("one", "other"), OPPOSITES)
+def test_wordllama_brings_its_weights_and_directions_are_joined(
+    one: str, other: str, tmp_path: Path
+) -> None:
+    cosines = []
+    for direction in (False, True):
+        embed = EmbedConfig("wordllama", direction=direction)
+        encoder = build_labeler(VlmConfig(embed=embed), tmp_path, "w").encoder
+        encoder = pickle.loads(pickle.dumps(encoder))
+        assert encoder.semantic_dim == 256 + 8 * direction
+        base = Phrase("hand", "opens", "door", one, "5 cm")
+        there, back, same, else_ = (
+            encoder.encode(phrase, None)
+            for phrase in (
+                base,
+                base._replace(direction=other),
+                base._replace(body="a hand", target="the door"),
+                Phrase("cheetah", "runs", "", one, "5 cm"),
+            )
+        )
+        assert np.sqrt(np.mean(there**2)) <= 1.0 + 1e-5
+        assert cosine(there, same) > cosine(there, else_) + 0.1
+        cosines.append(cosine(there, back))
+    assert cosines[0] > 0.8
+    assert cosines[1] <= 0.3
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
