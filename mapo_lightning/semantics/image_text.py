@@ -47,8 +47,12 @@ class ImageTextModel(LoadedModel):
     def inputs(self, clips: Sequence[Frames]) -> Any:
         """Arguments of ``generate`` about windows of one size, on the model's device."""
         parts = [{"type": "image"}] * len(clips[0]) + [{"type": "text", "text": PROMPT}]
-        question = self.processor.apply_chat_template(
-            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+        # Not the processor's method of this name: some look into their video half first.
+        question = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}],
+            chat_template=self.processor.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
         )
         begin = self.tokenizer.bos_token
         made = self.processor(

@@ -161,15 +161,15 @@ class VlmConfig:
                 f"flow_min_percent must lie in (0, 50] percent, got {self.flow_min_percent}"
             )
         if self.direction == "flow" and self.kind in ("flow", "none"):
-            why = "measures direction itself" if self.kind == "flow" else "gives no answers"
+            why = "measures directions itself" if self.kind == "flow" else "gives no answers"
             raise ConfigError(
-                f"direction=flow completes the answers of a model, but kind={self.kind} {why}: "
-                "leave out vlm.direction, or choose a model, such as vlm=openai_server"
+                f"direction must be model with kind={self.kind}, which {why}: flow completes the "
+                "answers of a model, such as those of vlm=openai_server"
             )
         hidden = self.kind == "transformers" and not self.embed.encoder
         if self.direction == "flow" and hidden and not self.joins_direction:
             raise ConfigError(
-                "direction=flow would have no effect with embed.direction=false: the vector of "
+                "direction cannot be flow with embed.direction=false: the vector of "
                 "kind=transformers is the model's hidden state, which does not hold the measured "
                 "direction. Leave out vlm.embed.direction"
             )

@@ -121,6 +121,18 @@ def test_a_family_that_needs_another_package_says_so(
     assert "pip install num2words" in said
 
 
+def test_smolvlm_needs_that_package_for_videos_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object) -> str:
+        raise AssertionError("no number is put into words about images")
+
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", never)
+    for reply in QwenDescriber(config(save_family(tmp_path, "smolvlm"))).describe(clips()):
+        assert isinstance(reply, Reply)
+        assert parse_reply(reply.text).status == "prose"
+
+
 def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     folder = save_family(tmp_path, "idefics3")
     (folder / "chat_template.jinja").unlink()

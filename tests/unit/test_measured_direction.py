@@ -12,7 +12,9 @@ from label_servers import running
 from replies import HOSTILE
 from scenes import moving_square, still
 
-from mapo_lightning.semantics.describer import NoAnswer, Reply, StreamingDescriber
+from mapo_lightning.config.compose import compose
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.semantics.describer import Metered, NoAnswer, Reply, StreamingDescriber
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.factory import build_describer, build_labeler
 from mapo_lightning.semantics.flow import FlowDescriber
@@ -141,6 +143,9 @@ def test_answers_of_a_server_are_completed_as_they_arrive(
         phrases = [reply.phrase for reply in found.values() if isinstance(reply, Reply)]
         assert {phrase.direction for phrase in phrases if phrase} == {"up"}
         assert {"hand", "A cat"} >= {phrase.body for phrase in phrases if phrase}
+        # Who measures the cost is told that of the model: 9 tokens in by that server's account.
+        assert isinstance(describer, Metered)
+        assert describer.usage[:3] == (12, 12, 12 * 9)
         # Who stops listening stops the queries as well.
         answers = describer.describe_each(clips)
         next(iter(answers))
@@ -170,6 +175,6 @@ def test_outages_are_logged_in_the_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["flow", "none"])
-def test_there_must_be_a_model_to_complete(kind: str) -> None:
-    with pytest.raises(ConfigError, match=f"direction=flow completes .* kind={kind}"):
-        VlmConfig(kind=kind, direction="flow")  # type: ignore[arg-type]
+def test_there_must_be_a_model_to_complete(root: Path, kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^vlm\.direction must be model with kind={kind}"):
+        compose([f"vlm={kind}", "vlm.direction=flow"], RunConfig, root / "conf")

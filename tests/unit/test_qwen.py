@@ -268,7 +268,7 @@ def test_measured_directions_reach_the_vector_of_a_hidden_state(
     assert (right.phrase.direction, left.phrase.direction) == ("right", "left")
     np.testing.assert_allclose(right.vector[64:68], -left.vector[64:68], atol=1e-6)
     assert right.vector[64] > 3.0
-    with pytest.raises(ConfigError, match=r"no effect with embed\.direction=false"):
+    with pytest.raises(ConfigError, match=r"direction cannot be flow with embed\.direction=false"):
         config(folder, direction="flow", embed=EmbedConfig(direction=False))
 
 
