@@ -10,18 +10,24 @@ STAMP := $(VENV)/.set-up-done
 PORT ?= 5000
 ARGS ?=
 WORKERS ?= 2
+# Films of vlm-check: the parts of the picture move in all directions.
+SCENES := toy/disc_anywhere,dmc/cartpole_swingup,dmc/reacher_easy,dmc/finger_spin,metaworld/drawer-close
 GL_PACKAGES := libegl1 libgl1 libgl1-mesa-dri
 
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gl demo lint test-fast test test-hard ui doctor format clean
+.PHONY: help setup gl demo vlm-check lint test-fast test test-hard ui doctor format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: setup ## set up, then train the demo (ARGS="env=toy seed=3" goes to train.py)
 	$(PY) train.py $(ARGS)
+
+vlm-check: setup ## measure a describer on 50 windows (ARGS="vlm=openai_server vlm.server.base_url=...")
+	$(PY) -m mapo_lightning.quality data=demo data.root=data/vlm_check 'demo.scenes=[$(SCENES)]' \
+		demo.clips_per_scene=5 demo.size=256 callbacks.quality=50 run_dir=runs/vlm_check $(ARGS)
 
 lint: setup ## style and types: what pre-commit runs
 	$(PY) -m ruff check .

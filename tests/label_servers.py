@@ -2,10 +2,11 @@
 
 python tests/label_servers.py '{"model": DIR, "port": 8000}'     a real tiny model behind the API
 python tests/label_servers.py '{"seconds": 0.2, "at_once": 8}'   a model that only takes its time
+python tests/label_servers.py '{"says": "[arm][moves][][right][]"}'   one that always says the same
 
-The second can misbehave: POST /control {"faults": ["429", "cut", "garbage", "silent"]} spends one
+These two can misbehave: POST /control {"faults": ["429", "cut", "garbage", "silent"]} spends one
 fault per question, {"always": "half"} makes one last; GET /stats counts. White pictures make it
-stumble (500), and its content filter rejects red ones (400). Both speak chat completions and
+stumble (500), and its content filter rejects red ones (400). All speak chat completions and
 nothing else.
 """
 
@@ -36,12 +37,20 @@ PARTS = ("executing_body", "action", "target_object", "moving_direction", "displ
 
 
 class TimedModel:
-    """Answers after ``seconds`` in ``needs`` tokens, at most ``at_once`` questions at a time."""
+    """Answers after ``seconds`` in ``needs`` tokens, at most ``at_once`` questions at a time.
+
+    It says the same about every window if it is told what: ``says``.
+    """
 
     def __init__(
-        self, seconds: float = 0.0, at_once: int = 8, schema: str = "offered", needs: int = 0
+        self,
+        seconds: float = 0.0,
+        at_once: int = 8,
+        schema: str = "offered",
+        needs: int = 0,
+        says: str = "",
     ) -> None:
-        self.seconds, self.schema, self.needs = seconds, schema, needs
+        self.seconds, self.schema, self.needs, self.says = seconds, schema, needs, says
         self.slots, self.lock = threading.Semaphore(at_once), threading.Lock()
         self.faults: list[str] = []
         self.always = ""
@@ -81,7 +90,7 @@ class TimedModel:
         with self.lock:
             self.open -= 1
             self.stats["answered"] += 1
-        phrase = PHRASES[number]
+        phrase = self.says or PHRASES[number]
         if wants_json and self.schema == "offered" and phrase.startswith("["):
             return json.dumps(dict(zip(PARTS, phrase.strip("[]").split("]["), strict=True)))
         if wants_json and self.schema == "offered":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -66,7 +68,8 @@ def save_qwen(
     return folder
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(names: Mapping[str, str] = MappingProxyType({})) -> PreTrainedTokenizerFast:
+    """A tokenizer of Qwen's kind; ``names``: more special tokens, and what a family calls them."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -76,15 +79,16 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [*SPECIAL, *names.values()]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False
     )
     bpe.train_from_iterator([WORDS] * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens=list(SPECIAL[3:]),
+        extra_special_tokens=dict(names) or list(SPECIAL[3:]),
         padding_side="left",
     )
     tokenizer.chat_template = CHAT
@@ -124,11 +128,16 @@ def _marks(ids: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _tilt(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, answer: Answer) -> None:
-    """Let each word of the answer call for the next; between two, the rest of the model decides."""
+def _tilt(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, answer: Answer, loud: float = 0.05
+) -> None:
+    """Let each word of the answer call for the next; between two, the rest of the model decides.
+
+    The louder its words are, the less is left to the rest.
+    """
     seen = model.get_input_embeddings().weight.data
     said = model.get_output_embeddings().weight.data
-    seen.normal_(0.0, 0.05)
+    seen.normal_(0.0, loud)
     steps = [(step,) if isinstance(step, str) else step for step in (*answer, "<|im_end|>")]
     tokens = [[tokenizer(word)["input_ids"] for word in step] for step in steps]
     for before, after in itertools.pairwise(tokens):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
 
 from mapo_lightning.data.clips import ClipDataset, LabelExample
 from mapo_lightning.data.ground_truth import GroundTruth
@@ -18,7 +22,15 @@ from mapo_lightning.semantics.agreement import (
     same_direction,
     sentence_shift,
 )
-from mapo_lightning.semantics.describer import CaptionReader
+from mapo_lightning.semantics.describer import (
+    CaptionReader,
+    Describer,
+    Metered,
+    NoAnswer,
+    NullDescriber,
+    Reply,
+    Usage,
+)
 from mapo_lightning.semantics.labeler import Label, Labeler
 from mapo_lightning.semantics.point_tracking import dominant_motion
 from mapo_lightning.semantics.templates import direction_on_screen
@@ -26,6 +38,36 @@ from mapo_lightning.types import ConfigError, DescriberError, Frames
 
 _AT_ONCE = 16  # windows queried at once
 _WORST = 40  # videos listed by name
+
+
+class Cost(NamedTuple):
+    """What the windows cost that the describer was queried about just now."""
+
+    windows: int
+    """Number of these windows, copies included, but for the first, which waits for models to load;
+    0 if all answers were known before."""
+    seconds: float
+    """Median time of a query about one window alone, in seconds; NaN if there was none."""
+    seconds_90: float
+    """Time within which 90 % of these are answered, in seconds."""
+    per_second: float
+    """Windows answered per second if they are queried together; NaN if none were."""
+    usage: Usage
+    """Queries and tokens; all zero for a describer without tokens."""
+
+    def row(self) -> dict[str, object]:
+        """Return the cost as rows of the table of measures."""
+        tokens = "-"
+        if self.usage.counted:
+            each = (self.usage.tokens_in, self.usage.tokens_out)
+            tokens = " in, ".join(f"{count / self.usage.counted:,.0f}" for count in each) + " out"
+        return {
+            "windows queried now": self.windows,
+            "seconds per window": _number(self.seconds, ".3g"),
+            "seconds per window, 90 %": _number(self.seconds_90, ".3g"),
+            f"windows per second, {_AT_ONCE} together": _number(self.per_second, ".3g"),
+            "tokens per query": tokens,
+        }
 
 
 @dataclass(frozen=True)
@@ -57,6 +99,8 @@ class Quality:
     by_video: dict[str, Agreement]
     """Agreement with the simulator, or else with the class, or else with tracked points, by name of
     video."""
+    cost: Cost | None = None
+    """Time and tokens; None if they were not measured."""
 
     def row(self) -> dict[str, object]:
         """Return the measures as one row of a table."""
@@ -80,7 +124,7 @@ class Quality:
         for kind in self.words_kept:
             row[f"same words ({kind})"] = _percent(self.words_kept[kind])
             row[f"same direction ({kind})"] = _percent(self.direction_kept[kind])
-        return row
+        return row if self.cost is None else row | self.cost.row()
 
 
 def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
@@ -134,11 +178,57 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
     )
 
 
-def measure_clips(clips: ClipDataset, windows: int) -> Quality:
-    """Measure the describer of a set of videos on windows spread over them."""
-    # If the videos hold fewer windows than requested, some come twice.
-    found = {(one.path, one.start, one.last): one for one in clips.label_examples(windows)}
-    return measure(clips.labeler, list(found.values()))
+def measure_clips(clips: ClipDataset, windows: int, *, timed: bool = False) -> Quality:
+    """Measure the describer of a set of videos on windows spread over them.
+
+    Args:
+        clips: The videos, and who labels them.
+        windows: How many, at most.
+        timed: Measure time and tokens as well.
+    """
+    labeler, describer = clips.labeler, clips.labeler.describer
+    watch = _Stopwatch(describer)
+    used = describer.usage if isinstance(describer, Metered) else Usage()
+    if timed and not isinstance(describer, NullDescriber | CaptionReader):
+        labeler.describer = watch
+    try:
+        # If the videos hold fewer windows than requested, some come twice.
+        found = {(one.path, one.start, one.last): one for one in clips.label_examples(windows)}
+        quality = measure(labeler, list(found.values()))
+    finally:
+        labeler.describer = describer
+    spent = describer.usage.since(used) if isinstance(describer, Metered) else Usage()
+    return replace(quality, cost=watch.cost(spent) if timed else None)
+
+
+class _Stopwatch:
+    """A describer that notes how long another one takes."""
+
+    def __init__(
+        self, describer: Describer, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.describer, self.name, self.in_worker = describer, describer.name, describer.in_worker
+        self._clock = clock
+        self.calls: list[tuple[int, float]] = []
+
+    def describe(self, clips: Sequence[Frames]) -> Sequence[Reply | NoAnswer]:
+        began = self._clock()
+        replies = self.describer.describe(clips)
+        self.calls.append((len(clips), self._clock() - began))
+        return replies
+
+    def cost(self, usage: Usage) -> Cost:
+        """The cost of all calls but the first."""
+        alone = [seconds for windows, seconds in self.calls[1:] if windows == 1]
+        together = [call for call in self.calls[1:] if call[0] > 1]
+        busy = sum(seconds for _, seconds in together)
+        return Cost(
+            windows=len(alone) + sum(windows for windows, _ in together),
+            seconds=float(np.median(alone or [math.nan])),
+            seconds_90=float(np.quantile(alone or [math.nan], 0.9)),
+            per_second=sum(windows for windows, _ in together) / busy if busy else math.nan,
+            usage=usage,
+        )
 
 
 def markdown(found: Sequence[Quality]) -> str:
@@ -197,8 +287,8 @@ def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
+def _number(value: float, form: str = ".2f") -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _cell(value: object) -> str:

@@ -44,7 +44,7 @@ def _measure(cfg: RunConfig) -> None:
     from mapo_lightning.run.stages import render_demo
 
     render_demo(cfg)
-    found = measure_clips(build_videos(cfg).clips("all"), cfg.callbacks.quality)
+    found = measure_clips(build_videos(cfg).clips("all"), cfg.callbacks.quality, timed=True)
     folder = Path(cfg.run_dir or "runs/quality")
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown([found])
@@ -57,10 +57,14 @@ def _measure(cfg: RunConfig) -> None:
 
 def _plain(value: Any) -> Any:
     """Make JSON of it: named tuples become objects, NaN becomes null."""
+    from mapo_lightning.label_tools.quality_report import Cost
     from mapo_lightning.semantics.agreement import Agreement
+    from mapo_lightning.semantics.describer import Usage
 
     if isinstance(value, Agreement):
         value = value._asdict() | {"share": value.share}
+    if isinstance(value, Cost | Usage):
+        value = value._asdict()
     if isinstance(value, dict):
         return {str(key): _plain(x) for key, x in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -20,9 +20,10 @@ from mapo_lightning.semantics.chat_completion import (
     FailedError,
     RejectedError,
     read_completion,
+    read_usage,
     server_words,
 )
-from mapo_lightning.semantics.describer import NoAnswer
+from mapo_lightning.semantics.describer import NoAnswer, Usage
 from mapo_lightning.semantics.phrase import PROMPT
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import Frames
@@ -62,6 +63,8 @@ class ChatClient:
 
     def __init__(self, cfg: VlmConfig) -> None:
         self.cfg = cfg
+        self.usage = Usage()
+        self._counting = threading.Lock()
         self._clients: dict[str, openai.OpenAI] = {}
         self._json: bool | None = None if cfg.server.structured == "auto" else False
         self._probing = threading.Lock()
@@ -152,7 +155,10 @@ class ChatClient:
             raise RejectedError(status, words) from error
         except openai.OpenAIError as error:
             raise FailedError(f"not an answer: {server_words(str(error))}") from error
-        return read_completion(_body(raw.http_response), tokens)
+        body = _body(raw.http_response)
+        with self._counting:
+            self.usage = self.usage.plus(read_usage(body))
+        return read_completion(body, tokens)
 
     def _client(self, url: str) -> openai.OpenAI:
         if url not in self._clients:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from mapo_lightning.semantics.answers import read_answer
-from mapo_lightning.semantics.describer import NoAnswer
+from mapo_lightning.semantics.describer import NoAnswer, Usage
 from mapo_lightning.semantics.phrase import clean_text
 
 _MOST_WORDS = 160  # characters of a server's message that are repeated
@@ -83,6 +83,15 @@ def read_completion(body: Any, room: int) -> str | NoAnswer:
     # A server that gives no reason may still count.
     cut = reason in _CUT or (not reason and isinstance(used, int) and used >= room)
     return read_answer(_text(message.get("content")), cut)
+
+
+def read_usage(body: Any) -> Usage:
+    """Find the tokens of one query in a reply with status 200, if the server reports them."""
+    found = body.get("usage") if isinstance(body, dict) else None
+    names = ("prompt_tokens", "completion_tokens")
+    counts = [found.get(name) for name in names] if isinstance(found, dict) else []
+    tokens = [count for count in counts if isinstance(count, int) and count >= 0]
+    return Usage(1, 1, *tokens) if len(tokens) == len(names) else Usage(1)
 
 
 def server_words(body: Any) -> str:

@@ -1,11 +1,14 @@
 """Describers: anything that captions a few frames with what happens in them."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.types import Frames
 
 
@@ -16,6 +19,9 @@ class Reply(NamedTuple):
     """The raw answer; read by `answers.read_answer` and `phrase.parse_reply`."""
     hidden: NDArray[np.float16] | None = None
     """Mean hidden state of the answer, (hidden_dim,), if the backend exposes it."""
+    phrase: Phrase | None = None
+    """The five slots, where more is known about them than the text says; they replace what is read
+    from a text that is not null."""
 
 
 class NoAnswer(NamedTuple):
@@ -29,6 +35,37 @@ class NoAnswer(NamedTuple):
     """For people: refused, cut short, no server ..."""
     outage: bool = False
     """True if nobody could be queried; this is reported where it is noticed, once for all."""
+
+
+class Usage(NamedTuple):
+    """What a describer has used in this process."""
+
+    queries: int = 0
+    """Queries that a model has answered, repeated ones included."""
+    counted: int = 0
+    """Those whose tokens are known: not every server tells."""
+    tokens_in: int = 0
+    """Tokens of the questions that are counted, frames included."""
+    tokens_out: int = 0
+    """Tokens of their answers, thoughts included."""
+
+    def plus(self, other: Usage) -> Usage:
+        """Return the sum."""
+        return Usage(*map(sum, zip(self, other, strict=True)))
+
+    def since(self, earlier: Usage) -> Usage:
+        """Return what was used after ``earlier`` was."""
+        return Usage(*(now - then for now, then in zip(self, earlier, strict=True)))
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """A describer that counts what it uses; not every describer has tokens."""
+
+    @property
+    def usage(self) -> Usage:
+        """What it has used so far in this process."""
+        ...
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ from pathlib import Path
 from mapo_lightning.semantics.describer import Describer, NullDescriber
 from mapo_lightning.semantics.flow import FlowDescriber
 from mapo_lightning.semantics.labeler import Labeler
+from mapo_lightning.semantics.measured_direction import fill_direction
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.qwen import QwenDescriber
 from mapo_lightning.semantics.reviews import read_reviews
@@ -27,15 +28,24 @@ def semantic_dim(cfg: VlmConfig) -> int:
     return build_encoder(cfg).semantic_dim
 
 
-def build_describer(cfg: VlmConfig) -> Describer:
-    """Build the configured describer; loads no weights, opens no connection."""
+def build_describer(cfg: VlmConfig, outage: OutageLog | None = None) -> Describer:
+    """Build the configured describer; loads no weights, opens no connection.
+
+    Args:
+        cfg: Which one.
+        outage: Where describers that wait for a server log that there is none.
+    """
+    flow = FlowDescriber(min_percent=cfg.flow_min_percent)
     if cfg.kind == "flow":
-        return FlowDescriber(min_percent=cfg.flow_min_percent)
+        return flow
     if cfg.kind == "templates":
         return TemplateDescriber()
     kinds: dict[str, Callable[[VlmConfig], Describer]]
     kinds = {"transformers": QwenDescriber, "openai": OpenAIDescriber}
-    return kinds[cfg.kind](cfg) if cfg.kind in kinds else NullDescriber()
+    describer = kinds[cfg.kind](cfg) if cfg.kind in kinds else NullDescriber()
+    if isinstance(describer, OpenAIDescriber) and outage is not None:
+        describer.outage = outage
+    return fill_direction(describer, flow) if cfg.direction == "flow" else describer
 
 
 def build_labeler(cfg: VlmConfig, root: Path, writer: str) -> Labeler:
@@ -49,7 +59,5 @@ def build_labeler(cfg: VlmConfig, root: Path, writer: str) -> Labeler:
     # Computing flow again is cheaper than waiting for the disk; a model's answers are expensive.
     durable = cfg.kind not in ("flow", "templates")
     store = LabelStore(Path(root) / cfg.store, writer, durable=durable)
-    describer = build_describer(cfg)
-    if isinstance(describer, OpenAIDescriber):
-        describer.outage = OutageLog(store.root / "outage")
+    describer = build_describer(cfg, OutageLog(store.root / "outage"))
     return Labeler(describer, store, build_encoder(cfg), read_reviews(cfg.reviews), cfg.cached_only)

@@ -260,7 +260,7 @@ class Labeler:
     def _read(self, reply: Reply | NoAnswer, source: str) -> StoredLabel | None:
         """Make a label of a reply; None if it is no answer."""
         source = clean_text(source, MAX_SOURCE)
-        hidden = None if isinstance(reply, NoAnswer) else reply.hidden
+        known = Reply("") if isinstance(reply, NoAnswer) else reply
         answer = reply if isinstance(reply, NoAnswer) else read_answer(reply.text)
         if isinstance(answer, NoAnswer):
             self._note_missing(answer, source)
@@ -268,10 +268,11 @@ class Labeler:
         with self._lock:
             self._answers += 1
         phrase, status = parse_reply(answer)
+        phrase = known.phrase or phrase if phrase else None
         text = clean_text(answer, MAX_TEXT)
         if status == "unreadable":
             log.warning("unreadable reply about %.256s, counts as null: %.80r", source, text)
-        return StoredLabel(text, status, phrase, hidden, self.describer.name, source)
+        return StoredLabel(text, status, phrase, known.hidden, self.describer.name, source)
 
     def _note_missing(self, missing: NoAnswer, source: str) -> None:
         """Name a window without an answer; there is no point in going on if all are like it.

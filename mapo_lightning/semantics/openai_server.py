@@ -26,7 +26,7 @@ from mapo_lightning.semantics.chat_completion import (
     RejectedError,
     WindowRejectedError,
 )
-from mapo_lightning.semantics.describer import NoAnswer, Reply
+from mapo_lightning.semantics.describer import NoAnswer, Reply, Usage
 from mapo_lightning.semantics.phrase import PROMPT
 from mapo_lightning.semantics.server_pool import (
     OutageLog,
@@ -84,6 +84,11 @@ class OpenAIDescriber:
     def concurrency(self) -> int:
         """Queries in flight; see `StreamingDescriber`."""
         return self.server.concurrency
+
+    @property
+    def usage(self) -> Usage:
+        """Queries answered so far, with their tokens where the server reports them."""
+        return self._client.usage
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply | NoAnswer]:
         """Describe each window.

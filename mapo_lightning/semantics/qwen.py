@@ -1,8 +1,8 @@
-"""A vision-language model in this process: Qwen2.5-VL or Qwen3-VL through transformers.
+"""A vision-language model in this process, through transformers; Qwen2.5-VL and Qwen3-VL here.
 
-Frames go through the model's own image processor and are joined to a video here. The video
+Their frames go through the model's own image processor and are joined to a video. The video
 processor of transformers does the same, but it needs torchvision, which this package does not
-install.
+install. All other families see the frames as images, see `image_text`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mapo_lightning.semantics.answers import MORE_ROOM, count_thoughts, read_answer
-from mapo_lightning.semantics.describer import NoAnswer, Reply
+from mapo_lightning.semantics.describer import NoAnswer, Reply, Usage
 from mapo_lightning.semantics.phrase import PROMPT
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import DescriberError, Frames
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FPS = 2.0  # frame rate that the model is told: Qwen's own sampling rate
+_VIDEO = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # families that see the frames as a video here
 _loading_lock = threading.Lock()
 _HASHED = 65536  # bytes at either end of a weight file that name it
 
@@ -51,7 +52,7 @@ class QwenDescriber:
     in_worker = False  # one copy of the weights per training process, not one per worker
 
     def __init__(self, cfg: VlmConfig) -> None:
-        self.cfg = cfg
+        self.cfg, self.usage = cfg, Usage()
         prompt = hashlib.blake2b(PROMPT.encode(), digest_size=4).hexdigest()
         weights = identity(cfg.model, cfg.revision)
         self.name = f"transformers {weights} prompt {prompt} tokens {cfg.max_new_tokens}"
@@ -62,7 +63,7 @@ class QwenDescriber:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Load the weights at the first query."""
-        self.cfg, self.name = state["cfg"], state["name"]
+        self.cfg, self.name, self.usage = state["cfg"], state["name"], Usage()
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply | NoAnswer]:
         """Describe each window; the hidden state is the mean of the last layer over the answer.
@@ -91,6 +92,7 @@ class QwenDescriber:
             for first in range(0, len(numbers), self.cfg.batch_size):
                 batch = numbers[first : first + self.cfg.batch_size]
                 said = self.model.answer([clips[n] for n in batch], tokens)
+                self.usage = functools.reduce(Usage.plus, (one.usage for one in said), self.usage)
                 yield from zip(batch, said, strict=True)
 
     @property
@@ -108,10 +110,16 @@ class Said(NamedTuple):
     """Mean state over the tokens after its thoughts, (hidden_dim,); None if there are none."""
     cut: bool
     """It had no tokens left to end by itself."""
+    usage: Usage
+    """Tokens of this question and this answer."""
 
 
 class LoadedModel:
-    """A model with its tokenizer and image processor, in memory."""
+    """A Qwen2.5-VL or Qwen3-VL with its tokenizer and image processor, in memory.
+
+    Raises:
+        DescriberError: The model is not available, or cannot be asked about frames.
+    """
 
     def __init__(self, source: str, revision: str | None, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
@@ -127,23 +135,38 @@ class LoadedModel:
                 **where, dtype=dtype, use_safetensors=True
             )
         self.model = model.eval().requires_grad_(False).to(self.device)
-        if not hasattr(model.config, "video_token_id") or not self.tokenizer.chat_template:
-            raise DescriberError(
-                f"'{source}' is a {model.config.model_type}, not a Qwen2.5-VL or Qwen3-VL "
-                "with a chat template. Choose one with vlm.model=..., or serve it and use "
-                "vlm=openai_server"
-            )
-        self.video_id = int(model.config.video_token_id)
+        # Nothing is padded here, but generate wants to know by what, and some models do not say.
+        pad = self.tokenizer.pad_token_id
         self.settings: dict[str, Any] = {
-             "do_sample": False, "num_beams": 1,
+            "do_sample": False, "num_beams": 1,
             "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0,
-            "pad_token_id": self.tokenizer.pad_token_id,
+            "pad_token_id": self._ends()[0] if pad is None else pad,
         }  # fmt: skip
+        self._prepare(source, where)
         log.info("%s answers on %s in %s", source, self.device, str(dtype).split(".")[-1])
 
-    @torch.inference_mode()
-    def answer(self, clips: Sequence[Frames], max_new_tokens: int) -> list[Said]:
-        """Describe windows of one size, (T, H, W, 3) each."""
+    def _prepare(self, source: str, where: dict[str, Any]) -> None:
+        """Find out how the model wants to be asked.
+
+        Raises:
+            DescriberError: It cannot be.
+        """
+        config = self.model.config
+        if not hasattr(config, "video_token_id") or not self.tokenizer.chat_template:
+            raise DescriberError(
+                f"'{source}' is a {config.model_type} without a video token or a chat template. "
+                "Choose another model with vlm.model=..., or serve it and use vlm=openai_server"
+            )
+        self.video_id = int(config.video_token_id)
+
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer."""
+        found = self.model.generation_config.eos_token_id
+        found = self.tokenizer.eos_token_id if found is None else found
+        return found if isinstance(found, list) else [found]
+
+    def inputs(self, clips: Sequence[Frames]) -> Any:
+        """Arguments of ``generate`` about windows of one size, on the model's device."""
         videos = [self._patches(clip) for clip in clips]
         grid = videos[0][1]
         row = self.tokenizer(self._prompt(grid), return_tensors="pt", add_special_tokens=False)
@@ -160,17 +183,25 @@ class LoadedModel:
         if self.model.config.model_type == "qwen2_5_vl":
             seconds = self.images.temporal_patch_size / _FPS
             inputs["second_per_grid_ts"] = torch.full((len(clips),), seconds, device=self.device)
+        return inputs
+
+    @torch.inference_mode()
+    def answer(self, clips: Sequence[Frames], max_new_tokens: int) -> list[Said]:
+        """Describe windows of one size, (T, H, W, 3) each."""
+        inputs = self.inputs(clips)
+        asked = inputs["input_ids"].shape[1]
         with self._lock, _states(self.model) as states:
             said_BN = self.model.generate(**inputs, **self.settings, max_new_tokens=max_new_tokens)[
-                :, tokens_BL.shape[1] :
+                :, asked:
             ]
-        ends = torch.tensor(_ends(self.model), device=self.device)
+        ends = torch.tensor(self._ends(), device=self.device)
         alive_BN = (torch.isin(said_BN, ends).cumsum(1) == 0).cpu()
         # The first state is that of the prompt's end; each later one has read one more token.
         read_BND = torch.stack(states[1:], 1) if len(states) > 1 else torch.zeros(len(clips), 0, 1)
-        return [self._said(*row) for row in zip(said_BN.cpu(), read_BND, alive_BN, strict=True)]
+        rows = zip(said_BN.cpu(), read_BND, alive_BN, strict=True)
+        return [self._said(*row, asked) for row in rows]
 
-    def _said(self, said_N: Tensor, read_ND: Tensor, alive_N: Tensor) -> Said:
+    def _said(self, said_N: Tensor, read_ND: Tensor, alive_N: Tensor, asked: int) -> Said:
         """One row of a batch: its tokens, the states that read them, and which are its words."""
 
         def text(count: int) -> str:
@@ -181,8 +212,10 @@ class LoadedModel:
         # The tokens up to the end of the last thought: as few as show all of them.
         begin = bisect_left(range(len(said_N)), thoughts, key=lambda n: count_thoughts(text(n)))
         cut = bool(alive_N[-1])
+        # The token that ends an answer is one as well.
+        usage = Usage(1, 1, asked, int(alive_N.sum()) + (not cut))
         alive_N[:begin] = False
-        return Said(whole, _mean(read_ND, alive_N), cut)
+        return Said(whole, _mean(read_ND, alive_N), cut, usage)
 
     def _patches(self, clip: Frames) -> tuple[Tensor, list[int]]:
         """Patches (N, 3 * TP * P * P) of a clip, and how many lie along time, height and width."""
@@ -218,7 +251,13 @@ class LoadedModel:
 
 @functools.lru_cache(maxsize=2)
 def _load(source: str, revision: str | None, device: torch.device) -> LoadedModel:
-    return LoadedModel(source, revision, device)
+    from transformers import AutoConfig
+
+    from mapo_lightning.semantics.image_text import ImageTextModel  # which builds on this file
+
+    with loading(source, "vlm.model"):
+        family = AutoConfig.from_pretrained(**locate(source, revision)).model_type
+    return (LoadedModel if family in _VIDEO else ImageTextModel)(source, revision, device)
 
 
 def locate(source: str, revision: str | None) -> dict[str, Any]:
@@ -299,11 +338,6 @@ def _states(model: Any) -> Iterator[list[Tensor]]:
         yield found
     finally:
         hook.remove()
-
-
-def _ends(model: Any) -> list[int]:
-    found = model.generation_config.eos_token_id
-    return found if isinstance(found, list) else [found]
 
 
 def _reply(said: Said) -> Reply | NoAnswer:

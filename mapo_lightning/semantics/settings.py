@@ -98,10 +98,14 @@ class EmbedConfig:
     """How a phrase becomes a vector (O1)."""
 
     encoder: str = ""
-    """Hub id or folder of a sentence encoder that turns phrases into vectors; empty: the hidden
-    state of kind=transformers, and hashed words for the others."""
+    """Hub id or folder of a sentence encoder that turns phrases into vectors, or wordllama, the
+    package; empty: the hidden state of kind=transformers, and hashed words for the others."""
     revision: str | None = None
     """Commit hash of the hub's sentence encoder; not used for a folder."""
+    direction: bool | None = None
+    """Join direction and displacement of the phrase to the vector, as 8 further entries, so that
+    opposite directions are far apart. null: where vlm.direction=flow. Hashed words, which hold them
+    already, stay as they are."""
 
 
 @dataclass
@@ -118,7 +122,7 @@ class VlmConfig:
     columns video, start, end, text. Empty: those of the data set itself, or ``captions.csv``,
     ``captions.json`` or ``captions.jsonl`` in data.root."""
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """Hub id or folder of a Qwen2.5-VL or Qwen3-VL; with kind=openai its name at the server."""
+    """Hub id or folder of an image-text model; with kind=openai its name at the server."""
     revision: str | None = None
     """Commit hash of the hub's model, so that its weights never change; not used for a folder."""
     device: str = "auto"
@@ -128,6 +132,9 @@ class VlmConfig:
     max_new_tokens: int = 64
     """Longest answer, in tokens. One that is cut there is asked for once more, with four times as
     many; what is still cut then is not stored."""
+    direction: Literal["model", "flow"] = "model"
+    """Who says in which direction and how far things move: the model itself, as published, or
+    optical flow, which fills these two slots of every answer of the model that is not null."""
     hidden_dim: int | None = None
     """Width of the model's hidden state; null reads it from the model's configuration."""
     cached_only: bool = False
@@ -158,6 +165,24 @@ class VlmConfig:
             raise ConfigError(
                 f"flow_min_percent must lie in (0, 50] percent, got {self.flow_min_percent}"
             )
+        unasked = {
+            "flow": "measures directions itself",
+            "none": "gives no answers",
+            "templates": "sees no frames",
+        }
+        if self.direction == "flow" and self.kind in unasked:
+            why = unasked[self.kind]
+            raise ConfigError(
+                f"direction must be model with kind={self.kind}, which {why}: flow completes the "
+                "answers of a model, such as those of vlm=openai_server"
+            )
+        hidden = self.kind == "transformers" and not self.embed.encoder
+        if self.direction == "flow" and hidden and not self.joins_direction:
+            raise ConfigError(
+                "direction cannot be flow with embed.direction=false: the vector of "
+                "kind=transformers is the model's hidden state, which does not hold the measured "
+                "direction. Leave out vlm.embed.direction"
+            )
         if not self.store:
             raise ConfigError("store must name a folder, got an empty text")
         if not self.model:
@@ -177,6 +202,13 @@ class VlmConfig:
     def caption_file(self) -> str | None:
         """Where sentences are looked for: a file, '' for the data set's own; None: nowhere."""
         return self.captions if self.kind == "templates" else None
+
+    @property
+    def joins_direction(self) -> bool:
+        """Whether vectors other than hashed words get entries for direction and displacement."""
+        if self.embed.direction is None:
+            return self.direction == "flow"
+        return self.embed.direction
 
 
 def _at_least(section: object, **least: int) -> None:

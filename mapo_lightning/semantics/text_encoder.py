@@ -6,18 +6,24 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mapo_lightning.semantics.embed import Encoder, HashedSlots, HiddenState
+from mapo_lightning.semantics.embed import Encoder, HashedSlots, HiddenState, WithDirection
 from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.semantics.qwen import hidden_size, loading, locate
 from mapo_lightning.semantics.settings import VlmConfig
+from mapo_lightning.types import DescriberError
 
+WORDLLAMA = "wordllama"
+"""Value of ``vlm.embed.encoder`` that means the package of this name."""
+_WORDLLAMA_DIM = 256  # width of the vectors inside its wheel
 _CACHED = 65536  # phrases
 
 
@@ -79,6 +85,38 @@ class TextEncoder:
         return np.asarray((mean_D / mean_D.square().mean().sqrt().clamp(min=1e-6)).numpy())
 
 
+class WordLlamaEncoder(TextEncoder):
+    """Mean of the word vectors of the package wordllama, whose wheel holds them.
+
+    Raises:
+        DescriberError: The package is not installed.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("wordllama") is None:
+            raise DescriberError(
+                f"vlm.embed.encoder={WORDLLAMA} needs the package wordllama, which is not "
+                "installed: pip install 'mapo-lightning[wordllama]'"
+            )
+        self.source, self.revision, self.semantic_dim = WORDLLAMA, None, _WORDLLAMA_DIM
+        self._start()
+
+    def _embed(self, sentence: str) -> NDArray[np.float32]:
+        mean_D: NDArray[np.float32] = _load_wordllama().embed([sentence])[0]
+        scale = float(np.sqrt(np.mean(mean_D**2)))
+        return np.asarray(mean_D / max(scale, 1e-6), np.float32)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_wordllama() -> Any:
+    import wordllama
+
+    # Its own look-up misses the tokenizer beside its weights; a cache of the same layout finds it.
+    inside = Path(wordllama.__file__).parent
+    with loading(WORDLLAMA, "vlm.embed.encoder"):
+        return wordllama.WordLlama.load(dim=_WORDLLAMA_DIM, cache_dir=inside, disable_download=True)
+
+
 @functools.lru_cache(maxsize=2)
 def _load(source: str, revision: str | None) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
@@ -92,9 +130,14 @@ def _load(source: str, revision: str | None) -> tuple[Any, Any]:
 
 def build_encoder(cfg: VlmConfig) -> Encoder:
     """Build the configured encoder: sentence encoder, hidden states or hashed words."""
-    if cfg.embed.encoder and cfg.kind != "none":
-        return TextEncoder(cfg.embed.encoder, cfg.embed.revision)
-    if cfg.kind == "transformers":
+    encoder: Encoder
+    if cfg.embed.encoder == WORDLLAMA and cfg.kind != "none":
+        encoder = WordLlamaEncoder()
+    elif cfg.embed.encoder and cfg.kind != "none":
+        encoder = TextEncoder(cfg.embed.encoder, cfg.embed.revision)
+    elif cfg.kind == "transformers":
         width = cfg.hidden_dim or hidden_size(cfg.model, cfg.revision, "vlm.model")
-        return HiddenState(width)
-    return HashedSlots()
+        encoder = HiddenState(width)
+    else:
+        return HashedSlots()  # these hold the direction in any case
+    return WithDirection(encoder) if cfg.joins_direction else encoder

@@ -19,6 +19,7 @@ from mapo_lightning.semantics.describer import (
     StreamingDescriber,
 )
 from mapo_lightning.semantics.flow import FlowDescriber
+from mapo_lightning.semantics.measured_direction import fill_direction
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.phrase import parse_reply
 from mapo_lightning.semantics.qwen import QwenDescriber
@@ -67,6 +68,17 @@ DESCRIBERS = {
     "templates": Entry(lambda _: TemplateDescriber(), still_is_null=True),
     "transformers": Entry(qwen, still_is_null=False, hidden_dim=64, in_worker=False),
     "openai": Entry(server, still_is_null=False, streams=True),
+    "transformers_flow": Entry(
+        lambda places: fill_direction(qwen(places), FlowDescriber()),
+        still_is_null=False,
+        hidden_dim=64,
+        in_worker=False,
+    ),
+    "openai_flow": Entry(
+        lambda places: fill_direction(server(places), FlowDescriber()),
+        still_is_null=False,
+        streams=True,
+    ),
 }
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,6 +17,7 @@ from program import SMALL, train
 from tiny_models import save_bert, save_qwen
 
 from mapo_lightning.data.video import write_mp4
+from mapo_lightning.run import quality
 from mapo_lightning.semantics.store import LabelStore
 
 
@@ -132,3 +137,77 @@ def test_server_dies_for_three_seconds(policy: str, videos: Path, tmp_path: Path
     assert len(labels) > 0
     assert (tmp_path / "runs").is_dir()
     assert not any((tmp_path / "runs/cache/labels/locks").glob("[0-9a-f]*"))
+
+
+@pytest.mark.slow
+def test_a_model_that_always_says_right_is_right_by_measurement(
+    root: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_tmp / "conf").symlink_to(root / "conf")
+    words = ["data=demo", "demo.scenes=[toy/disc_anywhere]", "demo.clips_per_scene=12"]
+    words += ["data.root=films", "vlm=openai_server", "callbacks.quality=60", "work_dir=work"]
+    found = {}
+    with running(says="[arm][moves][object][right][5 cm]") as server:
+        for direction in ("model", "flow"):
+            more = [f"vlm.server.base_url={server.url}", f"vlm.direction={direction}"]
+            assert quality.main([*words, *more, f"run_dir={direction}"]) == 0
+            found[direction] = json.loads((in_tmp / direction / "openai.json").read_text())
+    capsys.readouterr()
+    before, after = found["model"]["truth"], found["flow"]["truth"]
+    assert (before["clear"], before["told"]) == (54, 54)
+    assert before["share"] == pytest.approx(before["chance"], abs=1e-9)  # 13 of 54
+    assert before["share"] < 0.3
+    assert after["share"] >= 0.95  # 54 of 54
+    assert after["told"] >= 50
+    assert after["chance"] < 0.4
+    assert after["magnitude"] > 0.9  # and how far, which "5 cm" does not say
+
+
+def check_words(root: Path) -> list[str]:
+    """What ``make vlm-check`` types."""
+    done = subprocess.run(
+        ["make", "-n", "vlm-check", "GL=skip"], cwd=root, capture_output=True, text=True, check=True
+    )
+    line = done.stdout.replace("\\\n", " ").rpartition("-m mapo_lightning.quality")[2]
+    return shlex.split(line.splitlines()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transformers", "openai", "flow"])
+def test_vlm_check_measures_a_describer(
+    root: Path,
+    in_tmp: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    (in_tmp / "conf").symlink_to(root / "conf")
+    words = check_words(root)
+    assert "callbacks.quality=50" in words
+    # Fewer films without a simulator; what comes later wins.
+    words += ["demo.scenes=[toy/disc_anywhere]", "demo.clips_per_scene=3", "callbacks.quality=6"]
+    with running(says="[arm][moves][object][right][5 cm]") as server:
+        words += {
+            "transformers": ["vlm=qwen2_5_vl_7b", f"vlm.model={request.getfixturevalue('qwen')}"],
+            "openai": ["vlm=openai_server", f"vlm.server.base_url={server.url}"],
+            "flow": ["vlm=flow"],
+        }[kind]
+        assert quality.main(words) == 0
+        table = capsys.readouterr().out
+        answered = server.stats()["answered"]
+        assert quality.main(words) == 0  # all answers are known now
+        assert "| windows queried now | 0 |" in capsys.readouterr().out
+        assert server.stats()["answered"] == answered
+    assert "| windows queried now | 29 |" in table  # 6 windows, 4 copies of each, less the first
+    assert re.search(r"\| seconds per window \| \d", table)
+    tokens = re.search(r"\| tokens per query \| (.*) \|", table)
+    assert tokens is not None
+    if kind == "flow":
+        assert tokens[1] == "-"
+    elif kind == "openai":
+        assert tokens[1] == "9 in, 1,000,000 out"  # what that server claims
+        assert answered == 30
+    else:
+        asked, said = (int(count.replace(",", "")) for count in re.findall(r"[\d,]*\d", tokens[1]))
+        assert asked > 4 * 4  # the prompt and at least the frames
+        assert said == 5  # four words and the end

@@ -52,7 +52,12 @@ DOORS = {
     "openai": {"semantics/chat_client.py"},
     "pyarrow": {"label_tools/parquet.py"},
     "scipy": {"training/evaluation.py", "training/told.py", "semantics/agreement.py"},
-    "transformers": {"semantics/qwen.py", "semantics/text_encoder.py"},
+    "transformers": {
+        "semantics/image_text.py",
+        "semantics/qwen.py",
+        "semantics/text_encoder.py",
+    },
+    "wordllama": {"semantics/text_encoder.py"},
 }
 LIGHTNING = {"training", "tracking", "run"}  # rooms that know Lightning
 

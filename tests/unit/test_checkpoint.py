@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import save_bert
 
 from mapo_lightning.config.compose import compose
 from mapo_lightning.run.build import build_finetune, build_pretrain
@@ -65,7 +66,16 @@ def test_a_checkpoint_of_another_model_is_refused(words: list[str], sentence: st
     module, _ = build_finetune(configured(*words), 2, None)
     with pytest.raises(CheckpointError, match=sentence) as error:
         load_pretrained(module.world_model, pretrained(), PARTS)
-    assert "use the same method= and size=" in str(error.value)
+    assert "use the same method=, size= and vlm=" in str(error.value)
+
+
+def test_vectors_with_another_layout_are_refused(tmp_path: Path) -> None:
+    plain = f"vlm.embed.encoder={save_bert(tmp_path)}"
+    joined = (plain, "vlm.embed.direction=true")
+    module, _ = build_finetune(configured(*joined), 2, None)
+    assert load_pretrained(module.world_model, pretrained(*joined), PARTS).loaded == tuple(PARTS)
+    with pytest.raises(CheckpointError, match=r"32\) in the checkpoint and .*40\) in the"):
+        load_pretrained(module.world_model, pretrained(plain), PARTS)
 
 
 class Bomb:

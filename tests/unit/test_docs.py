@@ -161,6 +161,7 @@ def test_every_setting_in_the_text_exists(where: str, words: list[str]) -> None:
         "checkpoint": ["stage=evaluate"],
         "init_from": ["stage=finetune"],
         "vlm": ["vlm.server.base_url=http://HOST:8000/v1"],
+        "vlm.direction=flow": ["vlm=openai_server", "vlm.server.base_url=http://HOST:8000/v1"],
     }
     keys = {word.partition("=")[0] for word in words}
     extra = [w for key, more in needed.items() if key in {*keys, *words} for w in more]

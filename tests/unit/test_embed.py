@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from mapo_lightning.semantics.embed import Encoder, HashedSlots, HiddenState
+from mapo_lightning.semantics.embed import Encoder, HashedSlots, HiddenState, WithDirection
 from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.types import ConfigError, DescriberError
 
@@ -108,3 +108,49 @@ def test_hidden_state_is_scaled() -> None:
 def test_wrong_hidden_state_is_refused(hidden: np.ndarray | None) -> None:
     with pytest.raises(DescriberError, match="hidden state"):
         HiddenState(48).encode(BASE, hidden)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("left", "right"),
+        ("to the upper left", "to the lower right"),
+        ("towards the camera", "away from the camera"),
+        ("clockwise", "counter-clockwise"),
+    ],
+)
+@pytest.mark.parametrize("displacement", ["", "5 cm", "200 percent of its size"])
+def test_joined_directions_stay_apart_where_the_encoder_sees_no_difference(
+    one: str, other: str, displacement: str
+) -> None:
+    # The worst case: the same hidden state for both.
+    hidden = np.random.default_rng(0).normal(size=3584).astype(np.float16)
+    encoder = WithDirection(HiddenState(3584))
+    assert isinstance(encoder, Encoder)
+    there, back = (
+        encoder.encode(BASE._replace(direction=way, displacement=displacement), hidden)
+        for way in (one, other)
+    )
+    assert there.shape == (3592,) == (encoder.semantic_dim,)
+    assert there.dtype == np.float32
+    assert cosine(there, back) <= 0.2 + 1e-6
+    assert np.sqrt(np.mean(there**2)) <= 1.0  # as loud as the hidden state alone
+
+
+def test_joined_vector_is_the_encoders_and_eight_entries() -> None:
+    hidden = np.ones(4, np.float16)
+    encoder = WithDirection(HiddenState(4))
+    up = encoder.encode(Phrase("hand", "lifts", "cup", "up", ""), hidden)
+    np.testing.assert_allclose(up[:4], np.sqrt(0.5) * np.ones(4), atol=1e-6)
+    np.testing.assert_allclose(up[4:8], [0.0, np.sqrt(0.4 * 4), 0.0, 0.0], atol=1e-6)
+    assert not up[8:].any()
+    nowhere = encoder.encode(Phrase("hand", "holds", "cup", "", ""), hidden)
+    np.testing.assert_array_equal(nowhere[:4], up[:4])
+    assert not nowhere[4:].any()
+    near, far = (
+        encoder.encode(Phrase("hand", "lifts", "cup", "up", far), hidden)
+        for far in ("5 percent", "50 percent")
+    )
+    assert far[8] > near[8] > 0.0
+    with pytest.raises(DescriberError, match="a hidden state of width 4 is needed"):
+        encoder.encode(BASE, None)

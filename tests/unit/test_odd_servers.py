@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from label_servers import NONE, PHRASES, WHOLE, Running, clips, running
 
-from mapo_lightning.semantics.describer import NoAnswer, Reply
+from mapo_lightning.semantics.chat_completion import read_usage
+from mapo_lightning.semantics.describer import NoAnswer, Reply, Usage
 from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
@@ -164,3 +165,19 @@ def test_so_many_windows_are_named_and_the_others_counted(
     assert len(lines) == 20
     assert lines[-1].endswith("further ones are only counted")
     assert asking.stats.unanswered == 40
+
+
+@pytest.mark.parametrize(
+    ("usage", "found"),
+    [
+        ({"prompt_tokens": 900, "completion_tokens": 20}, Usage(1, 1, 900, 20)),
+        ({"prompt_tokens": 900}, Usage(1)),
+        ({"prompt_tokens": "900", "completion_tokens": -1}, Usage(1)),
+        ([900, 20], Usage(1)),
+        (None, Usage(1)),
+    ],
+)
+def test_tokens_are_counted_where_they_are_reported(usage: object, found: Usage) -> None:
+    assert read_usage({"choices": [], "usage": usage}) == found
+    assert read_usage("<html>") == Usage(1)
+    assert found.plus(found).since(found) == found

@@ -106,7 +106,7 @@ def test_a_checkpoint_of_other_sizes_is_not_fine_tuned(tmp_path: Path, refused: 
     path = pretrained(tmp_path / "pre.ckpt", "world_model.lower.deter=24")
     said = refused(*SMALL, "stage=finetune", f"init_from={path}")
     assert "in the checkpoint and" in said
-    assert "use the same method= and size=" in said
+    assert "use the same method=, size= and vlm=" in said
 
 
 def test_a_checkpoint_of_other_sizes_is_not_resumed(tmp_path: Path, refused: Refused) -> None:

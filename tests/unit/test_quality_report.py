@@ -18,7 +18,7 @@ from callbacks.settings import CallbacksConfig
 from mapo_lightning.data.clips import LabelExample
 from mapo_lightning.data.ground_truth import FILE, GroundTruth
 from mapo_lightning.data.video import write_mp4
-from mapo_lightning.label_tools.quality_report import markdown, measure
+from mapo_lightning.label_tools.quality_report import _Stopwatch, markdown, measure
 from mapo_lightning.run.quality import main
 from mapo_lightning.semantics.agreement import (
     Agreement,
@@ -30,7 +30,7 @@ from mapo_lightning.semantics.agreement import (
     said_direction,
     sentence_shift,
 )
-from mapo_lightning.semantics.describer import NoAnswer, Reply
+from mapo_lightning.semantics.describer import NoAnswer, Reply, Usage
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.flow import FlowDescriber
 from mapo_lightning.semantics.labeler import Labeler
@@ -292,6 +292,23 @@ def test_windows_without_an_answer_count_nowhere(tmp_path: Path) -> None:
     nobody = [window._replace(answered=False) for window in windows]
     with pytest.raises(DescriberError, match="'shy' has answered about none of 16 windows"):
         measure(labeler, nobody)
+
+
+def test_the_cost_is_that_of_all_queries_but_the_first() -> None:
+    now = iter([0.0, 99.0, 100.0, 100.2, 101.0, 101.4, 102.0, 110.0, 111.0, 115.0])
+    watch = _Stopwatch(Stubborn(), clock=lambda: next(now))
+    clip = moving_square(np.random.default_rng(0), 0, 6.0)
+    for windows in (1, 1, 1, 16, 8):
+        assert len(watch.describe([clip] * windows)) == windows
+    cost = watch.cost(Usage(queries=30, counted=27, tokens_in=2700, tokens_out=540))
+    assert cost.windows == 26
+    assert cost.seconds == pytest.approx(0.3)
+    assert cost.seconds_90 == pytest.approx(0.38)
+    assert cost.per_second == pytest.approx(24 / 12)
+    assert cost.row()["tokens per query"] == "100 in, 20 out"
+    nothing = _Stopwatch(Stubborn()).cost(Usage())
+    assert nothing.windows == 0
+    assert set(nothing.row().values()) == {0, "-"}
 
 
 def test_training_prints_what_it_counted() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from mapo_lightning.semantics.phrase import Phrase, parse_reply
 from mapo_lightning.semantics.qwen import QwenDescriber, identity
 from mapo_lightning.semantics.settings import EmbedConfig, VlmConfig
 from mapo_lightning.semantics.text_encoder import TextEncoder, _load
-from mapo_lightning.types import DescriberError, Frames
+from mapo_lightning.types import ConfigError, DescriberError, Frames
 
 
 @pytest.fixture(scope="module", params=["qwen2_5", "qwen3"])
@@ -228,6 +229,49 @@ def test_text_encoder_tells_phrases_apart(bert: Path, tmp_path: Path) -> None:
     assert build_labeler(cfg, tmp_path, "w").encoder.semantic_dim == 32
 
 
+OPPOSITES = [("left", "right"), ("up", "down"), ("upper left", "lower right")]
+
+
+@pytest.mark.parametrize(("one", "other"), OPPOSITES)
+def test_directions_joined_to_a_text_encoder_stay_apart(
+    bert: Path, tmp_path: Path, one: str, other: str
+) -> None:
+    plain = EmbedConfig(str(bert))
+    joined = EmbedConfig(str(bert), direction=True)
+    cosines = []
+    for embed in (plain, joined):
+        cfg = VlmConfig(kind="flow", embed=embed)
+        encoder = pickle.loads(pickle.dumps(build_labeler(cfg, tmp_path, "w").encoder))
+        assert encoder.semantic_dim == semantic_dim(cfg)
+        phrases = [Phrase("hand", "lifts", "ball", way, "5 cm") for way in (one, other)]
+        a, b = (encoder.encode(phrase, None) for phrase in phrases)
+        assert a.shape == (encoder.semantic_dim,)
+        cosines.append(cosine(a, b))
+    assert semantic_dim(VlmConfig(embed=joined)) == semantic_dim(VlmConfig(embed=plain)) + 8
+    assert cosines[0] > 0.8
+    assert cosines[1] <= 0.3
+
+
+def test_measured_directions_reach_the_vector_of_a_hidden_state(
+    folder: Path, tmp_path: Path
+) -> None:
+    cfg = config(folder, direction="flow")
+    assert semantic_dim(cfg) == 64 + 8
+    film = np.random.default_rng(3).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    film = film.repeat(2, 0).repeat(2, 1)
+    moves = [np.stack([np.roll(film, s * 3 * t, 1) for t in range(4)]) for s in (1, -1)]
+    labeler = build_labeler(cfg, tmp_path, "w")
+    assert not labeler.describer.in_worker
+    right, left = labeler.label_frames(moves, "v.mp4")
+    assert right.phrase is not None
+    assert left.phrase is not None
+    assert (right.phrase.direction, left.phrase.direction) == ("right", "left")
+    np.testing.assert_allclose(right.vector[64:68], -left.vector[64:68], atol=1e-6)
+    assert right.vector[64] > 3.0
+    with pytest.raises(ConfigError, match=r"direction cannot be flow with embed\.direction=false"):
+        config(folder, direction="flow", embed=EmbedConfig(direction=False))
+
+
 def test_text_encoder_is_the_mean_over_its_words(bert: Path) -> None:
     encoder = TextEncoder(str(bert))
     phrase = Phrase("hand", "moves", "", "", "")
@@ -241,3 +285,41 @@ def test_text_encoder_is_the_mean_over_its_words(bert: Path) -> None:
 def test_absent_text_encoder_is_one_sentence() -> None:
     with pytest.raises(DescriberError, match=r"cannot load 'no/where'.*vlm.embed.encoder=DIR"):
         semantic_dim(VlmConfig(embed=EmbedConfig("no/where")))
+
+
+def test_absent_wordllama_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DescriberError, match=r"needs the package wordllama.*\[wordllama\]"):
+        semantic_dim(VlmConfig(embed=EmbedConfig("wordllama")))
+
+
+@pytest.mark.skipif(not find_spec("wordllama"), reason="pip install 'mapo-lightning[wordllama]'")
+@pytest.mark.parametrize(("one", "other"), OPPOSITES)
+def test_wordllama_brings_its_weights_and_directions_are_joined(
+    one: str, other: str, tmp_path: Path
+) -> None:
+    cosines = []
+    for direction in (False, True):
+        embed = EmbedConfig("wordllama", direction=direction)
+        encoder = build_labeler(VlmConfig(embed=embed), tmp_path, "w").encoder
+        encoder = pickle.loads(pickle.dumps(encoder))
+        assert encoder.semantic_dim == 256 + 8 * direction
+        base = Phrase("hand", "opens", "door", one, "5 cm")
+        there, back, same, else_ = (
+            encoder.encode(phrase, None)
+            for phrase in (
+                base,
+                base._replace(direction=other),
+                base._replace(body="a hand", target="the door"),
+                Phrase("cheetah", "runs", "", one, "5 cm"),
+            )
+        )
+        assert np.sqrt(np.mean(there**2)) <= 1.0 + 1e-5
+        assert cosine(there, same) > cosine(there, else_) + 0.1
+        cosines.append(cosine(there, back))
+    assert cosines[0] > 0.8
+    assert cosines[1] <= 0.3
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))

@@ -54,7 +54,7 @@ def test_the_pages_are_served_to_this_machine_only(checkout: Path) -> None:
 
 def test_help_lists_every_target_a_user_may_type(checkout: Path) -> None:
     out = make(checkout).stdout
-    for target in ("demo", "test", "ui", "setup", "doctor", "format", "clean", "help"):
+    for target in ("demo", "vlm-check", "test", "ui", "setup", "doctor", "format", "clean", "help"):
         assert f"make {target} " in out
 
 
