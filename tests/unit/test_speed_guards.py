@@ -8,8 +8,8 @@ import torch
 from benchmarks.measures import Operations, Work, operations
 
 # Kernels of one step, a few to spare. A change that needs more says why: on a CPU, the plain CNN's
-# transposed convolutions are products and shuffled convolutions, which take half the time; the
-# norm of the loudest phrase is two.
+# transposed convolutions are products and shuffled convolutions; the norm of the loudest phrase is
+# two.
 CEILING = {
     ("pretrain tiny", "residual"): 1215,
     ("finetune tiny", "residual"): 2357,
