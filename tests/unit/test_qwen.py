@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -293,7 +292,6 @@ def test_absent_wordllama_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> No
         semantic_dim(VlmConfig(embed=EmbedConfig("wordllama")))
 
 
-@pytest.mark.skipif(not find_spec("wordllama"), reason="pip install 'mapo-lightning[wordllama]'")
 @pytest.mark.parametrize(("one", "other"), OPPOSITES)
 def test_wordllama_brings_its_weights_and_directions_are_joined(
     one: str, other: str, tmp_path: Path
