@@ -146,6 +146,7 @@ def test_a_model_that_always_says_right_is_right_by_measurement(
     (in_tmp / "conf").symlink_to(root / "conf")
     words = ["data=demo", "demo.scenes=[toy/disc_anywhere]", "demo.clips_per_scene=12"]
     words += ["data.root=films", "vlm=openai_server", "callbacks.quality=60", "work_dir=work"]
+    words += ["vlm.window.stride=4"]  # the windows of docs/vlm.md
     found = {}
     with running(says="[arm][moves][object][right][5 cm]") as server:
         for direction in ("model", "flow"):

@@ -39,7 +39,7 @@ def test_every_open_point_has_its_row_in_order() -> None:
 
 @cache
 def defaults() -> dict[str, Any]:
-    chosen = ["method=mapo", "size=paper", "env=dmc/quadruped_run"]
+    chosen = ["method=mapo", "size=paper", "env=dmc/quadruped_run", "data=ssv2"]
     return compose(chosen, RunConfig, ROOT / "conf").flat
 
 
