@@ -39,26 +39,22 @@ EYES |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 7}
 Parts = tuple[PreTrainedConfig, Any, dict[str, Any]]
 
 
-def _idefics3(tokenizer: PreTrainedTokenizerFast) -> Parts:
-    config = Idefics3Config(
+def _idefics3(
+    tokenizer: PreTrainedTokenizerFast, config: Any = Idefics3Config, images: Any = None
+) -> Parts:
+    made = config(
         text_config=_text(len(tokenizer)) | {"model_type": "llama"},
         vision_config=EYES,
         image_token_id=tokenizer.image_token_id,
         scale_factor=2,
     )
     side = {"longest_edge": 28}
-    return config, Idefics3ImageProcessorPil(size=side, max_image_size=side), {"image_seq_len": 4}
+    images = (images or Idefics3ImageProcessorPil)(size=side, max_image_size=side)
+    return made, images, {"image_seq_len": 4}
 
 
 def _smolvlm(tokenizer: PreTrainedTokenizerFast) -> Parts:
-    config = SmolVLMConfig(
-        text_config=_text(len(tokenizer)) | {"model_type": "llama"},
-        vision_config=EYES,
-        image_token_id=tokenizer.image_token_id,
-        scale_factor=2,
-    )
-    side = {"longest_edge": 28}
-    return config, SmolVLMImageProcessorPil(size=side, max_image_size=side), {"image_seq_len": 4}
+    return _idefics3(tokenizer, SmolVLMConfig, SmolVLMImageProcessorPil)
 
 
 def _internvl(tokenizer: PreTrainedTokenizerFast) -> Parts:

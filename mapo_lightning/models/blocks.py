@@ -16,6 +16,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -149,6 +150,14 @@ def residual_stack(inputs: int, outputs: int, layers: int, change_last: bool) ->
     """``layers`` residual layers; the channels change in the first one, or in the last one."""
     widths = [inputs] * layers + [outputs] if change_last else [inputs] + [outputs] * layers
     return nn.ModuleList(ResidualLayer(before, after) for before, after in pairwise(widths))
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean of a tensor over all processes that train together; itself where there is one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
 
 
 def position_code(position: Tensor, width: int) -> Tensor:

@@ -88,7 +88,7 @@ class TrainedModule(L.LightningModule):
         total, terms = self.losses(batch)
         with torch.autocast(total.device.type, enabled=False):
             total.backward()  # type: ignore[no-untyped-call]
-        return _named("train", terms) | self._clip(optimizer)
+        return _named("train", terms) | self._clip(optimizer.param_groups)
 
     def _captured_gradients(self, batch: Batch) -> dict[str, Tensor]:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -107,13 +107,13 @@ class TrainedModule(L.LightningModule):
         self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any
     ) -> None:
         """Clip the gradient of each named group to its own global norm."""
-        norms = self._clip(optimizer)
+        norms = self._clip(optimizer.param_groups)
         if self.log_due:
             self.log_dict(norms)
 
-    def _clip(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def _clip(self, groups: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
         norm, clip = self.optimizer_cfg.max_grad_norm, nn.utils.clip_grad_norm_
-        norms = {g["name"]: clip(g["params"], norm, foreach=True) for g in optimizer.param_groups}
+        norms = {g["name"]: clip(g["params"], norm, foreach=True) for g in groups}
         return _named("grad_norm", norms)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
+from mapo_lightning.models.blocks import mean_over_ranks
 from mapo_lightning.models.interfaces import Agent, Fit, WorldModel
 from mapo_lightning.training.base_module import TrainedModule, named_adam
 from mapo_lightning.training.settings import FinetuneConfig
@@ -44,6 +44,12 @@ class FinetuneModule(TrainedModule):
             )
         for name in cfg.freeze:
             parts[name].requires_grad_(False)
+        if cfg.agent_updates > 1 and not agent.groups():
+            raise ConfigError(
+                f"finetune.agent_updates={cfg.agent_updates} repeats the updates of the agent's "
+                f"parameters, but {type(agent).__name__} has none that this optimiser moves: set "
+                "it back to 1"
+            )
         if unrated := sorted({*world_model.groups(), *agent.groups()} - set(cfg.rates)):
             raise ConfigError(
                 f"there is no learning rate for the parameters of {', '.join(unrated)}; "
@@ -76,13 +82,8 @@ class FinetuneModule(TrainedModule):
         with torch.autocast(parameters[0].device.type, enabled=False):
             gradients = torch.autograd.grad(torch.stack([*losses.values()]).sum(), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(gradient)
-                gradient = gradient / dist.get_world_size()
-            parameter.grad = gradient
-        for group in groups:
-            norm = self.optimizer_cfg.max_grad_norm
-            torch.nn.utils.clip_grad_norm_(group["params"], norm, foreach=True)
+            parameter.grad = mean_over_ranks(gradient)
+        self._clip(groups)
         optimizer.step()  # the others have no gradient now and stay as they are
         for parameter in parameters:
             parameter.grad = None

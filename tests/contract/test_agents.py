@@ -30,6 +30,13 @@ def dreamer() -> tuple[nn.Module, nn.Module]:
     return world, DreamerAgent(cfg, world, ACTIONS, 1, 8)  # type: ignore[arg-type]
 
 
+def dreamer_by_likelihood() -> tuple[nn.Module, nn.Module]:
+    """In a world model that gives no gradients through its dreams."""
+    world = CopyLastFrame()
+    cfg = AgentConfig(horizon=3, target_every=1, target_rate=0.5, gradient="reinforce")
+    return world, DreamerAgent(cfg, world, ACTIONS, 1, 8)
+
+
 def planner() -> tuple[nn.Module, nn.Module]:
     world = rssm_world("prelar")
     return world, RandomShooting(world, ACTIONS)  # type: ignore[arg-type]
@@ -45,7 +52,7 @@ def owner() -> tuple[nn.Module, nn.Module]:
     return world, DreamtFrames(world, ACTIONS)
 
 
-PAIRS: list[Pair] = [dreamer, planner, planner_in_pixels, owner]
+PAIRS: list[Pair] = [dreamer, dreamer_by_likelihood, planner, planner_in_pixels, owner]
 
 
 def module_of(pair: Pair, **settings: Any) -> FinetuneModule:
@@ -159,3 +166,8 @@ def test_a_group_without_a_learning_rate_is_refused() -> None:
 def test_a_part_that_is_not_there_cannot_be_frozen() -> None:
     with pytest.raises(ConfigError, match="freeze names retina"):
         module_of(dreamer, freeze=["retina"])
+
+
+def test_an_agent_without_parameters_has_nothing_to_update_twice() -> None:
+    with pytest.raises(ConfigError, match=r"agent_updates=2 .* but RandomShooting has none"):
+        module_of(planner, agent_updates=2)

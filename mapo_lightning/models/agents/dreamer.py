@@ -11,10 +11,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from mapo_lightning.models.agents.settings import AgentConfig
-from mapo_lightning.models.blocks import MLPStyle, frozen, mlp, zeroed
+from mapo_lightning.models.blocks import MLPStyle, frozen, mean_over_ranks, mlp, zeroed
 from mapo_lightning.models.distributions import TruncatedNormal
 from mapo_lightning.models.interfaces import (
     AgentLoss,
@@ -77,10 +76,7 @@ class ReturnRange(nn.Module):
     def forward(self, returns: Tensor) -> Tensor:
         """Follow the returns of an update while training; what to divide by, a scalar."""
         if self.training:
-            width = returns.quantile(0.95) - returns.quantile(0.05)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(width)
-                width = width / dist.get_world_size()
+            width = mean_over_ranks(returns.quantile(0.95) - returns.quantile(0.05))
             self.average.lerp_(width, 1.0 - self.momentum)
         return self.average.clamp(min=1.0)
 
