@@ -35,7 +35,12 @@ from mapo_lightning.run import build  # noqa: E402
 from mapo_lightning.run.config import RunConfig  # noqa: E402
 from mapo_lightning.run.from_checkpoint import agent_settings  # noqa: E402
 from mapo_lightning.training.checkpoint import read_checkpoint  # noqa: E402
-from mapo_lightning.training.told import HORIZONS, MOVING, ToldReport, measure_held_out  # noqa: E402
+from mapo_lightning.training.told import (  # noqa: E402
+    HORIZONS,
+    ToldReport,
+    measure_held_out,
+    moving_pixels,
+)
 
 ARMS = {
     "quantised": ["method=mapo"],
@@ -135,7 +140,7 @@ def dream(checkpoint: Path) -> Row:
 def last_shown(report: ToldReport) -> float:
     """Error of the last frame that was shown, thousandths on moving pixels, mean over clips."""
     truth, seen = report.frames["truth"], report.seen - 1
-    moving = (truth.amax(1) - truth.amin(1)).amax(-1, keepdim=True) > MOVING
+    moving = moving_pixels(truth)
     squared = (report.frames["told"][:, seen] - truth[:, seen]).pow(2) * moving
     errors = squared.sum(dim=(1, 2, 3)) / (3 * moving.sum(dim=(1, 2, 3)))
     return 1e3 * float(errors[~errors.isnan()].mean())

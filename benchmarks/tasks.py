@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mapo_lightning.envs.actions import action_width, to_space
+from mapo_lightning.envs.collector import RandomPolicy
 from mapo_lightning.envs.factory import make_simulator
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import Simulator
+from mapo_lightning.training.evaluation import HELD
 
 Action = NDArray[np.float64]
 Policy = Callable[[int], Action]
@@ -40,7 +42,6 @@ TASKS = (
     "dmc/ball_in_cup_catch",
     "dmc/point_mass_easy",
 )
-HELD = 4  # agent steps for which a held random action lasts
 
 
 def returns(
@@ -65,11 +66,11 @@ def returns(
 
 
 def random_policy(width: int, hold: int) -> Callable[[int], Policy]:
-    """Uniform actions, each held for ``hold`` steps; a seed always plays the same."""
+    """The package's random actions, each held for ``hold`` steps; a seed always plays the same."""
 
     def of(seed: int) -> Policy:
-        actions = np.random.default_rng([seed, hold]).uniform(-1.0, 1.0, (1000, width))
-        return lambda step: actions[step // hold]
+        policy, one = RandomPolicy(width, seed, hold), {"is_first": np.zeros(1, bool)}
+        return lambda step: policy(one)[0]
 
     return of
 

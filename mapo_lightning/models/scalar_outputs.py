@@ -5,12 +5,12 @@ Shapes: the leading axes are free; N bins.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-ScalarKind: TypeAlias = Literal["normal", "twohot"]
+from mapo_lightning.models.settings import ScalarKind
 
 BINS = 255
 """Values that a two-hot output weighs."""

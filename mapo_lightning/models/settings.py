@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from mapo_lightning.types import ConfigError
+
+MLPStyle: TypeAlias = Literal["elu", "rms_silu"]
+"""What follows the hidden layers of a perceptron: ELU (DreamerV2), or RMS norm and SiLU
+(DreamerV3)."""
+ScalarKind: TypeAlias = Literal["normal", "twohot"]
+"""How a network says a number: as the mean of a unit normal (DreamerV2), or by weights of 255 fixed
+values on a symlog scale (DreamerV3)."""
 
 
 @dataclass

@@ -29,7 +29,7 @@ CONFIDENCE = 0.95
 _RESAMPLES = 2000
 _CUT = 0.25  # share of the episodes that the interquartile mean leaves out at each end
 _FILMED = 256  # pixels; what an agent sees is too small to look at
-_HELD = 4  # agent steps for which the second random policy holds an action: it moves heavy limbs
+HELD = 4  # agent steps for which the second random policy holds an action: it moves heavy limbs
 
 PolicyOf = Callable[[int], Policy]
 """Makes a policy without memory for a batch of episodes; its randomness comes from the seed."""
@@ -182,7 +182,7 @@ def baseline_scores(play: Play, action_dim: int) -> dict[str, Score]:
     log.info("playing the test episodes at random and without acting")
     policies: dict[str, PolicyOf] = {
         "random": lambda seed: RandomPolicy(action_dim, seed),
-        "random_held": lambda seed: RandomPolicy(action_dim, seed, hold=_HELD),
+        "random_held": lambda seed: RandomPolicy(action_dim, seed, hold=HELD),
         "still": lambda seed: StillPolicy(action_dim),
     }
     return {name: Score(tuple(play(policy_of, 0)[0])) for name, policy_of in policies.items()}

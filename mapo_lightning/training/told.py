@@ -183,7 +183,7 @@ def measure_told(
         "mean_picture": mean_picture.to(truth),
     }
     horizons = tuple(h for h in HORIZONS if seen + h <= obs.shape[1])
-    moving = (truth.amax(1) - truth.amin(1)).amax(-1, keepdim=True) > MOVING  # (N, H, W, 1)
+    moving = moving_pixels(truth)
     errors = {
         name: _per_video(_errors(truth, frames.expand_as(truth), moving, seen, horizons), video)
         for name, frames in (dreams | yardsticks).items()
@@ -191,6 +191,11 @@ def measure_told(
     if (moved := len(errors["told"])) < 2:
         raise ValueError(f"{needed} in which something moves, got {moved} of {videos}")
     return ToldReport(errors, horizons, {"truth": truth} | dreams, seen)
+
+
+def moving_pixels(truth: Tensor) -> Tensor:
+    """Where something moves in a clip: (N, T, H, W, 3) in [0, 1] -> (N, H, W, 1) bool."""
+    return (truth.amax(1) - truth.amin(1)).amax(-1, keepdim=True) > MOVING
 
 
 def versions(batch: Batch, seen: int, body: int, other: Tensor) -> Mapping[str, Batch]:

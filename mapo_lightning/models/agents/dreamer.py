@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mapo_lightning.models.agents.settings import AgentConfig
-from mapo_lightning.models.blocks import MLPStyle, frozen, mean_over_ranks, mlp, zeroed
+from mapo_lightning.models.blocks import frozen, mean_over_ranks, mlp, zeroed
 from mapo_lightning.models.distributions import TruncatedNormal
 from mapo_lightning.models.interfaces import (
     AgentLoss,
@@ -25,6 +25,7 @@ from mapo_lightning.models.interfaces import (
 )
 from mapo_lightning.models.returns import lambda_returns, step_weights
 from mapo_lightning.models.scalar_outputs import SCALARS
+from mapo_lightning.models.settings import MLPStyle
 from mapo_lightning.types import Batch, ConfigError
 
 

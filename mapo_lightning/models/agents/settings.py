@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mapo_lightning.models.settings import ScalarKind
 from mapo_lightning.types import ConfigError
 
 
@@ -29,7 +30,7 @@ class AgentConfig:
     greedy: Literal["mode", "mean"] = "mode"
     """Action in evaluation: the policy's mode, as published, or its mean. The mode of a policy that
     is still wide often lies at the edge of the range."""
-    critic: Literal["normal", "twohot"] = "normal"
+    critic: ScalarKind = "normal"
     """How the critic says a value: as the mean of a unit normal, or by weights of 255 fixed values
     on a symlog scale, as in DreamerV3."""
     target_every: int = 100

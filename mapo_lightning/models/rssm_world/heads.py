@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mapo_lightning.models.blocks import MLPStyle, mlp, zeroed
-from mapo_lightning.models.scalar_outputs import SCALARS, ScalarKind
+from mapo_lightning.models.blocks import mlp, zeroed
+from mapo_lightning.models.scalar_outputs import SCALARS
+from mapo_lightning.models.settings import MLPStyle, ScalarKind
 from mapo_lightning.types import Batch
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mapo_lightning.models.settings import MLPStyle, ScalarKind
 from mapo_lightning.types import ConfigError
 
 IMAGE_SIZES = (32, 64, 128)
@@ -220,10 +221,10 @@ class WorldModelConfig:
     """Hidden layers of reward, actor and critic networks."""
     head_units: int = 400
     """Width U of those layers."""
-    head_style: Literal["elu", "rms_silu"] = "elu"
+    head_style: MLPStyle = "elu"
     """What follows each of those layers: ELU, as in DreamerV2, or RMS norm and SiLU, as in
     DreamerV3."""
-    rewards: Literal["normal", "twohot"] = "normal"
+    rewards: ScalarKind = "normal"
     """How the reward heads say a number: as the mean of a unit normal, as in DreamerV2, or by
     weights of 255 fixed values on a symlog scale, as in DreamerV3."""
     unimix: float = 0.0
