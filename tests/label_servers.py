@@ -233,11 +233,11 @@ def serve_qwen(port: int, model: str) -> None:
     from fastapi import FastAPI
 
     from mapo_lightning.semantics.describer import Reply
-    from mapo_lightning.semantics.qwen import QwenDescriber
+    from mapo_lightning.semantics.in_process import InProcessDescriber
     from mapo_lightning.semantics.settings import VlmConfig
 
     torch.set_num_threads(1)
-    describer = QwenDescriber(VlmConfig(kind="transformers", model=model, max_new_tokens=8))
+    describer = InProcessDescriber(VlmConfig(kind="transformers", model=model, max_new_tokens=8))
     app = FastAPI()
 
     @app.post("/v1/chat/completions")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from mapo_lightning.semantics.describer import Describer, NullDescriber
 from mapo_lightning.semantics.flow import FlowDescriber
+from mapo_lightning.semantics.in_process import InProcessDescriber
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.measured_direction import fill_direction
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
-from mapo_lightning.semantics.qwen import QwenDescriber
 from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.semantics.server_pool import OutageLog
 from mapo_lightning.semantics.settings import VlmConfig
@@ -41,7 +41,7 @@ def build_describer(cfg: VlmConfig, outage: OutageLog | None = None) -> Describe
     if cfg.kind == "templates":
         return TemplateDescriber()
     kinds: dict[str, Callable[[VlmConfig], Describer]]
-    kinds = {"transformers": QwenDescriber, "openai": OpenAIDescriber}
+    kinds = {"transformers": InProcessDescriber, "openai": OpenAIDescriber}
     describer = kinds[cfg.kind](cfg) if cfg.kind in kinds else NullDescriber()
     if isinstance(describer, OpenAIDescriber) and outage is not None:
         describer.outage = outage

@@ -19,10 +19,10 @@ from mapo_lightning.semantics.describer import (
     StreamingDescriber,
 )
 from mapo_lightning.semantics.flow import FlowDescriber
+from mapo_lightning.semantics.in_process import InProcessDescriber
 from mapo_lightning.semantics.measured_direction import fill_direction
 from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.phrase import parse_reply
-from mapo_lightning.semantics.qwen import QwenDescriber
 from mapo_lightning.semantics.settings import ServerConfig, VlmConfig
 from mapo_lightning.semantics.templates import TemplateDescriber
 from mapo_lightning.types import Frames
@@ -52,7 +52,7 @@ class Entry:
 
 
 def qwen(places: Places) -> Describer:
-    return QwenDescriber(
+    return InProcessDescriber(
         VlmConfig(kind="transformers", model=str(places.model), max_new_tokens=8, batch_size=3)
     )
 

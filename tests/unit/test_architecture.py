@@ -54,6 +54,7 @@ DOORS = {
     "scipy": {"training/evaluation.py", "training/told.py", "semantics/agreement.py"},
     "transformers": {
         "semantics/image_text.py",
+        "semantics/in_process.py",
         "semantics/qwen.py",
         "semantics/text_encoder.py",
     },

@@ -14,8 +14,9 @@ from tiny_models import save_qwen
 from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.image_text import ImageTextModel
+from mapo_lightning.semantics.in_process import InProcessDescriber
 from mapo_lightning.semantics.phrase import PROMPT, parse_reply
-from mapo_lightning.semantics.qwen import LoadedModel, QwenDescriber
+from mapo_lightning.semantics.qwen import LoadedModel
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.types import DescriberError, Frames
 
@@ -41,7 +42,7 @@ def clips() -> list[Frames]:
 
 
 def test_describes_in_words_with_a_hidden_state(folder: Path) -> None:
-    replies = QwenDescriber(config(folder)).describe(clips())
+    replies = InProcessDescriber(config(folder)).describe(clips())
     assert len(replies) == len(clips())
     states = []
     for reply in replies:
@@ -55,7 +56,7 @@ def test_describes_in_words_with_a_hidden_state(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_company_does_not_matter(folder: Path) -> None:
-    describer = QwenDescriber(config(folder))
+    describer = InProcessDescriber(config(folder))
     together = describer.describe(clips())
     alone = [describer.describe([clip])[0] for clip in clips()]
     for one, other in zip(together, alone, strict=True):
@@ -68,7 +69,7 @@ def test_company_does_not_matter(folder: Path) -> None:
 
 
 def test_the_question_is_the_frames_in_order_and_the_prompt(folder: Path) -> None:
-    model = QwenDescriber(config(folder)).model
+    model = InProcessDescriber(config(folder)).model
     assert isinstance(model, ImageTextModel)
     film = clips()[0]
     inputs = model.inputs([film, film])
@@ -98,14 +99,14 @@ def test_labels_windows_of_a_film(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
 def test_qwen_keeps_its_video(family: str, tmp_path: Path) -> None:
-    model = QwenDescriber(config(save_qwen(tmp_path, family))).model
+    model = InProcessDescriber(config(save_qwen(tmp_path, family))).model
     assert type(model) is LoadedModel
     assert "pixel_values_videos" in model.inputs(clips()[:1])
 
 
 def refusal(folder: Path) -> str:
     with pytest.raises(DescriberError) as caught:
-        QwenDescriber(config(folder)).describe(clips()[:1])
+        InProcessDescriber(config(folder)).describe(clips()[:1])
     said = str(caught.value)
     assert "\n" not in said
     assert "Choose another model with vlm.model=..., or serve it and use vlm=openai_server" in said
@@ -128,7 +129,7 @@ def test_smolvlm_needs_that_package_for_videos_only(
         raise AssertionError("no number is put into words about images")
 
     monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", never)
-    for reply in QwenDescriber(config(save_family(tmp_path, "smolvlm"))).describe(clips()):
+    for reply in InProcessDescriber(config(save_family(tmp_path, "smolvlm"))).describe(clips()):
         assert isinstance(reply, Reply)
         assert parse_reply(reply.text).status == "prose"
 

@@ -14,8 +14,9 @@ from tiny_models import save_bert, save_qwen
 
 from mapo_lightning.semantics.describer import Describer, Reply, StreamingDescriber
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
+from mapo_lightning.semantics.in_process import InProcessDescriber
 from mapo_lightning.semantics.phrase import Phrase, parse_reply
-from mapo_lightning.semantics.qwen import QwenDescriber, identity
+from mapo_lightning.semantics.qwen import identity
 from mapo_lightning.semantics.settings import EmbedConfig, VlmConfig
 from mapo_lightning.semantics.text_encoder import TextEncoder, _load
 from mapo_lightning.types import ConfigError, DescriberError, Frames
@@ -44,7 +45,7 @@ def clips() -> list[Frames]:
 
 
 def test_describes_in_words_with_a_hidden_state(folder: Path) -> None:
-    describer = QwenDescriber(config(folder))
+    describer = InProcessDescriber(config(folder))
     assert isinstance(describer, Describer)
     assert not isinstance(describer, StreamingDescriber)
     assert not describer.in_worker
@@ -60,7 +61,7 @@ def test_describes_in_words_with_a_hidden_state(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_company_does_not_matter(folder: Path) -> None:
-    describer = QwenDescriber(config(folder))
+    describer = InProcessDescriber(config(folder))
     together = describer.describe(clips())
     alone = [describer.describe([clip])[0] for clip in clips()]
     assert [reply.text for reply in together] == [reply.text for reply in alone]
@@ -78,7 +79,7 @@ def thinker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_thoughts_are_not_part_of_the_answer(thinker: Path) -> None:
-    describer = QwenDescriber(config(thinker))
+    describer = InProcessDescriber(config(thinker))
     loaded, seen, real = describer.model, {}, describer.model.model.generate
 
     def generate(**words: object) -> torch.Tensor:
@@ -101,8 +102,8 @@ def test_thoughts_are_not_part_of_the_answer(thinker: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [2, 3, 4, 7])
 def test_an_answer_that_is_cut_gets_more_room(thinker: Path, tokens: int) -> None:
-    whole = QwenDescriber(config(thinker)).describe(clips())
-    again = QwenDescriber(config(thinker, max_new_tokens=tokens)).describe(clips())
+    whole = InProcessDescriber(config(thinker)).describe(clips())
+    again = InProcessDescriber(config(thinker, max_new_tokens=tokens)).describe(clips())
     assert [r.text for r in again] == [r.text for r in whole]
 
 
@@ -119,7 +120,7 @@ def test_what_stays_cut_is_not_stored(
 
 def test_hidden_state_is_that_of_generate(folder: Path) -> None:
     """Against transformers' own record of hidden states, one window at a time."""
-    describer = QwenDescriber(config(folder))
+    describer = InProcessDescriber(config(folder))
     (reply,) = describer.describe(clips()[:1])
     loaded = describer.model
     seen = {}
@@ -142,7 +143,7 @@ def test_hidden_state_is_that_of_generate(folder: Path) -> None:
 
 def test_patches_are_those_of_a_video(folder: Path) -> None:
     """A still clip gives what the image processor makes of one picture; order matters otherwise."""
-    describer = QwenDescriber(config(folder))
+    describer = InProcessDescriber(config(folder))
     describer.describe(clips()[:1])
     loaded = describer.model
     clip = clips()[0]
@@ -166,16 +167,16 @@ def test_patches_are_those_of_a_video(folder: Path) -> None:
 
 def test_identity_is_that_of_the_weights(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
-    assert QwenDescriber(config(copy)).name == QwenDescriber(config(folder)).name
+    assert InProcessDescriber(config(copy)).name == InProcessDescriber(config(folder)).name
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    assert QwenDescriber(config(copy)).name != QwenDescriber(config(folder)).name
+    assert InProcessDescriber(config(copy)).name != InProcessDescriber(config(folder)).name
     assert identity("Qwen/X", "abc") == "Qwen/X@abc"
 
 
 def test_travels_without_weights(folder: Path) -> None:
-    describer = QwenDescriber(config(folder))
+    describer = InProcessDescriber(config(folder))
     replies = describer.describe(clips()[:2])
     data = pickle.dumps(describer)
     assert len(data) < 10_000
@@ -199,7 +200,10 @@ def test_labels_carry_the_hidden_state(folder: Path, tmp_path: Path) -> None:
 
 def test_absent_model_is_one_sentence(tmp_path: Path) -> None:
     cfg = config(tmp_path / "nowhere")
-    for broken in (lambda: semantic_dim(cfg), lambda: QwenDescriber(cfg).describe(clips()[:1])):
+    for broken in (
+        lambda: semantic_dim(cfg),
+        lambda: InProcessDescriber(cfg).describe(clips()[:1]),
+    ):
         with pytest.raises(
             DescriberError, match=r"cannot load '.*nowhere'.*vlm.model=DIR"
         ) as caught:
@@ -211,7 +215,7 @@ def test_absent_model_is_one_sentence(tmp_path: Path) -> None:
 
 def test_other_models_are_refused(bert: Path) -> None:
     with pytest.raises(DescriberError, match="cannot load"):
-        QwenDescriber(config(bert)).describe(clips()[:1])
+        InProcessDescriber(config(bert)).describe(clips()[:1])
 
 
 def test_text_encoder_tells_phrases_apart(bert: Path, tmp_path: Path) -> None:
