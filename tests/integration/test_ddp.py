@@ -32,7 +32,11 @@ def test_two_processes_of_eight_clips_equal_one_of_sixteen(tmp_path: Path) -> No
 def test_a_killed_process_ends_the_job_which_goes_on_later(killed: str, tmp_path: Path) -> None:
     words = [*SMALL, "stage=pretrain", "vlm=none", "demo.clips_per_scene=4", "demo.frames=30"]
     words += ["trainer.devices=2", "trainer.strategy=ddp", "run_dir=run"]
-    words += ["pretrain.updates=100000", "callbacks.checkpoint_every=2", f"data.root={tmp_path}/toy"]
+    words += [
+        "pretrain.updates=100000",
+        "callbacks.checkpoint_every=2",
+        f"data.root={tmp_path}/toy",
+    ]
     last = tmp_path / "run/pretrain/last.ckpt"
     with (tmp_path / "said.txt").open("w") as said:
         program = start(tmp_path, TRAIN, *words, said=said)
