@@ -6,7 +6,8 @@ The agent plays ten episodes by its greedy action. From the states it has seen, 
 dreams; rewards, values and actions are held against what really followed. With several checkpoints
 the last column is the mean over them, with a 95 % Student's t interval.
 
-Shapes: E environments, T steps of an episode, N starts of a dream, I dreamt steps, F feat, A action.
+Shapes: E environments, T steps of an episode, N starts of a dream, I dreamt steps, F feat,
+A action.
 """
 
 from __future__ import annotations
