@@ -326,7 +326,7 @@ def test_published_tokenizers_are_taken_over(narrow: Tokenizer, tmp_path: Path) 
     load_published(other, path)
     for name, x in other.state_dict().items():
         assert torch.equal(x, narrow.state_dict()[name].float()), name
-    with pytest.raises(CheckpointError, match="has no tensor 'model.embed_tokens.weight'"):
+    with pytest.raises(CheckpointError, match=r"has no tensor 'model\.embed_tokens\.weight'"):
         load_published(TokenTransformer(SMALL, 130, None), path)
     save_file(state | {"more": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="has no place for 'more'"):

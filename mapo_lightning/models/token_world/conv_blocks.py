@@ -8,6 +8,7 @@ Source: facts 7.5, 7.6; the blocks are those of Stable Diffusion's auto-encoder,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ class Attention(nn.Module):
         read = F.scaled_dot_product_attention(
             self.query(places), self.key(places), self.value(places)
         )
-        return x + self.out(read).transpose(1, 2).reshape(x.shape)
+        out: Tensor = x + self.out(read).transpose(1, 2).reshape(x.shape)
+        return out
 
 
 class Down(nn.Module):
@@ -128,8 +130,7 @@ class Level(nn.Module):
 
     def __init__(self, widths: Sequence[int], groups: int, resample: nn.Module | None) -> None:
         super().__init__()
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.blocks = nn.Sequential(*(ResBlock(a, b, groups) for a, b in pairs))
+        self.blocks = nn.Sequential(*(ResBlock(a, b, groups) for a, b in pairwise(widths)))
         self.resample = resample or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,9 +143,7 @@ class Ending(nn.Sequential):
     """Norm, SiLU and a last convolution."""
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
-        super().__init__(
-            _norm(inputs, groups), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1)
-        )
+        super().__init__(_norm(inputs, groups), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
 
 
 def _norm(width: int, groups: int) -> nn.GroupNorm:

@@ -70,8 +70,8 @@ class Layout:
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, L) -> codes (B, K, P) and (B, T, Q); for impossible ones see `codes`."""
         before = F.pad(tokens[:, : self.first_mark], (1, 0))
-        context = before.unflatten(1, (self.context_frames, -1))[..., 1:]
-        after = tokens[:, self.first_mark :].unflatten(1, (-1, self.future_tokens + 1))
+        context = torch.unflatten(before, 1, (self.context_frames, -1))[..., 1:]
+        after = torch.unflatten(tokens[:, self.first_mark :], 1, (-1, self.future_tokens + 1))
         return context.clamp(0, self.context_codes - 1), self.codes(after[..., 1:])
 
     def codes(self, future: Tensor) -> Tensor:

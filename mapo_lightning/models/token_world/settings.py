@@ -50,7 +50,7 @@ class TokenizerConfig:
     @property
     def side(self) -> int:
         """Side of the latent map."""
-        return self.size // 2 ** (len(self.channels) - 1)
+        return self.size >> (len(self.channels) - 1)
 
     @property
     def context_tokens(self) -> int:

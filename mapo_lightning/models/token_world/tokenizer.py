@@ -250,7 +250,7 @@ class Tokenizer(nn.Module):
     def _draw_context(self, code: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (N, P, Z) -> frames (N, 3, H, W), and what the other decoder looks at."""
         side = self.cfg.side
-        maps = code.transpose(1, 2).unflatten(2, (side, side))
+        maps = torch.unflatten(code.transpose(1, 2), 2, (side, side))
         picture, drawn = self.context_decoder(self.after_codes(maps))
         return picture, drawn
 
@@ -264,19 +264,21 @@ class Tokenizer(nn.Module):
     def _cut(self, maps: Tensor) -> Tensor:
         """Maps (N, Z, r, r) -> patches (N, Q, patch * patch * Z), by row, column, channel."""
         patch, across = self.cfg.patch, self.cfg.side // self.cfg.patch
-        parts = maps.unflatten(3, (across, patch)).unflatten(2, (across, patch))
+        parts = torch.unflatten(torch.unflatten(maps, 3, (across, patch)), 2, (across, patch))
         return parts.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def _join(self, patches: Tensor) -> Tensor:
         """Undo `_cut`."""
         patch, across = self.cfg.patch, self.cfg.side // self.cfg.patch
-        parts = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (across, across))
+        parts = torch.unflatten(
+            torch.unflatten(patches, 2, (patch, patch, -1)), 1, (across, across)
+        )
         return parts.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def _per_clip(x: Tensor, clips: int) -> Tensor:
     """(B*K, ...) -> (B, K, ...)."""
-    return x.unflatten(0, (clips, -1))
+    return torch.unflatten(x, 0, (clips, -1))
 
 
 def _for_each(context: Tensor, count: int) -> Tensor:

@@ -55,9 +55,7 @@ class Layer(nn.Module):
         self.up = nn.Linear(width, cfg.mlp, bias=False)
         self.down = nn.Linear(cfg.mlp, width, bias=False)
 
-    def forward(
-        self, x: Tensor, rotation: Tensor, kept: Tensor | None, begin: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, kept: Tensor | None, begin: int) -> Tensor:
         """Follow tokens (B, L, D); ``kept`` (2, B, H, positions, D / H) holds those before."""
         normed = self.norm_attention(x)
         query, key, value = (
@@ -82,7 +80,7 @@ class Layer(nn.Module):
         return out
 
     def _by_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return torch.unflatten(x, 2, (self.heads, -1)).transpose(1, 2)
 
 
 class TokenTransformer(nn.Module):
