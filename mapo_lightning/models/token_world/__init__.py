@@ -1,0 +1,1 @@
+"""The token world model: frames become codes, and a causal transformer predicts them."""
