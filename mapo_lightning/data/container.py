@@ -15,7 +15,15 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from mapo_lightning.data.video_info import Access, Entry, Geometry, VideoFileError, inaccessible
+from mapo_lightning.data.video_info import (
+    USUAL,
+    Access,
+    Entry,
+    Geometry,
+    Limits,
+    VideoFileError,
+    inaccessible,
+)
 from mapo_lightning.types import Frames
 
 VERSION = f"PyAV {av.__version__}"
@@ -23,6 +31,9 @@ VERSION = f"PyAV {av.__version__}"
 
 THUMB = 32
 """Height and width of the frames that are compared, pixels."""
+
+_FORMATS = "asf,avi,flv,m4v,matroska,mov,mpeg,mpegts,ogg,webm"
+"""FFmpeg's names of what is opened: containers of pictures, and no playlist that names others."""
 
 _SHORT = 0.1  # share of the duration that may be missing before a file counts as cut off
 _CHECKED = 17  # frames compared behind each entry: more than any codec reorders
@@ -60,23 +71,32 @@ class Film(NamedTuple):
 
 
 @contextmanager
-def open_track(path: Path) -> Iterator[tuple[Any, Any]]:
+def open_track(path: Path, limits: Limits = USUAL) -> Iterator[tuple[Any, Any]]:
     """Open a file and choose the video track that players show.
+
+    Args:
+        path: The file.
+        limits: What its header may promise; larger frames are not decoded either, should the
+            frames themselves say something else than the header.
 
     Yields:
         The container and the stream, which decodes in one thread.
 
     Raises:
-        VideoFileError: The file cannot be opened, or holds no video.
+        VideoFileError: The file cannot be opened, holds no video, or promises too much.
     """
+    bounds = {"max_pixels": str(limits.pixels)}
     with ExitStack() as stack:
         try:
             name = os.path.abspath(path)  # "a:b/c.mp4" would be taken for a protocol
             source: Any = name
             if not is_utf8(path):  # PyAV cannot pass such a name on
                 source = stack.enter_context(Path(name).open("rb"))
+            options = bounds | {"format_whitelist": _FORMATS}
             # Titles of old files are often not UTF-8; nothing here reads them.
-            container = stack.enter_context(av.open(source, metadata_errors="replace"))
+            container = stack.enter_context(
+                av.open(source, metadata_errors="replace", options=options)
+            )
         except (OSError, MemoryError) as error:
             raise inaccessible(path, error) from error
         except (av.FFmpegError, ValueError) as error:
@@ -87,8 +107,19 @@ def open_track(path: Path) -> Iterator[tuple[Any, Any]]:
             raise VideoFileError(path, "no_video", "it holds no pictures, perhaps only sound")
         if stream.codec_context is None:
             raise VideoFileError(path, "codec", "no decoder knows it; convert it to H.264 in mp4")
+        limits.check_size(path, stream.codec_context.width, stream.codec_context.height)
+        _check_promise(path, container, stream, limits)
+        stream.codec_context.options = bounds
         stream.codec_context.thread_count = 1  # the parallelism is that of the workers
         yield container, stream
+
+
+def _check_promise(path: Path, container: Any, stream: Any, limits: Limits) -> None:
+    """Compare the length that a header promises with the limits, and with the size of the file."""
+    limits.check_length(path, stream.frames, (container.duration or 0) / av.time_base)
+    if stream.frames > container.size > 0:
+        detail = f"its header promises {stream.frames} frames, and it has {container.size} bytes"
+        raise VideoFileError(path, "damaged", detail)
 
 
 def is_utf8(path: Path) -> bool:
@@ -100,13 +131,14 @@ def is_utf8(path: Path) -> bool:
     return True
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, limits: Limits = USUAL) -> Header:
     """Read the header and all packets of a file, and decode its first frame.
 
     Raises:
-        VideoFileError: The file cannot be opened, holds no video, or is cut off.
+        VideoFileError: The file cannot be opened, holds no video, is cut off, or is larger than
+            ``limits``.
     """
-    with open_track(path) as (container, stream):
+    with open_track(path, limits) as (container, stream):
         tracks = [s for s in container.streams.video if not _is_cover(s)]
         shown: list[int | None] = []
         decoded_at: list[int] = []
@@ -118,6 +150,7 @@ def read_header(path: Path) -> Header:
             if packet.stream_index != stream.index:
                 continue
             packets += 1
+            limits.check_length(path, packets)
             if not (packet.is_discard or _is_reference_only(packet, stream)):
                 shown.append(packet.pts)
                 decoded_at.append(packet.dts or 0)
@@ -133,7 +166,7 @@ def read_header(path: Path) -> Header:
     if promised - reached > _SHORT * promised:
         detail = f"it ends after {float(reached):.1f} of {float(promised):.1f} s: cut off?"
         raise VideoFileError(path, "damaged", detail)
-    geometry = _geometry(path, aspect)
+    geometry = _geometry(path, aspect, limits)
     fps, times = spacing(seconds, rate, slack)
     hidden = packets - len(shown)
     return Header(geometry, fps, packets, hidden, stamped, times, len(tracks))
@@ -158,11 +191,16 @@ def _is_reference_only(packet: Any, stream: Any) -> bool:
     return stream.codec_context.name == "vp8" and not memoryview(packet)[0] >> 4 & 1
 
 
-def _geometry(path: Path, pixel_aspect: float) -> Geometry:
-    with open_track(path) as (container, stream):
+def _geometry(path: Path, pixel_aspect: float, limits: Limits) -> Geometry:
+    with open_track(path, limits) as (container, stream):
         frame = next(decode(container, stream, path), None)
     if frame is None:
-        raise VideoFileError(path, "damaged", "not one of its frames can be decoded")
+        # FFmpeg forgets a size that it has refused: this may be either.
+        detail = (
+            "not one of its frames can be decoded, or each has more pixels than "
+            f"data.limits.pixels={limits.pixels}"
+        )
+        raise VideoFileError(path, "damaged", detail)
     height, width = frame.height, frame.width
     matrix = frame.side_data.get("DISPLAYMATRIX")
     values = np.eye(3, dtype=np.int32) if matrix is None else np.frombuffer(matrix, np.int32)

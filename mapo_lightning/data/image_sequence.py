@@ -11,16 +11,20 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
+from mapo_lightning.data.image_header import image_size
 from mapo_lightning.data.video import resize
 from mapo_lightning.data.video_info import (
+    USUAL,
+    Limits,
     Reason,
     VideoFileError,
     VideoInfo,
+    inaccessible,
     middle_square,
     target_size,
 )
@@ -29,6 +33,8 @@ from mapo_lightning.types import Frames
 IMAGES = frozenset({".jpg", ".jpeg", ".png"})
 """File names that count as images, lower case."""
 
+_BLOCK = 1 << 20  # bytes hashed at once
+_MOST_BYTES = 8  # of one pixel in an image that is not compressed
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)")
 # A JPEG can be decoded at a half, a quarter or an eighth of its size: averaged, and faster.
 _REDUCED = {
@@ -114,19 +120,27 @@ def fingerprint_run(run: Path, numbers: range) -> str:
         raise VideoFileError(run, "empty", "there is no image")
     digest = hashlib.blake2b(f"{numbers}".encode(), digest_size=16)
     for number in numbers:
-        content = _bytes(run, number)
-        digest.update(len(content).to_bytes(8, "little") + content)
+        with _opened(run, number) as file:
+            digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
+            while block := file.read(_BLOCK):
+                digest.update(block)
     return digest.hexdigest()
 
 
-def probe_run(run: Path, numbers: range) -> VideoInfo:
+def probe_run(run: Path, numbers: range, limits: Limits = USUAL) -> VideoInfo:
     """Look at the first image.
 
+    Args:
+        run: Name of the run.
+        numbers: Of its images.
+        limits: What their headers may promise.
+
     Raises:
-        VideoFileError: It is missing or damaged.
+        VideoFileError: It is missing, damaged or larger than ``limits``.
     """
+    limits.check_length(run, len(numbers))
     name = fingerprint_run(run, numbers)
-    height, width = _image(run, numbers[0]).shape[:2]
+    height, width = _image(run, numbers[0], limits=limits).shape[:2]
     return VideoInfo(run, name, len(numbers), width, height, 0.0, numbers=numbers)
 
 
@@ -136,8 +150,9 @@ def check_run(info: VideoInfo) -> None:
     Raises:
         VideoFileError: One is missing, damaged, or has another size than the first.
     """
+    limits = _of_its_first(info)
     for number in info.numbers or ():
-        height, width = _image(info.path, number).shape[:2]
+        height, width = _image(info.path, number, limits=limits).shape[:2]
         if (height, width) != (info.height, info.width):
             wanted = f"the first has {info.width}x{info.height}"
             detail = f"image {number} has {width}x{height} pixels, {wanted}"
@@ -159,7 +174,7 @@ def read_run(info: VideoInfo, numbers: Sequence[int], size: int | tuple[int, int
     flag = _REDUCED[max(fits)] if fits and jpeg else cv2.IMREAD_COLOR
     frames: list[Frames] = []
     for number in numbers:
-        image = _image(info.path, number, flag)
+        image = _image(info.path, number, flag, _of_its_first(info))
         if frames and image.shape != frames[0].shape:
             detail = f"image {number} has another size than those before it"
             raise VideoFileError(info.path, "damaged", detail)
@@ -173,20 +188,40 @@ def _place(run: Path, number: int) -> Path:
     return run.with_name(run.name % number)
 
 
-def _image(run: Path, number: int, flag: int = cv2.IMREAD_COLOR) -> Frames:
-    """One image, (H, W, 3) uint8, blue first."""
-    data: NDArray[np.uint8] = np.frombuffer(_bytes(run, number), np.uint8)
-    image = cv2.imdecode(data, flag) if len(data) else None
+def _of_its_first(info: VideoInfo) -> Limits:
+    """Limits that only images of the first one's size meet, or smaller ones."""
+    return USUAL._replace(pixels=info.height * info.width)
+
+
+def _image(run: Path, number: int, flag: int = cv2.IMREAD_COLOR, limits: Limits = USUAL) -> Frames:
+    """One image, (H, W, 3) uint8, blue first; its header is compared before it is decoded."""
+    name = _place(run, number).name
+    try:
+        with _opened(run, number) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MOST_BYTES * limits.pixels + _BLOCK:
+                detail = f"image '{name}' has {size} bytes, more than its pixels can take"
+                raise VideoFileError(run, "too_large", detail)
+            content = file.read()
+    except OSError as error:
+        raise inaccessible(run, error) from error
+    shape = image_size(content)
+    if shape is None:
+        detail = f"image '{name}' is not the PNG or JPEG image that its name promises"
+        raise VideoFileError(run, "damaged", f"{detail}, or is cut off")
+    if shape[0] * shape[1] > limits.pixels:
+        detail = f"image '{name}' has {shape[0]}x{shape[1]} pixels, {limits.pixels} are allowed"
+        raise VideoFileError(run, "too_large", detail)
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), flag)
     if image is None:
-        name = _place(run, number).name
         raise VideoFileError(run, "damaged", f"image '{name}' cannot be decoded")
     return image.astype(np.uint8, copy=False)
 
 
-def _bytes(run: Path, number: int) -> bytes:
+def _opened(run: Path, number: int) -> BinaryIO:
     path = _place(run, number)
     try:
-        return path.read_bytes()
+        return path.open("rb")
     except OSError as error:
         reason: Reason = "missing" if isinstance(error, FileNotFoundError) else "inaccessible"
         detail = f"image '{path.name}' cannot be read: {error.strerror}"

@@ -12,7 +12,14 @@ from typing import NamedTuple
 import numpy as np
 
 from mapo_lightning.data import image_sequence, video
-from mapo_lightning.data.video_info import VideoFileError, VideoInfo, fingerprint, printable
+from mapo_lightning.data.video_info import (
+    USUAL,
+    Limits,
+    VideoFileError,
+    VideoInfo,
+    fingerprint,
+    printable,
+)
 from mapo_lightning.types import Frames
 
 _EARLY = 0.25  # how long before its time stamp a frame counts as shown, in frames
@@ -47,20 +54,25 @@ class FrameSource(NamedTuple):
             return []
         return [stat.st_size, stat.st_mtime_ns]
 
-    def examine(self, max_undecodable: float) -> VideoInfo:
+    def examine(
+        self,
+        max_undecodable: float,
+        limits: Limits = USUAL,
+    ) -> VideoInfo:
         """Decode all of it once.
 
         Args:
             max_undecodable: Share of lost frames that a video file may have, in [0, 1].
+            limits: What its header may promise.
 
         Raises:
             VideoFileError: It cannot be used.
         """
         if self.numbers is None:
-            info = video.check_video(video.probe_video(self.path), max_undecodable)
-        else:
-            info = image_sequence.probe_run(self.path, self.numbers)
-            image_sequence.check_run(info)
+            found = video.probe_video(self.path, limits)
+            return video.check_video(found, max_undecodable, limits)
+        info = image_sequence.probe_run(self.path, self.numbers, limits)
+        image_sequence.check_run(info)
         return info
 
 
@@ -127,7 +139,7 @@ def _at_rate(info: VideoInfo, rate: float) -> tuple[int, ...]:
     early = _EARLY * np.minimum(gaps, min(float(np.median(gaps)), 1 / rate))
     begins = np.concatenate([shown[:1], shown[1:] - early])
     last = math.ceil(begins[-1] * rate - 1e-6)
-    if last >= video.MAX_FRAMES:
+    if last >= USUAL.frames:
         detail = f"its time stamps span {shown[-1]:.0f} s: {last} frames at {rate:g} per second"
         raise VideoFileError(info.path, "too_large", detail)
     ticks = np.arange(last + 1) / rate + 1e-9

@@ -7,11 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from mapo_lightning.data.captions import add_captions, check_times
+from mapo_lightning.data.examiner import Examiner
 from mapo_lightning.data.human36m import list_human36m
 from mapo_lightning.data.listing import (
     SUFFIXES,
@@ -77,8 +79,10 @@ def scan_videos(cfg: VideoDataConfig, cache: Path, captions: str | None = None) 
     """
     root = Path(cfg.root)
     listing, entries = list_videos(cfg, captions)
-    known = ScanCache(cache / "videos.json", cfg.max_undecodable)
-    results = _examine_all(entries, root, cfg, known)
+    examiner = Examiner(cfg.max_undecodable, cfg.limits)
+    asked = [cfg.max_undecodable, *asdict(cfg.limits).values()]
+    known = ScanCache(cache / "videos.json", asked, examiner.examine)
+    results = _examine_all(entries, root, cfg, known, examiner)
     rejected = [found for found in results if isinstance(found, VideoFileError)]
     rows = [{"path": printable(e.path), "reason": e.reason, "detail": e.detail} for e in rejected]
     with atomic_write(cache / "quarantine.jsonl") as draft:
@@ -129,10 +133,15 @@ def list_videos(cfg: VideoDataConfig, captions: str | None = None) -> tuple[List
 
 
 def _examine_all(
-    entries: Sequence[Entry], root: Path, cfg: VideoDataConfig, known: ScanCache
+    entries: Sequence[Entry],
+    root: Path,
+    cfg: VideoDataConfig,
+    known: ScanCache,
+    examiner: Examiner,
 ) -> list[VideoInfo | VideoFileError]:
     saved, results = time.monotonic(), []
-    with ThreadPoolExecutor(max_workers=max(1, cfg.workers)) as pool:
+    # An interrupted scan ends its children first: the threads of the pool wait for them.
+    with ThreadPoolExecutor(max_workers=max(1, cfg.workers)) as pool, examiner:
         for result in pool.map(lambda e: _examine(e, root.resolve(), cfg, known), entries):
             results.append(result)
             if time.monotonic() - saved > _SAVE_SECONDS:

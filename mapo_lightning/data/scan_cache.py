@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from mapo_lightning.data.examiner import Facts
 from mapo_lightning.data.reader import FrameSource
 from mapo_lightning.data.video import DECODERS
 from mapo_lightning.data.video_info import (
@@ -22,7 +24,10 @@ from mapo_lightning.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-_VERSION = [4, DECODERS]  # a proof of access holds for the decoders that it was made with
+_VERSION: list[Any] = [
+    5,
+    DECODERS,
+]  # a proof of access holds for the decoders that it was made with
 
 
 class ScanCache:
@@ -30,13 +35,16 @@ class ScanCache:
 
     Args:
         path: The file; if it is missing or unreadable, the cache starts empty.
-        max_undecodable: Share of lost frames above which a video is rejected; results of a scan
-            with another value are not used.
+        asked: What a scan accepts, as plain JSON; results of a scan that asked anything else are
+            not used.
+        examine: Decodes a video in full.
     """
 
-    def __init__(self, path: Path, max_undecodable: float) -> None:
-        self.path, self.max_undecodable = path, max_undecodable
-        self._facts: dict[str, dict[str, Any]] = {}
+    def __init__(
+        self, path: Path, asked: list[Any], examine: Callable[[FrameSource], Facts]
+    ) -> None:
+        self.path, self._version, self._examine = path, [*_VERSION, *asked], examine
+        self._facts: dict[str, Facts] = {}
         # Reading 200,000 files takes hours; their dates take a second.
         self._untouched: dict[str, list[Any]] = {}
         self._load()
@@ -48,7 +56,7 @@ class ScanCache:
             VideoFileError: It cannot be used.
         """
         name = self._fingerprint(source)
-        facts = self._facts.get(name) or self._examined(source)
+        facts = self._facts.get(name) or self._examine(source)
         if facts["reason"] is None or facts["reason"] in OF_THE_CONTENT:
             self._facts[name] = facts
         if facts["reason"]:
@@ -58,7 +66,7 @@ class ScanCache:
     def save(self) -> None:
         """Write the file, as a whole."""
         stored = {
-            "version": [*_VERSION, self.max_undecodable],
+            "version": self._version,
             "videos": dict(self._facts),  # copies: other threads may go on adding
             "untouched": dict(self._untouched),
         }
@@ -74,20 +82,12 @@ class ScanCache:
         self._untouched[key] = [*state, name]
         return name
 
-    def _examined(self, source: FrameSource) -> dict[str, Any]:
-        try:
-            info = source.examine(self.max_undecodable)
-        except VideoFileError as error:
-            return {"reason": error.reason, "detail": error.detail}
-        names = ("frames", "width", "height", "fps", "access", "times")
-        return {key: getattr(info, key) for key in names} | {"reason": None}
-
     def _load(self) -> None:
         try:
             stored = json.loads(self.path.read_text())
-            if stored["version"] != [*_VERSION, self.max_undecodable]:
+            if stored["version"] != self._version:
                 return
-            videos = cast(dict[str, dict[str, Any]], stored["videos"])
+            videos = cast(dict[str, Facts], stored["videos"])
             self._facts = {name: facts for name, facts in videos.items() if _is_sane(facts)}
             files = cast(dict[str, list[Any]], stored["untouched"])
             self._untouched = {
@@ -100,7 +100,7 @@ class ScanCache:
             self._facts, self._untouched = {}, {}
 
 
-def _info(source: FrameSource, name: str, facts: dict[str, Any]) -> VideoInfo:
+def _info(source: FrameSource, name: str, facts: Facts) -> VideoInfo:
     """Facts as they were found, or as JSON gives them back: lists in place of tuples."""
     access, times = facts["access"], facts["times"]
     if access is not None:
@@ -120,7 +120,7 @@ def _info(source: FrameSource, name: str, facts: dict[str, Any]) -> VideoInfo:
     )
 
 
-def _is_sane(facts: dict[str, Any]) -> bool:
+def _is_sane(facts: Facts) -> bool:
     if facts["reason"] is not None:
         return facts["reason"] in OF_THE_CONTENT and isinstance(facts["detail"], str)
     try:

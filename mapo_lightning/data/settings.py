@@ -10,6 +10,31 @@ from mapo_lightning.types import POSITIONS, ConfigError
 
 
 @dataclass
+class LimitsConfig:
+    """What one video may cost to examine; one that needs more is set aside as ``too_large``."""
+
+    pixels: int = 8192 * 4320
+    """Pixels of one frame, or of one image of a folder of images."""
+    frames: int = 1_000_000
+    """Frames of one video: 9 hours at 30 per second."""
+    hours: float = 24.0
+    """Length of one video, hours."""
+    cpu_seconds: float = 1800.0
+    """CPU time that examining one video may take, seconds: all of it is decoded once or twice."""
+    memory_mb: int = 2048
+    """Address space of each process that examines videos, megabytes."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("pixels", 1), ("frames", 1), ("cpu_seconds", 1), ("memory_mb", 1024)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"limits.{name} must be at least {least}, got {getattr(self, name)}"
+                )
+        if not self.hours > 0:
+            raise ConfigError(f"limits.hours must be positive, got {self.hours}")
+
+
+@dataclass
 class VideoDataConfig:
     """Which videos to learn from, and how clips are cut from them (O28, O29)."""
 
@@ -45,6 +70,8 @@ class VideoDataConfig:
     with the data set's own split."""
     max_undecodable: float = 0.1
     """Share of lost frames above which a video is rejected, in [0, 1]."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """What one video may cost."""
     cache_mb: int = 256
     """Memory, in megabytes, in which each worker may keep all frames of all videos at the networks'
     size, so that each video is decoded once; a set that needs more is not kept. 0: never."""

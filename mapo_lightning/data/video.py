@@ -28,7 +28,9 @@ from mapo_lightning.data.random_access import (
     prove_decord,
 )
 from mapo_lightning.data.video_info import (
+    USUAL,
     Access,
+    Limits,
     Reason,
     VideoFileError,
     VideoInfo,
@@ -59,45 +61,46 @@ DECODERS = f"{container.VERSION}, {random_access.VERSION}"
 # OpenCV's threads do not survive a fork: a DataLoader worker would wait for them forever.
 cv2.setNumThreads(1)
 
-_MAX_PIXELS = 8192 * 4320
-MAX_FRAMES = 5_000_000
-"""No plausible training video has more."""
 _OVERSAMPLED = 4  # decode at most this many times larger than requested, then average
 _CLIP = 25  # frames of the clip whose reading is timed
 
 
-def probe_video(path: Path) -> VideoInfo:
+def probe_video(path: Path, limits: Limits = USUAL) -> VideoInfo:
     """Read a video's header, packets and first frame.
 
+    Args:
+        path: The file.
+        limits: What its header may promise.
+
     Raises:
-        VideoFileError: The file is missing, no video, cut off, or absurdly large.
+        VideoFileError: The file is missing, no video, cut off, or larger than ``limits``.
     """
-    name, header = fingerprint(path), _header(path)
+    name, header = fingerprint(path), _header(path, limits)
     height, width = header.geometry.shown()
-    if header.geometry.height * header.geometry.width > _MAX_PIXELS:
-        detail = f"its frames have {header.geometry.width}x{header.geometry.height} pixels"
-        raise VideoFileError(path, "too_large", detail)
+    limits.check_size(path, header.geometry.width, header.geometry.height)
     frames = header.packets - header.hidden
-    if frames > MAX_FRAMES:
-        raise VideoFileError(path, "too_large", f"it has {frames} frames")
     return VideoInfo(path, name, frames, width, height, header.fps, times=header.times)
 
 
-def _header(path: Path) -> Header:
+def _header(path: Path, limits: Limits = USUAL) -> Header:
     """`read_header`, remembered as long as the file is not changed."""
     try:
         stat = path.stat()
     except OSError as error:
         raise VideoFileError(path, "missing", "there is no such file") from error
-    return _header_once(path, stat.st_size, stat.st_mtime_ns)
+    return _header_once(path, stat.st_size, stat.st_mtime_ns, limits)
 
 
 @functools.lru_cache(maxsize=64)
-def _header_once(path: Path, size: int, date: int) -> Header:
-    return read_header(path)
+def _header_once(path: Path, size: int, date: int, limits: Limits) -> Header:
+    return read_header(path, limits)
 
 
-def check_video(info: VideoInfo, max_undecodable: float) -> VideoInfo:
+def check_video(
+    info: VideoInfo,
+    max_undecodable: float,
+    limits: Limits = USUAL,
+) -> VideoInfo:
     """Decode a whole video, count what is lost, and find out how to reach each of its frames.
 
     decord reads the video if it passes `prove_decord`. Otherwise PyAV does, from the start or
@@ -107,6 +110,7 @@ def check_video(info: VideoInfo, max_undecodable: float) -> VideoInfo:
         info: The video, from `probe_video`.
         max_undecodable: Largest share of frames that may be lost, or exact repeats made by the
             decoder in place of broken ones, in [0, 1].
+        limits: As given to `probe_video`.
 
     Returns:
         The video with ``access``, and with the frames that it really shows.
@@ -114,7 +118,7 @@ def check_video(info: VideoInfo, max_undecodable: float) -> VideoInfo:
     Raises:
         VideoFileError: Too many frames are lost.
     """
-    path, header = info.path, _header(info.path)
+    path, header = info.path, _header(info.path, limits)
     proof = prove_decord(path, header)
     trusted = info._replace(access=Access("decord", header.geometry))
     if not proof.why and not proof.repeats:

@@ -22,7 +22,7 @@ Reason = Literal[
     "codec",  # a video in a format the decoder does not know
     "damaged",  # opens, but frames cannot be decoded, are lost, or differ in size
     "too_short",  # fewer frames than a clip needs
-    "too_large",  # larger than any plausible training video
+    "too_large",  # more than one of data.limits
     "outside",  # a link that leads out of the video folder
 ]
 """Why a video cannot be used."""
@@ -57,6 +57,46 @@ def inaccessible(path: Path, error: BaseException) -> VideoFileError:
     """The error for a file that could not be read just now, whatever it holds."""
     detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return VideoFileError(path, "inaccessible", f"reading it fails: {detail}")
+
+
+class Limits(NamedTuple):
+    """What the header of a video may promise; compared before anything of that size is allocated.
+
+    `LimitsConfig` in ``settings.py`` says what each is.
+    """
+
+    pixels: int = 8192 * 4320
+    frames: int = 1_000_000
+    hours: float = 24.0
+
+    def check_size(self, path: Path, width: int, height: int) -> None:
+        """Refuse larger frames.
+
+        Raises:
+            VideoFileError: One frame has more pixels.
+        """
+        if width * height > self.pixels:
+            detail = (
+                f"its frames have {width}x{height} pixels, and data.limits.pixels is {self.pixels}"
+            )
+            raise VideoFileError(path, "too_large", detail)
+
+    def check_length(self, path: Path, frames: int, seconds: float = 0.0) -> None:
+        """Refuse longer videos.
+
+        Raises:
+            VideoFileError: There are more frames, or they last longer.
+        """
+        if frames > self.frames:
+            detail = f"it has {frames} frames, and data.limits.frames is {self.frames}"
+            raise VideoFileError(path, "too_large", detail)
+        if seconds > 3600 * self.hours:
+            detail = f"it lasts {seconds / 3600:.1f} hours, and data.limits.hours is {self.hours:g}"
+            raise VideoFileError(path, "too_large", detail)
+
+
+USUAL = Limits()
+"""The limits of videos that no setting speaks of."""
 
 
 class Geometry(NamedTuple):

@@ -74,9 +74,14 @@ def test_a_hole_other_sizes_and_damage_are_named(tmp_path: Path) -> None:
     expected = "damaged: image 4 has 32x32 pixels, the first has 64x64"
     assert refused(tmp_path / "v") == expected
     good = (tmp_path / "4.jpg").read_bytes()
-    for content in (good[: len(good) // 2], b"", b"no picture"):
+    (tmp_path / "v" / "000004.jpg").write_bytes(good[: len(good) // 2])
+    assert refused(tmp_path / "v") == "damaged: image '000004.jpg' cannot be decoded"
+    for content in (b"", b"no picture", good[:20]):
         (tmp_path / "v" / "000004.jpg").write_bytes(content)
-        assert refused(tmp_path / "v") == "damaged: image '000004.jpg' cannot be decoded"
+        assert refused(tmp_path / "v") == (
+            "damaged: image '000004.jpg' is not the PNG or JPEG image that its name promises, or "
+            "is cut off"
+        )
 
 
 def test_folders_that_hold_no_run(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from miniatures import write_images
 from scenes import damage, numbered, write_sound
 
 from mapo_lightning.data import scan as windows
+from mapo_lightning.data.examiner import Examiner, Facts, examine
 from mapo_lightning.data.reader import FrameSource, locate, name_window, read
 from mapo_lightning.data.scan import scan_videos
 from mapo_lightning.data.scan_cache import ScanCache
-from mapo_lightning.data.settings import VideoDataConfig
+from mapo_lightning.data.settings import LimitsConfig, VideoDataConfig
 from mapo_lightning.data.video import write_mp4
-from mapo_lightning.data.video_info import VideoInfo, fingerprint
+from mapo_lightning.data.video_info import fingerprint
 from mapo_lightning.types import ConfigError, VideoError
 
 
@@ -118,19 +119,19 @@ def test_an_interrupted_scan_keeps_what_it_found(
 ) -> None:
     for number in range(3):
         film(tmp_path / "v" / f"{number}.mp4", number)
-    examine, seen = FrameSource.examine, []
+    unharmed, seen = Examiner.examine, []
 
-    def stop_at_the_third(self: FrameSource, max_undecodable: float) -> VideoInfo:
-        seen.append(self.path.name)
+    def stop_at_the_third(self: Examiner, source: FrameSource) -> Facts:
+        seen.append(source.path.name)
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return examine(self, max_undecodable)
+        return unharmed(self, source)
 
     monkeypatch.setattr(windows, "_SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(FrameSource, "examine", stop_at_the_third)
+    monkeypatch.setattr(Examiner, "examine", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         scan_videos(config(tmp_path / "v", workers=1), tmp_path / "cache")
-    monkeypatch.setattr(FrameSource, "examine", examine)
+    monkeypatch.setattr(Examiner, "examine", unharmed)
     remembered = json.loads((tmp_path / "cache" / "videos.json").read_text())["videos"]
     assert len(remembered) == 2
     assert len(scan_videos(config(tmp_path / "v"), tmp_path / "cache").videos) == 3
@@ -238,19 +239,23 @@ def test_equal_heads_and_tails_are_not_equal_content(tmp_path: Path) -> None:
     assert locate(tmp_path / "u").fingerprint() != locate(tmp_path / "v").fingerprint()
 
 
+def in_this_process(source: FrameSource) -> Facts:
+    return examine(source, 0.1, LimitsConfig())
+
+
 def test_content_is_hashed_once_for_each_state_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     film(tmp_path / "v" / "a.mp4", 0)
     write_images(tmp_path / "v" / "images" / "%d.png", numbered(30))
     first = [source.fingerprint() for source in map(locate, sorted((tmp_path / "v").iterdir()))]
-    cache = ScanCache(tmp_path / "videos.json", 0.1)
+    cache = ScanCache(tmp_path / "videos.json", [0.1], in_this_process)
     for path in sorted((tmp_path / "v").iterdir()):
         cache.examine(locate(path))
     cache.save()
     asked: list[Path] = []
     monkeypatch.setattr(FrameSource, "fingerprint", lambda self: asked.append(self.path) or "new")
-    known = ScanCache(tmp_path / "videos.json", 0.1)
+    known = ScanCache(tmp_path / "videos.json", [0.1], in_this_process)
     assert [known.examine(locate(p)).fingerprint for p in sorted((tmp_path / "v").iterdir())] == (
         first
     )
@@ -267,18 +272,18 @@ def test_faults_that_are_not_the_contents_are_forgotten(
 ) -> None:
     for number in range(2):
         film(tmp_path / "v" / f"{number}.mp4", number)
-    examine = FrameSource.examine
+    unharmed = Examiner.examine
 
-    def fail(self: FrameSource, max_undecodable: float) -> VideoInfo:
-        if self.path.name == "0.mp4":
+    def fail(self: Examiner, source: FrameSource) -> Facts:
+        if source.path.name == "0.mp4":
             raise fault
-        return examine(self, max_undecodable)
+        return unharmed(self, source)
 
-    monkeypatch.setattr(FrameSource, "examine", fail)
+    monkeypatch.setattr(Examiner, "examine", fail)
     index = scan_videos(config(tmp_path / "v"), tmp_path / "cache")
     ((path, why),) = index.quarantined
     assert (path.name, why.split(":")[0]) == ("0.mp4", "inaccessible")
-    monkeypatch.setattr(FrameSource, "examine", examine)
+    monkeypatch.setattr(Examiner, "examine", unharmed)
     assert len(scan_videos(config(tmp_path / "v"), tmp_path / "cache").videos) == 2
 
 
