@@ -33,7 +33,7 @@ def pins() -> list[str]:
 
 
 def hashes(pin: str, python: str) -> str:
-    """SHA-256 of the wheel that pip would install for ``pin``; pip's own words where it has none."""
+    """SHA-256 of the wheel that pip would install for ``pin``."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"]
@@ -51,9 +51,8 @@ def main() -> None:
     lines = [HEAD]
     for pin in pins():
         found = sorted({hashes(pin, python) for python in PYTHONS})
-        lines.append(
-            " \\\n    ".join([pin, *(f"--hash=sha256:{digest}" for digest in found)]) + "\n"
-        )
+        words = [pin, *(f"--hash=sha256:{digest}" for digest in found)]
+        lines.append(" \\\n    ".join(words) + "\n")
     (ROOT / "requirements.lock").write_text("".join(lines))
 
 

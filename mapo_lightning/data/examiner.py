@@ -7,6 +7,7 @@ speaks JSON lines over its standard input and output, and imports neither torch 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
@@ -147,10 +148,8 @@ class Examiner:
         child.wait()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None and not pipe.closed:
-                try:
+                with contextlib.suppress(OSError):  # what was still to be written to it
                     pipe.close()
-                except OSError:  # what was still to be written to it
-                    pass
         with self._lock:
             self._all.discard(child)
 

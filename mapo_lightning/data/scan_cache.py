@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _VERSION: list[Any] = [
     5,
     DECODERS,
-]  # a proof of access holds for the decoders that it was made with
+]  # a proof of access holds for its decoders
 
 
 class ScanCache:

@@ -255,7 +255,7 @@ def test_a_playlist_named_like_a_video_opens_no_connection(tmp_path: Path) -> No
 
 
 def test_children_end_with_a_scan_that_is_killed(tmp_path: Path, root: Path) -> None:
-    """A child in the middle of a video outlives its killed parent no longer than the kernel takes."""
+    """A child in the middle of a video ends with its parent."""
     program = (
         "import sys\nfrom pathlib import Path\n"
         "from mapo_lightning.data import examiner as e\n"
