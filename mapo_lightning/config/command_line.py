@@ -51,7 +51,7 @@ def _checked(word: str) -> str:
     elif bare and equals:
         advice = f"write {bare}={value}, without any sign before it"
     elif bare:
-        advice = f"write {bare}=VALUE; the only options are --help [PREFIX] and --show"
+        advice = f"write {bare}=VALUE; the only options are --help [PREFIX], --show and --preflight"
     else:
         advice = "write name=value"
     raise ConfigError(f"cannot read '{word}' on the command line: {advice}.")

@@ -44,7 +44,14 @@ def help_text(
     lines: list[str] = []
     if not prefix:
         lines += ["Usage: mapo-train [group=file[/variant] ...] [key=value ...]"]
-        lines += ["       [experiment=name] [config=FILE] [--show] [--help [PREFIX]]", ""]
+        lines += [
+            "       [experiment=name] [config=FILE] [--show] [--preflight] [--help [PREFIX]]",
+            "",
+        ]
+        lines += [
+            "--show prints the resolved run; --preflight measures a few updates of it and prints"
+        ]
+        lines += ["hours, memory and disk, and refuses what does not fit.", ""]
     if shown:
         lines.append("Groups (group=file or group=file/variant; * is this run's choice)")
         for group in shown:

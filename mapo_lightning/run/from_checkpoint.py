@@ -60,7 +60,10 @@ def configure(argv: Sequence[str], conf_dir: Path) -> Composed[RunConfig]:
     words = dict(word.split("=", 1) for word in CommandLine.parse(argv).overrides)
     given, played = words.get("resume", "null"), words.get("checkpoint", "null")
     if given != "null":
+        from mapo_lightning.training.export import check_resumable
+
         path = Path(given)
+        check_resumable(path)
         if path.is_dir():
             from mapo_lightning.training.checkpoint import newest_checkpoint
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import mapo_lightning
 from mapo_lightning.types import ConfigError, MapoError
 
+PREFLIGHT = "--preflight"
+"""Word that has a run measured in place of being made."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit code."""
@@ -35,7 +38,8 @@ def run(words: Sequence[str]) -> None:
     from mapo_lightning.run.config import conf_folder
     from mapo_lightning.run.from_checkpoint import configure
 
-    composed = configure(words, conf_folder())
+    estimates = PREFLIGHT in words
+    composed = configure([word for word in words if word != PREFLIGHT], conf_folder())
     if composed.text is not None:
         sys.stdout.write(composed.text + "\n")
         return
@@ -46,6 +50,11 @@ def run(words: Sequence[str]) -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it has set it to INFO
     check_run(composed.config)
+    if estimates:
+        from mapo_lightning.run.estimate import preflight
+
+        sys.stdout.write(preflight(composed.config))
+        return
     with opened(composed) as session:
         STAGES[session.cfg.stage](session)
 

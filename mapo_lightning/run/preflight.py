@@ -35,7 +35,7 @@ def check_run(cfg: RunConfig) -> None:
         MapoError: What is missing or does not fit together, and what to do.
     """
     earlier = resumed(cfg)
-    phases = _phases(cfg, earlier)
+    phases = phases_of(cfg, earlier)
     _check_folders(cfg)
     _check_method(cfg, earlier)
     _check_unused(cfg, earlier)
@@ -64,7 +64,7 @@ def check_run(cfg: RunConfig) -> None:
         _check_models(cfg, phases, action_dim, earlier)
 
 
-def _phases(cfg: RunConfig, earlier: Resumed) -> tuple[str, ...]:
+def phases_of(cfg: RunConfig, earlier: Resumed) -> tuple[str, ...]:
     """Trainings that lie before this run."""
     if cfg.stage == "all":
         first = cfg.world_model.lower is not None and earlier.phase != "finetune"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mapo_lightning.files import atomic_write
 from mapo_lightning.models.interfaces import WorldModel
+from mapo_lightning.training.export import is_export, read_export
 from mapo_lightning.types import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -61,17 +62,21 @@ def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
 
 
 def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of this package.
+    """Read a checkpoint of this package, or an export of one.
 
     Args:
-        path: The file.
+        path: The file; or the folder of an export.
         mapped: Leave the tensors on disk until they are used: enough to read the metadata.
 
     Raises:
         CheckpointError: It is missing, damaged, holds code, or was not made by this package.
     """
+    if is_export(path):
+        return read_export(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at '{path}'; give the path of a .ckpt file")
+        raise CheckpointError(
+            f"no checkpoint at '{path}'; give the path of a .ckpt file, or the folder of an export"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:

@@ -18,7 +18,10 @@ from mapo_lightning.run.config import conf_folder
 
 pytestmark = pytest.mark.slow
 
-PROGRAMS = ("mapo-train", "mapo-gallery", "mapo-labels", "mapo-quality", "mapo-doctor")
+PROGRAMS = (
+    "mapo-train", "mapo-gallery", "mapo-labels", "mapo-quality", "mapo-told", "mapo-export",
+    "mapo-doctor",
+)  # fmt: skip
 TINY = [
     "trainer=debug", "env=toy", "world_model.image.channels=[4]", "tracking.enabled=true",
     "run_dir=run",
@@ -133,7 +136,7 @@ def test_every_program_explains_itself(program: str, programs: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["doctor", "gallery", "labels", "quality"])
+@pytest.mark.parametrize("name", ["doctor", "export", "gallery", "labels", "quality"])
 def test_the_long_form_of_a_program_is_the_same(name: str, programs: Path, tmp_path: Path) -> None:
     long = run(tmp_path, programs / "python", "-m", f"mapo_lightning.{name}", "--help")
     assert long == run(tmp_path, programs / f"mapo-{name}", "--help")

@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"training", "label_tools"},
     {"callbacks"},
     {"run"},
-    {"doctor", "gallery", "labels", "quality", "told"},  # other ways to type the commands
+    {"doctor", "export", "gallery", "labels", "quality", "told"},  # other ways to type the commands
 ]
 STEPS = {("files", "waiting")}  # on the ground floor: a lock says that it is waited for
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -51,6 +51,7 @@ DOORS = {
     "omegaconf": {"config/compose.py"},
     "openai": {"semantics/chat_client.py"},
     "pyarrow": {"label_tools/parquet.py"},
+    "safetensors": {"training/export.py"},
     "scipy": {"training/evaluation.py", "training/told.py", "semantics/agreement.py"},
     "transformers": {
         "semantics/image_text.py",
