@@ -1,4 +1,5 @@
-# Set-up is done once, in .venv, and again when pyproject.toml or constraints.txt change.
+# Set-up is done once, in .venv, and again when pyproject.toml, constraints.txt or
+# requirements.lock change.
 # `make help` lists the targets; ARGS goes to train.py: make demo ARGS="env=toy seed=3".
 
 # The first that runs: a version manager may leave the name of a Python that is switched off.
@@ -63,7 +64,7 @@ clean: ## remove caches and build folders; runs, data and .venv stay
 
 setup: gl $(STAMP) ## virtual environment and system packages, where missing
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt requirements.lock
 	@test -n "$(PYTHON)" || { echo "There is no python3: install Python 3.11 or 3.12." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is older than 3.11: give another, make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
@@ -75,6 +76,12 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "  sudo apt-get install -y $$(basename "$(PYTHON)")-venv" >&2; exit 1; }
 	@test -x $(PY) || { echo "Making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "Installing the pinned set (a few minutes the first time)"
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+		$(PY) -m pip install --disable-pip-version-check --quiet --require-hashes --no-deps \
+			--only-binary :all: -r requirements.lock; \
+	else \
+		echo "requirements.lock has hashes for Linux on x86-64 only: installing without hashes"; \
+	fi
 	$(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 

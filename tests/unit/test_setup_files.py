@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from packaging.utils import canonicalize_name
 
 @pytest.fixture
 def checkout(root: Path, tmp_path: Path) -> Path:
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements.lock"):
         shutil.copy(root / name, tmp_path)
     return tmp_path
 
@@ -106,15 +107,69 @@ def test_missing_gl_is_installed_with_sudo_where_it_asks_nothing(checkout: Path)
     assert "libegl1 libgl1 libgl1-mesa-dri" in done.stdout
 
 
+def pinned(path: Path) -> dict[str, str]:
+    """Versions by name, of a file of constraints or of a lock."""
+    pins = {}
+    for line in path.read_text().splitlines():
+        if line and not line.startswith(("#", " ")):
+            name, _, version = line.removesuffix(" \\").partition("==")
+            assert version, f"{path.name} must pin exactly, got {line!r}"
+            pins[canonicalize_name(name)] = version
+    return pins
+
+
+def test_every_pin_but_torch_has_hashes(root: Path) -> None:
+    """Test 26. torch's builds for CPUs and for CUDA have one version and different files."""
+    wanted = pinned(root / "constraints.txt")
+    del wanted["torch"]
+    assert pinned(root / "requirements.lock") == wanted
+    lock = (root / "requirements.lock").read_text().replace(" \\\n", " ").splitlines()
+    for line in lock:
+        if not line.startswith("#"):
+            hashes = line.split()[1:]
+            assert 1 <= len(hashes) <= 2, line
+            assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", word) for word in hashes), line
+    assert "://" not in "".join(lock)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the lock is for Linux")
+def test_setting_up_compares_hashes_before_anything_else_is_installed(checkout: Path) -> None:
+    told = script(checkout / "python3", f'exec {sys.executable} "$@"')
+    said = make(checkout, "-n", "setup", "GL=skip", f"PYTHON={told}").stdout
+    locked, free = said.index("--require-hashes"), said.index("-c constraints.txt -e")
+    assert locked < free
+    assert "--no-deps" in said[locked:free]
+    assert "--only-binary :all:" in said[locked:free]
+
+
+def test_a_file_with_another_hash_is_not_installed(root: Path, tmp_path: Path) -> None:
+    """pip itself, on a wheel of one file; nothing is looked up."""
+    wheel = tmp_path / "toml-0.10.2-py2.py3-none-any.whl"
+    info = "toml-0.10.2.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("toml.py", "stolen = True\n")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: toml\nVersion: 0.10.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py2.py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    lines = (root / "requirements.lock").read_text().replace(" \\\n", " ").splitlines()
+    (line,) = (line for line in lines if line.startswith("toml=="))
+    (tmp_path / "one.lock").write_text(line + "\n")
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(tmp_path)]
+    command += ["--require-hashes", "--no-deps", "--target", str(tmp_path / "to")]
+    done = subprocess.run(
+        [*command, "-r", str(tmp_path / "one.lock")],
+        env={**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "DO NOT MATCH THE HASHES" in done.stderr.upper()
+    assert not (tmp_path / "to" / "toml.py").exists()
+
+
 def test_every_dependency_is_pinned_within_its_range(root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = [text for group in project["optional-dependencies"].values() for text in group]
-    pins = {}
-    for line in (root / "constraints.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            name, _, version = line.partition("==")
-            assert version, f"constraints.txt must pin exactly, got {line!r}"
-            pins[canonicalize_name(name)] = version
+    pins = pinned(root / "constraints.txt")
     for text in [*project["dependencies"], *extras]:
         wanted = Requirement(text)
         if wanted.marker is None or wanted.marker.evaluate():
@@ -129,6 +184,7 @@ def test_every_dependency_is_pinned_within_its_range(root: Path) -> None:
         ("lightning", "2.6.2"),
         ("lightning", "2.6.3"),
         ("mujoco", "3.17.0"),
+        ("mujoco", "4.0.0"),
         ("dm_control", "1.0.50"),
         ("torch", "2.9.1"),
         ("omegaconf", "2.3.1"),
