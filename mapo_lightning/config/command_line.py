@@ -1,4 +1,4 @@
-"""Takes a command line apart: ``key=value`` words, ``--help [PREFIX]`` and ``--show``."""
+"""Takes a command line apart: ``key=value`` words and the options, such as ``--help [PREFIX]``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ class CommandLine:
     show: bool = False
     """Print the resolved run and stop."""
 
+    preflight: bool = False
+    """Measure the run in place of making it."""
+
     @classmethod
     def parse(cls, argv: Sequence[str]) -> CommandLine:
         """Sort the words.
@@ -36,6 +39,8 @@ class CommandLine:
                 words.help = rest.pop(0) if follows else ""
             elif word == "--show":
                 words.show = True
+            elif word == "--preflight":
+                words.preflight = True
             else:
                 words.overrides.append(_checked(word))
         return words

@@ -11,9 +11,6 @@ from pathlib import Path
 import mapo_lightning
 from mapo_lightning.types import ConfigError, MapoError
 
-PREFLIGHT = "--preflight"
-"""Word that has a run measured in place of being made."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit code."""
@@ -35,11 +32,11 @@ def run(words: Sequence[str]) -> None:
         MapoError: The run cannot be made, or fails in a way that its user can repair.
     """
     check_callbacks()
+    from mapo_lightning.config.command_line import CommandLine
     from mapo_lightning.run.config import conf_folder
     from mapo_lightning.run.from_checkpoint import configure
 
-    estimates = PREFLIGHT in words
-    composed = configure([word for word in words if word != PREFLIGHT], conf_folder())
+    composed = configure(words, conf_folder())
     if composed.text is not None:
         sys.stdout.write(composed.text + "\n")
         return
@@ -50,7 +47,7 @@ def run(words: Sequence[str]) -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it has set it to INFO
     check_run(composed.config)
-    if estimates:
+    if CommandLine.parse(words).preflight:
         from mapo_lightning.run.estimate import preflight
 
         sys.stdout.write(preflight(composed.config))
