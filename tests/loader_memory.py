@@ -34,9 +34,9 @@ for number, batch in enumerate(loader, 1):
         (worker,) = psutil.Process().children()
     if 20 * number == warm:
         before = worker.memory_info().rss
-    if 20 * number >= reads:
+    if 20 * number >= reads:  # the worker ends with the loop
+        print((worker.memory_info().rss - before) / 2**20)
         break
-print((worker.memory_info().rss - before) / 2**20)
 """
 
 

@@ -129,7 +129,7 @@ def preflight(cfg: RunConfig) -> str:
 
 def _small(cfg: RunConfig) -> RunConfig:
     """The run in one process, without what happens around its updates."""
-    callbacks = replace(cfg.callbacks, progress=False, checkpoint_every=10**9)
+    callbacks = replace(cfg.callbacks, progress=False)
     trainer = replace(cfg.trainer, devices=1, num_nodes=1, strategy="auto")
     tracking = replace(cfg.tracking, enabled=False)
     return replace(cfg, callbacks=callbacks, trainer=trainer, tracking=tracking)
@@ -155,7 +155,9 @@ def _finetune(cfg: RunConfig, place: Path) -> Phase:
     watch = _fit(short, "finetune", module, data, [collect], place, action_dim=stage.action_dim)
     steps = stage.replay.steps
     per_step = _bytes_under(place / "replay") / max(1, steps)
-    kept = min(cfg.replay.capacity, cfg.finetune.agent_steps)
+    # The last two checkpoints keep the episodes that were evicted since.
+    since = 2 * cfg.callbacks.checkpoint_every * tune.train_every
+    kept = min(cfg.replay.capacity + min(since, 2 * cfg.replay.capacity), tune.agent_steps)
     seconds, film = _one_episode(short, module)
     count = 2 + updates // cfg.evaluate.every
     return Phase(

@@ -133,7 +133,7 @@ def test_commands_are_found_at_all() -> None:
 @pytest.mark.parametrize(("where", "words"), COMMANDS, ids=[where for where, _ in COMMANDS])
 def test_every_documented_command_composes(where: str, words: list[str]) -> None:
     options = [word for word in words if word.startswith("--")]
-    assert set(options) <= {"--help", "--show"}, where
+    assert set(options) <= {"--help", "--show", "--preflight"}, where
     if "--help" not in words:
         composed([word for word in words if word not in options])
 
