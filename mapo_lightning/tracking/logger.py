@@ -202,6 +202,8 @@ class RunLogger(MLFlowLogger):
         self._beat = time.monotonic()
         self._refused: set[str] = set()
         self.failed_calls = 0
+        self.stopped = False
+        """Whether somebody has stopped the run: it then ends as KILLED, not as FAILED."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -233,9 +235,11 @@ class RunLogger(MLFlowLogger):
     def finalize(self, status: str = "success") -> None:
         """Deliver queued values and end the run."""
         if self._queue is not None:
-            self._queue.close()
+            self._queue.close(5.0 if self.stopped else 30.0)
             self._queue = None
         ended: Status = "FAILED" if status == "failed" else "FINISHED"
+        if self.stopped:
+            ended = "KILLED"
         self.attempt(
             "the end of the run", lambda: self.experiment.set_terminated(self.active_run, ended)
         )
