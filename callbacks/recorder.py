@@ -199,9 +199,8 @@ class MLflowRecorder(L.Callback):
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
-        run.flush(
-            5.0 if run.stopped else 30.0
-        )  # first: files are not tried while the store is away
+        # First: no file is tried while the store is away.
+        run.flush(5.0 if run.stopped else 30.0)
         for checkpoint in trainer.checkpoint_callbacks:
             if files and isinstance(checkpoint, ModelCheckpoint):
                 paths = {checkpoint.last_model_path, checkpoint.best_model_path} - {""}

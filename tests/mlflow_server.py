@@ -62,10 +62,11 @@ class MlflowServer:
             self.process.wait()
 
     def _answers(self) -> bool:
-        with contextlib.suppress(OSError):
+        try:
             with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
-        return False
+        except OSError:
+            return False
 
 
 @contextlib.contextmanager

