@@ -125,7 +125,7 @@ def options_of(words: list[str]) -> tuple[dict[str, str], list[str]]:
     rest = list(words)
     while rest and rest[0].startswith("-"):
         name, equals, value = rest.pop(0).lstrip("-").partition("=")
-        flags = ("requeue", "no-requeue", "exclusive", "overlap", "parsable", "unbuffered")
+        flags = ["requeue", "no-requeue", "exclusive", "overlap", "parsable", "kill-on-bad-exit"]
         if not equals and name not in flags and rest:
             value = rest.pop(0)
         found[short.get(name, name)] = value

@@ -96,9 +96,8 @@ def test_the_other_scripts_are_whole_and_the_vlm_server_says_where_it_is(
         assert slurm.wait(server) == 0
         url = (tmp_path / "vlm.url").read_text().strip()
         assert (tmp_path / "served").read_text().startswith("word serve Qwen/Qwen2.5-VL-7B")
-        assert (
-            f"--port {url.split(':')[2].removesuffix('/v1')}" in (tmp_path / "served").read_text()
-        )
+        port = url.split(":")[2].removesuffix("/v1")
+        assert f"--port {port}" in (tmp_path / "served").read_text()
         (job,) = slurm.submit(tmp_path, "--array=2", "mapo.sbatch", "env=toy")
         assert slurm.wait(job) == 75
         trained = tmp_path / "trained"
