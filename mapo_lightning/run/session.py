@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mapo_lightning.config.compose import Composed
 from mapo_lightning.files import atomic_write
 from mapo_lightning.run import job
-from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
 from mapo_lightning.stopping import Stopped
 from mapo_lightning.tracking import logger as tracking
@@ -129,7 +129,11 @@ def continued(words: Sequence[str], cfg: RunConfig) -> list[str]:
     except CheckpointError:
         return list(words)
     log.info("this job was started again: the run in '%s' goes on", folder)
-    return [*(word for word in words if not word.startswith("resume=")), f"resume={folder}"]
+    # The run's own settings hold what the words of groups have chosen. Single keys count again: an
+    # address, for one, may be another than before.
+    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()}
+    dropped = groups | {"config", "resume"}
+    return [*(w for w in words if w.partition("=")[0] not in dropped), f"resume={folder}"]
 
 
 def run_folder(name: str, given: str = "") -> Path:

@@ -10,6 +10,7 @@ import sqlite3
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from program import SMALL, TRAIN, end, start, train
@@ -78,6 +79,37 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(
         f"each: {kills} whole checkpoints, a draft left over after {drafts} of the kills"
     )
     assert drafts >= kills // 4  # they did hit saves
+
+
+@pytest.mark.hard
+def test_a_signal_to_one_of_two_ranks_stops_both_at_one_update(tmp_path: Path) -> None:
+    words = [*SMALL, "stage=finetune", "callbacks.rollout_every=1000", "run_dir=run"]
+    words += ["finetune.agent_steps=2110", "callbacks.checkpoint_every=5", "tracking.enabled=true"]
+    words += ["trainer.devices=2", "trainer.strategy=ddp"]
+    last = tmp_path / "run/finetune/last.ckpt"
+    with (tmp_path / "said.txt").open("w") as said:
+        process = start(tmp_path, TRAIN, *words, said=said)
+        try:
+            deadline = time.monotonic() + 600
+            while not last.exists() and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            (other,) = [
+                child
+                for child in psutil.Process(process.pid).children()
+                if child.environ().get("LOCAL_RANK") == "1"
+            ]
+            other.send_signal(signal.SIGUSR1)
+            process.wait(300)
+        finally:
+            end(process)
+    text = (tmp_path / "said.txt").read_text()
+    assert process.returncode == 75, text
+    assert text.count("stopped by SIGUSR1 after update") == 1
+    made = read_checkpoint(last)["global_step"]
+    assert f"stopped by SIGUSR1 after update {made} of fine-tuning" in text
+    db = sqlite3.connect(tmp_path / "runs/mlflow.db")
+    assert {row for (row,) in db.execute("select status from runs")} == {"KILLED"}
 
 
 @pytest.mark.hard
