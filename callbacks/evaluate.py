@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import lightning as L
 
 from callbacks.recorder import recorder_of
+from mapo_lightning.stopping import Stopped, signals
 from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.checkpoint import read_checkpoint
 from mapo_lightning.training.evaluation import Evaluation, Play, Score, enlarged
 from mapo_lightning.training.finetune import FinetuneModule
+
+log = logging.getLogger(__name__)
 
 
 class EvaluatePolicy(L.Callback):
@@ -44,16 +48,23 @@ class EvaluatePolicy(L.Callback):
         self.best, self.best_return = best, -math.inf
         self.newest: Evaluation | None = None
         self._evaluated_at = -1  # on all ranks
+        self._broken_off = False  # the last evaluation, by a signal
 
     def state_dict(self) -> dict[str, Any]:
         """Goes into the checkpoints."""
-        return {"best_return": self.best_return}
+        return {"best_return": self.best_return, "broken_off": self._broken_off}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A resumed run must beat the agent that is kept, whatever checkpoint it resumes from."""
+        self._broken_off = bool(state_dict.get("broken_off"))
         if self.best is not None and self.best.exists():
             kept = read_checkpoint(self.best, mapped=True)["callbacks"][self.state_key]
             self.best_return = float(kept["best_return"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make up for an evaluation that was broken off."""
+        if self._broken_off:
+            self._evaluate(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
@@ -70,7 +81,14 @@ class EvaluatePolicy(L.Callback):
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Play on the main process; where its agent is the best so far, all of them keep it."""
         self._evaluated_at = trainer.global_step
-        better = self._play(trainer, pl_module) if trainer.is_global_zero else False
+        better, self._broken_off = False, False
+        if trainer.is_global_zero:
+            try:
+                with signals.interruptible():
+                    better = self._play(trainer, pl_module)
+            except Stopped as stopped:  # the run stops where the checkpoint is written
+                self._broken_off = True
+                log.info("the evaluation is broken off by %s", stopped.signal.name)
         if self.best is not None and trainer.strategy.broadcast(better):
             trainer.save_checkpoint(self.best)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from mapo_lightning.data.clips import LabelExample
+from mapo_lightning.stopping import Stopped
 from mapo_lightning.tracking import artifacts, mlflow_client
 from mapo_lightning.tracking.logger import RunLogger
 from mapo_lightning.tracking.versions import own_git_state, versions
@@ -113,15 +114,18 @@ class MLflowRecorder(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Record why the run ended early, and the checkpoints written so far."""
+        """Record why the run ended early, and, unless it was stopped, the checkpoints so far."""
         run = _run_of(trainer)
         if run is not None:
             reason = f"{type(exception).__name__}: {exception}"
             tags = {"failure": artifacts.plain_text(reason)}
+            if isinstance(exception, Stopped | KeyboardInterrupt):
+                run.stopped, tags = True, {"stopped": artifacts.plain_text(str(exception))}
             run.attempt(
                 "the failure", lambda: mlflow_client.set_tags(run.experiment, run.active_run, tags)
             )
-        self._close(trainer)
+        # A cluster kills soon after it has asked to stop, and the run that goes on has the files.
+        self._close(trainer, files=run is None or not run.stopped)
 
     def log_metrics(self, trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
         """Record values at a step of the caller's choice."""
@@ -188,19 +192,20 @@ class MLflowRecorder(L.Callback):
         self._wait = self._busy = 0.0
         self._batches = 0
 
-    def _close(self, trainer: L.Trainer) -> None:
+    def _close(self, trainer: L.Trainer, files: bool = True) -> None:
         run = _run_of(trainer)
         if run is None:
             return
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
+        # First: no file is tried while the store is away.
+        run.flush(5.0 if run.stopped else 30.0)
         for checkpoint in trainer.checkpoint_callbacks:
-            if isinstance(checkpoint, ModelCheckpoint):
+            if files and isinstance(checkpoint, ModelCheckpoint):
                 paths = {checkpoint.last_model_path, checkpoint.best_model_path} - {""}
                 for path in sorted({*map(Path, paths), *Path(checkpoint.dirpath or "").glob(BEST)}):
                     artifacts.log_file(run, path, "checkpoints")
-        run.flush()
 
 
 def contact_sheet(

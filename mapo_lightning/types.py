@@ -97,5 +97,9 @@ class EnvironmentSetupError(MapoError):
     """An environment cannot be built or rendered."""
 
 
+class DivergedError(MapoError):
+    """A loss or a gradient is no finite number any more; raised on all ranks at the same update."""
+
+
 class CheckpointError(MapoError):
     """A checkpoint is missing, damaged, or belongs to another model."""

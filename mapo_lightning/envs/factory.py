@@ -17,6 +17,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import PixelEnv, Simulator
+from mapo_lightning.stopping import leave_to_parent
 from mapo_lightning.types import ConfigError
 from mapo_lightning.waiting import waiting
 
@@ -47,6 +48,12 @@ def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:
         time_limit=cfg.time_limit,
         seed=seed,
     )
+
+
+def _make_env_in_process(cfg: EnvConfig, seed: int) -> PixelEnv:
+    """Build an environment in a process of its own, which the parent alone ends."""
+    leave_to_parent()
+    return make_env(cfg, seed)
 
 
 def probed_action_dim(cfg: EnvConfig) -> int:
@@ -89,10 +96,12 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
     count = cfg.num_envs if num_envs is None else num_envs
     if count < 1:
         raise ConfigError(f"num_envs must be at least 1, got {count}")
+    in_process = count > 1 and needs_gl(cfg)
+    make = _make_env_in_process if in_process else make_env
     makers: list[Callable[[], gym.Env[Any, Any]]] = [
-        functools.partial(make_env, cfg, env_seed(seed, index)) for index in range(count)
+        functools.partial(make, cfg, env_seed(seed, index)) for index in range(count)
     ]
-    if count == 1 or not needs_gl(cfg):
+    if not in_process:
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
     # A task that the program itself registers is known only in processes that import the program.
     start = nullcontext() if cfg.kind == "gym" else light_start()

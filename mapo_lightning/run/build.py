@@ -35,6 +35,7 @@ from mapo_lightning.training.checkpoint import (
 from mapo_lightning.training.compile import compile_parts
 from mapo_lightning.training.datamodule import VideoDataModule
 from mapo_lightning.training.finetune import FinetuneModule
+from mapo_lightning.training.finite import refuse_broken_weights
 from mapo_lightning.training.pretrain import PretrainModule
 from mapo_lightning.training.settings import HANDED_OVER
 from mapo_lightning.types import CheckpointError, ConfigError
@@ -157,6 +158,7 @@ def load_finetuned(cfg: RunConfig, path: Path) -> tuple[FinetuneModule, Mapping[
     metadata: Mapping[str, Any] = content["mapo"]
     module, _ = build_finetune(cfg, metadata["action_dim"], None)
     check_fit(module, content, path)
+    refuse_broken_weights(content["state_dict"], f"'{path}'")
     module.load_state_dict(content["state_dict"])
     return module, metadata
 

@@ -9,17 +9,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mapo_lightning
-from mapo_lightning.types import ConfigError, MapoError
+from mapo_lightning.run import job
+from mapo_lightning.stopping import REQUEUE, Stopped, watched
+from mapo_lightning.types import ConfigError, DivergedError, MapoError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; returns the exit code."""
+    """Run what the command line asks for; returns the exit code.
+
+    0: done. 2: a failure that the message explains. After a signal, the codes of
+    `mapo_lightning.stopping`.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        with watched():
+            run(sys.argv[1:] if argv is None else argv)
+    except DivergedError as error:
+        if job.rank() == 0:
+            sys.stderr.write(f"error: {error}\n")
+        return 0 if job.launched_here() else 2
     except MapoError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except Stopped as stopped:
+        if job.rank() == 0:
+            sys.stderr.write(f"{stopped}\n")
+        return 0 if stopped.agreed and job.launched_here() else stopped.code
     except KeyboardInterrupt:
         return 130
     return 0
@@ -42,18 +57,25 @@ def run(words: Sequence[str]) -> None:
         return
     # These import torch and Lightning, which takes seconds: the words above are checked without.
     from mapo_lightning.run.preflight import check_run
-    from mapo_lightning.run.session import opened
+    from mapo_lightning.run.session import continued, opened
     from mapo_lightning.run.stages import STAGES
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # it has set it to INFO
+    if job.restarted():
+        composed = configure(continued(words, composed.config), conf_folder())
     check_run(composed.config)
     if CommandLine.parse(words).preflight:
         from mapo_lightning.run.estimate import preflight
 
         sys.stdout.write(preflight(composed.config))
         return
-    with opened(composed) as session:
-        STAGES[session.cfg.stage](session)
+    try:
+        with opened(composed) as session:
+            STAGES[session.cfg.stage](session)
+    except Stopped as stopped:
+        if composed.config.trainer.requeue and stopped.code == REQUEUE and job.rank() == 0:
+            job.requeue()
+        raise
 
 
 def check_callbacks() -> None:

@@ -20,6 +20,7 @@ from mapo_lightning.envs.factory import probed_action_dim
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
+from mapo_lightning.run.job import restarted
 from mapo_lightning.run.trainer import best_device, check_hardware
 from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.tracking.logger import check_store, is_main_process
@@ -89,6 +90,8 @@ def _check_unused(cfg: RunConfig, earlier: Resumed) -> None:
     folder = Path(cfg.run_dir).absolute()
     # The other ranks find the folder that rank 0 has just made.
     if not cfg.run_dir or folder in earlier.path.absolute().parents or not is_main_process():
+        return
+    if restarted():  # the results are those of this job's earlier start
         return
     for result in (*sorted(folder.glob("*/*.ckpt")), *folder.glob("evaluation.json")):
         more = f"resume={cfg.run_dir} continues it, or " if result.suffix == ".ckpt" else ""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +17,20 @@ import torch
 import torch.distributed as dist
 
 from mapo_lightning.config.compose import Composed
-from mapo_lightning.run.config import RunConfig
+from mapo_lightning.files import atomic_write
+from mapo_lightning.run import job
+from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
+from mapo_lightning.stopping import Stopped
 from mapo_lightning.tracking import logger as tracking
+from mapo_lightning.training.checkpoint import newest_checkpoint
 from mapo_lightning.training.cuda_graph import CudaRecorder, cuda_recorder
 from mapo_lightning.training.process import keep_freed_memory
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import CheckpointError, ConfigError
 
+log = logging.getLogger(__name__)
+
+_TRACKED = "mlflow.json"  # MLflow runs of the run's phases, for a start that finds no checkpoint
 _SHARED = "MAPO_RUN_DIR"
 
 
@@ -36,6 +45,8 @@ class Session(NamedTuple):
     resumed: Resumed
     recorder: CudaRecorder | None
     """Of whole updates, where ``trainer.capture`` asks for it."""
+    continues: bool
+    """Whether this goes on with a run that was begun before."""
 
     @property
     def cfg(self) -> RunConfig:
@@ -45,7 +56,18 @@ class Session(NamedTuple):
     @property
     def rank(self) -> int:
         """Number of this process among all of a job; known before a Trainer counts them."""
-        return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+        return job.rank()
+
+    def tracked(self, name: str) -> str | None:
+        """The MLflow run that a phase goes on with; None where it gets one of its own."""
+        return self.resumed.tracked(name) or _noted(self.folder, self.continues).get(name)
+
+    def note(self, name: str, run: str | None) -> None:
+        """Write down a phase's MLflow run: it may be stopped before its first checkpoint."""
+        if run is not None:
+            noted = _noted(self.folder, True) | {name: run}
+            with atomic_write(self.folder / _TRACKED) as draft:
+                draft.write_text(json.dumps(noted), encoding="utf-8")
 
 
 @contextmanager
@@ -58,17 +80,27 @@ def opened(composed: Composed[RunConfig]) -> Iterator[Session]:
     cfg = composed.config
     recorder = _settle_process(cfg)
     earlier = resumed(cfg)
-    about = {"pretrain": "videos", "label": "labels"}.get(cfg.stage, cfg.env.name)
-    folder = run_folder(f"{cfg.method}-{about}", cfg.run_dir)
+    folder = run_folder(_name(cfg), cfg.run_dir)
+    continues = cfg.resume is not None or job.restarted()
+    if not continues:
+        _check_job_folder(folder, cfg)
     tags = {"method": cfg.method, "stage": cfg.stage, "run_dir": str(folder)}
-    parent = tracking.start_parent(cfg.tracking, folder.name, tags, earlier.tracked("parent"))
+    known = earlier.tracked("parent") or _noted(folder, continues).get("parent")
+    parent = tracking.start_parent(cfg.tracking, folder.name, tags, known)
     status: tracking.Status = "FAILED"
     inherited = os.environ.get(_SHARED)
     os.environ[_SHARED] = str(folder)  # ranks that this process starts share it
     try:
         _make_folder(folder, composed)
-        yield Session(composed, folder, parent, earlier, recorder)
+        session = Session(composed, folder, parent, earlier, recorder, continues)
+        session.note("parent", parent)
+        yield session
         status = "FINISHED"
+    except Stopped as stopped:
+        status = "KILLED"
+        stopped.when = stopped.when or f"in stage={cfg.stage}"
+        stopped.advice = _advice(cfg, folder)
+        raise
     except KeyboardInterrupt:
         status = "KILLED"
         raise
@@ -80,6 +112,28 @@ def opened(composed: Composed[RunConfig]) -> Iterator[Session]:
             if status == "FINISHED":
                 dist.barrier()
             dist.destroy_process_group()
+
+
+def continued(words: Sequence[str], cfg: RunConfig) -> list[str]:
+    """The words of a start that SLURM or torchrun repeats: they go on where the run was.
+
+    Args:
+        words: Of the command line, which is the same at every start.
+        cfg: What they ask for.
+    """
+    if cfg.stage in ("label", "evaluate"):  # the label store remembers; episodes are played again
+        return list(words)
+    folder = run_folder(_name(cfg), cfg.run_dir)
+    try:
+        newest_checkpoint(folder)
+    except CheckpointError:
+        return list(words)
+    log.info("this job was started again: the run in '%s' goes on", folder)
+    # The run's own settings hold what the words of groups have chosen. Single keys count again: an
+    # address, for one, may be another than before.
+    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()}
+    dropped = groups | {"config", "resume"}
+    return [*(w for w in words if w.partition("=")[0] not in dropped), f"resume={folder}"]
 
 
 def run_folder(name: str, given: str = "") -> Path:
@@ -99,9 +153,8 @@ def run_folder(name: str, given: str = "") -> Path:
     folder = given or os.environ.get(_SHARED, "")
     if folder:
         return Path(folder).absolute()
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    if job and job != "none":
-        return Path(f"runs/job{job}-{name}").absolute()
+    if started := job.job_name():
+        return Path(f"runs/{started}-{name}").absolute()
     base = Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}").absolute()
     for number in itertools.count(1):
         path = base if number == 1 else base.with_name(f"{base.name}-{number}")
@@ -113,6 +166,50 @@ def run_folder(name: str, given: str = "") -> Path:
             raise _unwritable(path, error) from error
         return path
     raise AssertionError("counting has no end")
+
+
+def _name(cfg: RunConfig) -> str:
+    """What a run is called, after the time or the job."""
+    about = {"pretrain": "videos", "label": "labels"}.get(cfg.stage, cfg.env.name)
+    # One job may run several seeds, one after the other.
+    seed = f"-seed{cfg.seed}" if job.job_name() else ""
+    return f"{cfg.method}-{about}{seed}"
+
+
+def _check_job_folder(folder: Path, cfg: RunConfig) -> None:
+    """See that no earlier run of the same job lies in the folder that is named after it."""
+    if cfg.run_dir or not job.job_name() or not tracking.is_main_process():
+        return
+    for result in sorted(folder.glob("*/*.ckpt")):
+        raise ConfigError(
+            f"this job has had a run in '{folder}' already ({result.relative_to(folder)}): give "
+            "each run of a job a folder of its own with run_dir=DIR"
+        )
+
+
+def _noted(folder: Path, continues: bool) -> dict[str, str]:
+    """MLflow runs that an earlier start has written down."""
+    path = folder / _TRACKED
+    if not continues or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"'{path}' is damaged: delete it, and the run gets new MLflow runs")
+    return {str(name): str(run) for name, run in found.items()}
+
+
+def _advice(cfg: RunConfig, folder: Path) -> str:
+    """How to go on after a stop."""
+    if cfg.stage == "label":
+        return "the same command goes on with the windows that are left"
+    if cfg.stage == "evaluate":
+        return "the same command plays the episodes again"
+    if any(folder.glob("*/*.ckpt")):
+        return f"resume={folder} goes on"
+    return "there is no checkpoint yet: the same command starts again"
 
 
 def _settle_process(cfg: RunConfig) -> CudaRecorder | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,17 +26,18 @@ from mapo_lightning.envs.collector import Episode, Policy, run_episodes
 from mapo_lightning.envs.demo import render_demo_videos
 from mapo_lightning.envs.experts import SENTENCES
 from mapo_lightning.envs.factory import close_vector_env, make_vector_env
-from mapo_lightning.run import build
+from mapo_lightning.run import build, job
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.session import Session
 from mapo_lightning.run.trainer import best_device, build_trainer
+from mapo_lightning.stopping import Stopped
 from mapo_lightning.tracking import logger as tracking
 from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.base_module import TrainedModule
 from mapo_lightning.training.checkpoint import BEST
 from mapo_lightning.training.datamodule import ReplayDataModule
 from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores
-from mapo_lightning.types import Frames
+from mapo_lightning.types import Frames, MapoError
 
 NAMES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
 log = logging.getLogger("mapo")
@@ -112,7 +112,7 @@ def label(session: Session) -> None:
     """Fill the label store with every window of the videos; or only count them."""
     cfg = session.cfg
     render_demo(cfg)
-    work = build.build_labelling(cfg, session.rank, int(os.environ.get("WORLD_SIZE", "1")))
+    work = build.build_labelling(cfg, session.rank, job.world_size())
     if cfg.label.dry:
         log.info("%s", work.estimate(cfg.label.probe))
         return
@@ -133,8 +133,8 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     updates = cfg.finetune.updates(cfg.trainer.processes)
     best = session.folder / "finetune" / BEST if cfg.evaluate.keep_best else None
     if session.resumed.finished("finetune", updates):
-        if best is not None and not (session.folder / "evaluation.json").exists():
-            test_best(session, best)
+        if not (session.folder / "evaluation.json").exists():  # stopped in its last episodes
+            test_best(session, best) if best else test(session, cfg, session.resumed.path)
         return
     init_from = init_from or (Path(cfg.init_from) if cfg.init_from else None)
     if session.resumed.phase == "finetune":
@@ -152,7 +152,11 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     extra = [collect, ImaginationRollout(cfg.callbacks.rollout_every), evaluation]
     watch = {"return": "collect/return", "reward": "train/imagined_reward"}
     data = ReplayDataModule(stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, seed)
-    fit(session, "finetune", module, data, updates, extra, watch, action_dim=stage.action_dim)
+    try:
+        fit(session, "finetune", module, data, updates, extra, watch, action_dim=stage.action_dim)
+    except BaseException:
+        close_vector_env(stage.collector.envs)  # Lightning tears callbacks down after success only
+        raise
     if best is not None:
         test_best(session, best)
     elif evaluation.newest is not None:
@@ -220,8 +224,9 @@ def fit(
     if session.recorder is not None:
         module.capture(session.recorder)
     earlier = session.resumed.path if session.resumed.phase == phase else None
-    identity = session.resumed.tracked(phase)
+    identity = session.tracked(phase)
     logger = tracking.make_logger(cfg.tracking, phase, session.parent, run_id=identity)
+    session.note(phase, logger.run_id if logger else None)
     module.metadata = {  # what a checkpoint tells about itself
         "stage": phase,
         "method": cfg.method,
@@ -245,7 +250,14 @@ def fit(
     validate_every = cfg.pretrain.validate_every if phase == "pretrain" else None
     folder = session.folder / phase
     trainer = build_trainer(cfg, updates, folder, around + extra, logger, validate_every)
-    trainer.fit(module, datamodule=data, ckpt_path=earlier, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=earlier, weights_only=True)
+    except (Exception, Stopped) as error:
+        if isinstance(error, Stopped):
+            error.when = f"{error.when or 'in the middle'} of {NAMES[phase]}"
+        elif not isinstance(error, MapoError):
+            module.check_finite()  # a simulator, for one, fails at an action that is no number
+        raise
 
 
 def summary(session: Session, found: Evaluation) -> None:

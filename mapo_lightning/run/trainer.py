@@ -8,11 +8,15 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from mapo_lightning import stopping
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.training.checkpoint import (
     write_checkpoint,
@@ -43,6 +47,7 @@ def check_hardware(cfg: TrainerConfig) -> None:
     try:
         L.Trainer(
             **_hardware(cfg),
+            plugins=_cluster(),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -60,6 +65,17 @@ def _hardware(cfg: TrainerConfig) -> dict[str, Any]:
     return {name: getattr(cfg, name) for name in names}
 
 
+def _cluster() -> list[Any]:
+    """SLURM, where srun has started this process, without what Lightning does to a job there.
+
+    Its own requeueing writes a checkpoint into the working folder, and every later job that starts
+    in that folder loads it, whatever it was asked to do.
+    """
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
+
+
 class _WholeFiles(TorchCheckpointIO):
     """Writes checkpoints at once or not at all, also where the temporary folder is another disk."""
 
@@ -71,7 +87,9 @@ class _WholeFiles(TorchCheckpointIO):
 
 
 class _Saving(ModelCheckpoint):
-    """Saves every few updates and, unlike Lightning's, also after the last one.
+    """Saves every few updates and, unlike Lightning's, also after the last one and before a stop.
+
+    It comes after all other callbacks: what it saves is the state between two updates.
 
     Args:
         folder: Of the checkpoints.
@@ -90,12 +108,58 @@ class _Saving(ModelCheckpoint):
             enable_version_counter=False,  # a resumed run replaces its own files
         )
         self.every, self.last = every, folder / "last.ckpt"
+        self._ranks: Any = None  # group of processes that agree without their devices
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals back from Lightning, whose handler waits for other ranks."""
+        stopping.install()
+        if trainer.world_size > 1:
+            self._ranks = dist.new_group(backend="gloo")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on, a signal waits for the end of the update."""
+        super().on_train_start(trainer, pl_module)
+        stopping.signals.hold()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save when it is due, and where the run is to stop."""
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        asked = self._agreed(stopping.signals.asked)
+        if not asked:
+            return
+        stopping.signals.release()
+        if trainer.global_step % self.every:  # otherwise it was saved just now
+            trainer.save_checkpoint(self.last)
+        raise stopping.Stopped(asked, f"after update {trainer.global_step}", agreed=True)
+
+    def _agreed(self, asked: int) -> int:
+        """The signal that any rank has received, on all of them."""
+        if self._ranks is None:
+            return asked
+        heard = torch.tensor(asked)
+        dist.all_reduce(heard, dist.ReduceOp.MAX, self._ranks)
+        return int(heard)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Let the processes that Lightning has started for other ranks stop too."""
+        stopping.signals.release()
+        kill = getattr(trainer.strategy.launcher, "kill", None)
+        if isinstance(exception, stopping.Stopped) and not exception.agreed and kill is not None:
+            kill(exception.signal)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the trained model, unless the last update was one with a checkpoint."""
         if trainer.global_step % self.every:
             trainer.save_checkpoint(self.last)
             self.last_model_path = str(self.last)
+        asked = self._agreed(stopping.signals.asked)
+        stopping.signals.release()
+        if asked:
+            raise stopping.Stopped(asked, f"after update {trainer.global_step}", agreed=True)
 
 
 def build_trainer(
@@ -117,7 +181,10 @@ def build_trainer(
         limit_val_batches=None if validate_every else 0,
         num_sanity_val_steps=0,
         callbacks=[*callbacks, _Saving(folder, cfg.callbacks.checkpoint_every)],
-        plugins=[_WholeFiles()],
+        plugins=[_WholeFiles(), *_cluster()],
+        # In a job of SLURM, Lightning looks here for a checkpoint and loads it without being told
+        # to. No run makes this folder.
+        default_root_dir=folder / "lightning",
         logger=logger or False,
         enable_progress_bar=False,
         enable_model_summary=False,

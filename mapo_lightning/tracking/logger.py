@@ -24,6 +24,7 @@ from mapo_lightning.tracking.mlflow_client import Point, Status, clean_name
 from mapo_lightning.tracking.queue import MetricQueue
 from mapo_lightning.tracking.settings import TrackingConfig
 from mapo_lightning.types import ConfigError
+from mapo_lightning.waiting import waiting
 
 __all__ = [
     "RunLogger",
@@ -42,6 +43,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _HEARTBEAT = 60.0  # seconds between two signs of life
+_LAST_WAIT = 120.0  # seconds that the end of a run waits for a store that is away
 
 
 def is_main_process() -> bool:
@@ -202,6 +204,8 @@ class RunLogger(MLFlowLogger):
         self._beat = time.monotonic()
         self._refused: set[str] = set()
         self.failed_calls = 0
+        self.stopped = False
+        """Whether somebody has stopped the run: it then ends as KILLED, not as FAILED."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -231,17 +235,27 @@ class RunLogger(MLFlowLogger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Deliver queued values and end the run."""
+        """Deliver queued values and end the run; waits a while for a store that is away."""
         if self._queue is not None:
-            self._queue.close()
+            with waiting("the MLflow store, to deliver what is left"):
+                self._queue.close(5.0 if self.stopped else _LAST_WAIT)
             self._queue = None
         ended: Status = "FAILED" if status == "failed" else "FINISHED"
+        if self.stopped:
+            ended = "KILLED"
         self.attempt(
             "the end of the run", lambda: self.experiment.set_terminated(self.active_run, ended)
         )
 
     def attempt(self, what: str, call: Callable[[], object]) -> bool:
-        """Run a call that needs the store; a failure is logged and counted, never raised."""
+        """Run a call that needs the store; a failure is logged and counted, never raised.
+
+        While the store is away, it is not called: every call would hold up training for seconds.
+        """
+        if self._queue is not None and self._queue.away:
+            self.failed_calls += 1
+            log.warning("MLflow did not take %s: the store does not answer", what)
+            return False
         try:
             call()
         except mlflow_client.errors() as error:

@@ -49,6 +49,11 @@ class MetricQueue(Generic[T]):
         self._thread.start()
         atexit.register(self.close)
 
+    @property
+    def away(self) -> bool:
+        """Whether the last delivery failed."""
+        return self._failures > 0
+
     def put(self, items: list[T]) -> None:
         """Queue items; returns at once."""
         with self._lock:

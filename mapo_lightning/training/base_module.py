@@ -11,9 +11,15 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from mapo_lightning.training.cuda_graph import Captured, Recorder
+from mapo_lightning.training.finite import (
+    TOTAL,
+    FiniteWatch,
+    broken_weights,
+    refuse_broken_weights,
+)
 from mapo_lightning.training.log_due import log_due
 from mapo_lightning.training.settings import OptimizerConfig
-from mapo_lightning.types import Batch
+from mapo_lightning.types import Batch, DivergedError
 
 
 def named_adam(
@@ -47,6 +53,8 @@ class TrainedModule(L.LightningModule):
         self.metadata: dict[str, Any] = {}
         self.env_frames: int | None = None
         self.captured: Captured | None = None
+        self._watch = FiniteWatch()
+        self._scalars: dict[str, Tensor] = {}  # of the update under way, until they are watched
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar to back-propagate, and detached scalars to log, of one batch."""
@@ -58,6 +66,7 @@ class TrainedModule(L.LightningModule):
         if self.captured is None:
             total, terms = self.losses(batch)
             found = _named("train", terms)
+            self._scalars |= found | {TOTAL: total}
         else:
             total, found = None, self._replayed(batch, self.captured)
         if due:
@@ -88,7 +97,11 @@ class TrainedModule(L.LightningModule):
         total, terms = self.losses(batch)
         with torch.autocast(total.device.type, enabled=False):
             total.backward()  # type: ignore[no-untyped-call]
-        return _named("train", terms) | self._clip(optimizer.param_groups)
+        found = _named("train", terms)
+        self._scalars |= found | {TOTAL: total}
+        norms = self._clip(optimizer.param_groups)
+        self._watch_update(norms)
+        return found | norms
 
     def _captured_gradients(self, batch: Batch) -> dict[str, Tensor]:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -108,6 +121,7 @@ class TrainedModule(L.LightningModule):
     ) -> None:
         """Clip the gradient of each named group to its own global norm."""
         norms = self._clip(optimizer.param_groups)
+        self._watch_update(norms)
         if self.log_due:
             self.log_dict(norms)
 
@@ -116,14 +130,52 @@ class TrainedModule(L.LightningModule):
         norms = {g["name"]: clip(g["params"], norm, foreach=True) for g in groups}
         return _named("grad_norm", norms)
 
+    def _watch_update(self, norms: dict[str, Tensor]) -> None:
+        self._watch.add(self._scalars | norms)
+        self._scalars = {}
+
+    def check_finite(self) -> None:
+        """See on all ranks whether the updates so far had finite losses and gradients.
+
+        Raises:
+            DivergedError: They had not.
+        """
+        self._watch.check()
+
+    def on_train_start(self) -> None:
+        """Count updates from here."""
+        self._watch.begun = self.trainer.global_step
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop a training that makes no sense any more, where the host waits for values anyway."""
+        if log_due(self.trainer):
+            self.check_finite()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the metadata and the counters into the checkpoint."""
+        """Put the metadata and the counters into the checkpoint.
+
+        Raises:
+            DivergedError: The weights are worth nothing; the checkpoint before is kept.
+        """
+        self.check_finite()
+        name = broken_weights(checkpoint["state_dict"])
+        if name is not None:
+            raise DivergedError(
+                f"training diverged: '{name}' holds infinite numbers or NaN after update "
+                f"{self.trainer.global_step}. The checkpoints so far hold finite weights, and "
+                "resume= goes on from the last of them; take a smaller learning rate"
+            )
         checkpoint["mapo"] = dict(self.metadata)
         if self.env_frames is not None:
             checkpoint["mapo"]["env_frames"] = self.env_frames
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters back when a run resumes."""
+        """Take the counters back when a run resumes.
+
+        Raises:
+            CheckpointError: The weights are no finite numbers.
+        """
+        refuse_broken_weights(checkpoint["state_dict"], "the checkpoint that resume= names")
         if self.env_frames is not None:
             self.env_frames = int(checkpoint["mapo"]["env_frames"])
         # Lightning counts captured updates and others in two places, and begins at zero in the one

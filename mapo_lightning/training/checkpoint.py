@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mapo_lightning.files import atomic_write
 from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.training.export import is_export, read_export
+from mapo_lightning.training.finite import refuse_broken_weights
 from mapo_lightning.types import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -161,6 +162,7 @@ def load_pretrained(
     advice = f"the checkpoint was made with method={made_by}; use the same method=, size= and vlm="
     for part in wanted:
         _check_part(f"{part}.", children[part].state_dict(), stored.get(part, {}), advice)
+        refuse_broken_weights(stored[part], f"the part '{part}' of the checkpoint")
         children[part].load_state_dict(stored[part])
     return LoadReport(
         tuple(wanted),

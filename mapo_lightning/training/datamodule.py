@@ -22,6 +22,7 @@ from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.text_encoder import build_encoder
+from mapo_lightning.stopping import leave_to_parent
 from mapo_lightning.types import Batch
 from mapo_lightning.waiting import waiting
 
@@ -94,6 +95,7 @@ class VideoDataModule(L.LightningDataModule):
             self.clips("train"),
             batch_size=self.batch_size,
             num_workers=workers,
+            worker_init_fn=leave_to_parent,
             collate_fn=collate_clips,
             prefetch_factor=2 if workers else None,
             persistent_workers=workers > 0,

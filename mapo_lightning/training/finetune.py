@@ -59,16 +59,19 @@ class FinetuneModule(TrainedModule):
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. (3) on the replayed chunk, eq. (4) and (5) on dreams that start in all its states."""
         fit = self.world_model.loss(batch)
-        for _ in range(self.cfg.agent_updates - 1):
-            self._update_agent(fit, batch)
+        for number in range(self.cfg.agent_updates - 1):
+            norms = self._update_agent(fit, batch)
+            self._scalars |= {f"{key} of agent update {number + 1}": x for key, x in norms.items()}
         behaviour = self.agent.losses(self.world_model, fit, batch)
         total = fit.total
         for loss in behaviour.losses.values():
             total = total + loss
         return total, fit.log | behaviour.log | {"world_model": fit.total.detach()}
 
-    def _update_agent(self, fit: Fit, batch: Batch) -> None:
+    def _update_agent(self, fit: Fit, batch: Batch) -> dict[str, Tensor]:
         """One update of the agent alone, with its groups of the shared optimiser.
+
+        Returns the norms of its gradients.
 
         It happens inside this batch's forward. So gradients are computed without the hooks by which
         DDP waits for one backward per batch, and are averaged here.
@@ -83,10 +86,11 @@ class FinetuneModule(TrainedModule):
             gradients = torch.autograd.grad(torch.stack([*losses.values()]).sum(), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = mean_over_ranks(gradient)
-        self._clip(groups)
+        norms = self._clip(groups)
         optimizer.step()  # the others have no gradient now and stay as they are
         for parameter in parameters:
             parameter.grad = None
+        return norms
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Let the agent do what it does between updates."""

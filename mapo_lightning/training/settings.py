@@ -213,6 +213,9 @@ class TrainerConfig:
     """Refuse operations whose result depends on the order of threads."""
     log_every: int = 50
     """Updates between two points of a curve."""
+    requeue: bool = False
+    """In a job of SLURM: after SIGUSR1 or SIGUSR2, the run itself calls ``scontrol requeue``. With
+    false, the job's script does (docs/cluster.md)."""
 
     @property
     def processes(self) -> int:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,6 +89,27 @@ def test_metrics_arrive_in_order_under_clean_names(cfg: TrackingConfig, run: Run
     assert [point.step for point in history] == list(range(2500))
     assert history[-1].value == 1.0 / 2500
     assert set(client(cfg).get_run(run.active_run).data.metrics) == {"train/loss", "a_b_0_", "odd"}
+
+
+def test_on_a_full_disk_values_wait_until_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", artifacts=str(tmp_path / "a"))
+    run = make_logger(cfg, "full")
+    assert isinstance(run, RunLogger)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "mlflow.db").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # bytes of a file; stops root too
+    try:
+        run.log_metrics({f"m{i}": 1.0 for i in range(3000)}, 1)
+        assert not run.flush(timeout=0.0)
+        assert not artifacts.log_text(run, "x" * size, "large.txt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run.flush(timeout=60.0)
+    run.finalize("success")
+    assert len(client(cfg).get_run(run.active_run).data.metrics) == 3000
+    assert "does not answer, values wait" in caplog.text
 
 
 def test_resuming_adds_neither_a_run_nor_a_point_twice(cfg: TrackingConfig) -> None:

@@ -9,10 +9,10 @@ from benchmarks.measures import Operations, Work, operations
 
 # Kernels of one step, a few to spare. A change that needs more says why: on a CPU, the plain CNN's
 # transposed convolutions are products and shuffled convolutions; the norm of the loudest phrase is
-# two.
+# two; four of every update notice what is no finite number.
 CEILING = {
     ("pretrain tiny", "residual"): 1215,
-    ("finetune tiny", "residual"): 2357,
+    ("finetune tiny", "residual"): 2361,
     ("pretrain tiny", "plain"): 948,
     ("finetune tiny", "plain"): 2153,
 }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -134,6 +135,22 @@ for i in range(10**6):
 
 
 @pytest.mark.slow
+def test_a_full_disk_is_reported_with_its_path_and_what_was_there_stays(tmp_path: Path) -> None:
+    store = LabelStore(tmp_path, "w")
+    store.put({"a": label()})
+    (file,) = tmp_path.glob("*.sqlite")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size, limits[1]))  # stops root too
+    try:
+        with pytest.raises(DescriberError, match=rf"cannot write 500 labels .*{tmp_path}"):
+            store.put({f"k{i}": label("t" * 200) for i in range(500)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert set(LabelStore(tmp_path, "x").get(["a", "k0"])) == {"a"}
+    store.put({"b": label()})
+    assert set(LabelStore(tmp_path, "x").get(["a", "b"])) == {"a", "b"}
+
+
 def test_killed_writer_loses_nothing_it_reported(tmp_path: Path) -> None:
     for turn in range(3):
         folder = tmp_path / str(turn)

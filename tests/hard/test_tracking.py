@@ -1,0 +1,191 @@
+"""MLflow under real conditions: a server that crashes, eight runs at once, PostgreSQL, the cost."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow_server import free_port, mlflow_server
+from program import ENVIRONMENT, SMALL, TRAIN, end, start, train
+
+from callbacks.settings import CallbacksConfig
+from mapo_lightning.tracking.artifacts import log_video
+from mapo_lightning.tracking.logger import RunLogger, make_logger
+from mapo_lightning.tracking.settings import TrackingConfig
+from mapo_lightning.training.settings import TrainerConfig
+
+pytestmark = pytest.mark.hard
+
+FINETUNE = [*SMALL, "stage=finetune", "callbacks.rollout_every=1000"]
+
+
+def curve(client: mlflow.MlflowClient, name: str) -> list[int]:
+    """Steps of a curve of the only fine-tuning."""
+    experiment = client.get_experiment_by_name("mapo")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], "attributes.run_name = 'finetune'")
+    assert [run.info.status for run in runs] == ["FINISHED"]
+    return [point.step for point in client.get_metric_history(runs[0].info.run_id, name)]
+
+
+def test_a_whole_training_outlives_a_crash_of_the_server(tmp_path: Path) -> None:
+    with mlflow_server(tmp_path) as server:
+        client = mlflow.MlflowClient(server.uri)
+        words = [*FINETUNE, "tracking.enabled=true", f"tracking.uri={server.uri}", "run_dir=run"]
+        words += ["finetune.agent_steps=3110", "callbacks.checkpoint_every=20"]
+        last = tmp_path / "run/finetune/last.ckpt"
+        with (tmp_path / "said.txt").open("w") as said:
+            process = start(tmp_path, TRAIN, *words, said=said)
+            try:
+                wait_for(lambda: last.exists(), process)
+                server.kill()
+                began, count = time.monotonic(), saves(last, process, 5)
+                server.start()
+                process.wait(900)
+            finally:
+                end(process)
+        assert process.returncode == 0, (tmp_path / "said.txt").read_text()
+        print(f"\n{count} checkpoints, 100 updates, in {time.monotonic() - began:.0f} s without it")
+        steps = curve(client, "train/actor")
+    assert len([step for step in steps if step > 220]) == 600  # one of every update
+    assert len(set(steps)) >= 600
+    figures = [
+        value
+        for (value,) in sqlite3.connect(tmp_path / "server.db").execute(
+            "select value from metrics where key = 'time/step_seconds' order by step"
+        )
+    ]
+    print(f"seconds per update, first to last quarter: {quarters(figures)}")
+
+
+def quarters(values: list[float]) -> list[float]:
+    size = max(1, len(values) // 4)
+    return [round(statistics.median(values[i * size : (i + 1) * size]), 4) for i in range(4)]
+
+
+def wait_for(true: object, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 600
+    while not true():  # type: ignore[operator]
+        assert process.poll() is None, "the training ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def saves(path: Path, process: subprocess.Popen[str], count: int) -> int:
+    """Wait until a file has been replaced so many times."""
+    for _ in range(count):
+        before = path.stat().st_mtime_ns
+        wait_for(lambda before=before: path.stat().st_mtime_ns != before, process)
+    return count
+
+
+RUN = """
+import sys
+from mapo_lightning.tracking.logger import *
+cfg = TrackingConfig(uri=sys.argv[1], artifacts=sys.argv[2])
+parent = start_parent(cfg, "run", {})
+logger = make_logger(cfg, "finetune", parent)
+for step in range(400):
+    logger.log_metrics({f"m{i}": float(step) for i in range(5)}, step)
+assert logger.flush(240)
+logger.finalize("success")
+finish_parent(parent, "FINISHED", cfg)
+print(logger.active_run)
+"""
+
+
+def test_eight_runs_at_once_write_to_one_sqlite_file(tmp_path: Path) -> None:
+    cfg = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", artifacts=str(tmp_path / "a"))
+    words = [sys.executable, "-c", RUN, cfg.uri, cfg.artifacts]
+    began = time.monotonic()
+    runs = [
+        subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]
+    outs = [run.communicate(timeout=600)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * 8
+    client = mlflow.MlflowClient(cfg.uri)
+    for out in outs:
+        for name in ("m0", "m4"):
+            history = client.get_metric_history(out.split()[-1], name)
+            assert [point.step for point in history] == list(range(400))
+    print(f"\n8 runs x 2,000 values in one file: {time.monotonic() - began:.0f} s")
+
+
+@contextmanager
+def postgres() -> Iterator[str]:
+    """A PostgreSQL of Debian's package on 127.0.0.1, owned by an unprivileged user."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not binaries:
+        pytest.skip("needs PostgreSQL: apt-get install postgresql")
+    if importlib.util.find_spec("psycopg2") is None:
+        pytest.skip("needs psycopg2: pip install psycopg2-binary")
+    user: dict[str, str] = {"user": "nobody"} if os.geteuid() == 0 else {}
+    folder, port = Path(tempfile.mkdtemp(prefix="mapo-pg-", dir="/tmp")), free_port()
+    if user:
+        shutil.chown(folder, "nobody")
+    data = folder / "data"
+    command = [str(binaries[-1] / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log")]
+
+    def call(*words: str) -> None:
+        subprocess.run(words, check=True, cwd=folder, stdout=subprocess.DEVNULL, **user)  # type: ignore[call-overload]
+
+    call(str(binaries[-1] / "initdb"), "-D", str(data), "-U", "mlflow", "--auth=trust")
+    call(*command, "-o", f"-p {port} -k {folder} -h 127.0.0.1", "start")
+    try:
+        yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+    finally:
+        call(*command, "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_training_is_recorded_in_postgresql(tmp_path: Path) -> None:
+    with postgres() as store, mlflow_server(tmp_path, store) as server:
+        words = ["tracking.enabled=true", f"tracking.uri={server.uri}", "run_dir=run"]
+        train(tmp_path, *FINETUNE, *words)
+        client = mlflow.MlflowClient(server.uri)
+        assert len(curve(client, "train/actor")) == 6
+        experiment = client.get_experiment_by_name("mapo")
+        (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'finetune'")
+        place = Path(client.download_artifacts(run.info.run_id, "checkpoints"))
+        assert (place / "last.ckpt").stat().st_size > 0
+
+
+def test_what_logging_costs(tmp_path: Path) -> None:
+    """Time that the training's thread spends in the logger, at the default cadence."""
+    cfg = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", artifacts=str(tmp_path / "a"))
+    run = make_logger(cfg, "cost")
+    assert isinstance(run, RunLogger)
+    values = {f"train/m{i}": float(i) for i in range(30)}
+    run.log_metrics(values, 0)
+    spent = []
+    for step in range(1, 400):
+        began = time.perf_counter()
+        run.log_metrics(values, step)
+        spent.append(time.perf_counter() - began)
+    assert run.flush(240)
+    film = np.random.default_rng(0).integers(0, 256, (50, 192, 384, 3), np.uint8)
+    began = time.perf_counter()
+    assert log_video(run, film, "dream", 1, 10.0)
+    video, cadence = time.perf_counter() - began, CallbacksConfig().rollout_every
+    run.finalize("success")
+    update = 0.045  # seconds, hoped for on a GPU (docs/reproduce.md)
+    values_share = statistics.median(spent) / (TrainerConfig().log_every * update)
+    print(
+        f"\n30 values: {statistics.median(spent) * 1e3:.3f} ms of the training's thread, a film: "
+        f"{video:.2f} s every {cadence} updates; of updates of 45 ms, {values_share:.4%} and "
+        f"{video / (cadence * update):.3%}"
+    )
