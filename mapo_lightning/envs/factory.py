@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from mapo_lightning.envs.seeded_episodes import SeededEpisodes
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import PixelEnv, Simulator
 from mapo_lightning.types import ConfigError
@@ -49,6 +50,10 @@ def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:
     )
 
 
+def _make_seeded(cfg: EnvConfig, seed: int) -> SeededEpisodes:
+    return SeededEpisodes(make_env(cfg, seed), seed)
+
+
 def probed_action_dim(cfg: EnvConfig) -> int:
     """Width of the action of an environment, which is built for that and closed again.
 
@@ -80,8 +85,9 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
         num_envs: Number of environments; None: ``cfg.num_envs``.
 
     Returns:
-        A Gymnasium vector environment with autoreset in the step after the end (NEXT_STEP):
-        that step ignores its action, has reward 0, and shows the first frame of the new episode.
+        A Gymnasium vector environment of `SeededEpisodes`, with autoreset in the step after the
+        end (NEXT_STEP): that step ignores its action, has reward 0, and shows the first frame of
+        the new episode.
 
     Raises:
         EnvironmentSetupError: As `make_env`.
@@ -90,7 +96,7 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
     if count < 1:
         raise ConfigError(f"num_envs must be at least 1, got {count}")
     makers: list[Callable[[], gym.Env[Any, Any]]] = [
-        functools.partial(make_env, cfg, env_seed(seed, index)) for index in range(count)
+        functools.partial(_make_seeded, cfg, env_seed(seed, index)) for index in range(count)
     ]
     if count == 1 or not needs_gl(cfg):
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
@@ -100,18 +106,6 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
         return AsyncVectorEnv(
             makers, shared_memory=True, context="spawn", autoreset_mode=AutoresetMode.NEXT_STEP
         )
-
-
-def close_vector_env(envs: VectorEnv) -> None:
-    """Close environments, even where a process of theirs has died."""
-    try:
-        envs.close()
-    except (EOFError, ConnectionError):  # Gymnasium has no way to close what is left
-        assert isinstance(envs, AsyncVectorEnv)
-        for process in envs.processes:
-            process.kill()
-            process.join()
-        envs.closed = True
 
 
 @contextmanager

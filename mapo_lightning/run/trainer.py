@@ -71,7 +71,10 @@ class _WholeFiles(TorchCheckpointIO):
 
 
 class _Saving(ModelCheckpoint):
-    """Saves every few updates and, unlike Lightning's, also after the last one.
+    """Saves every few updates and, unlike Lightning's, also when training has ended.
+
+    The checkpoint of the last update is written when all other callbacks have done what they do
+    at the end. So one that has all updates says that nothing of the training is left to do.
 
     Args:
         folder: Of the checkpoints.
@@ -89,13 +92,17 @@ class _Saving(ModelCheckpoint):
             save_on_train_epoch_end=True,
             enable_version_counter=False,  # a resumed run replaces its own files
         )
-        self.every, self.last = every, folder / "last.ckpt"
+        self.last = folder / "last.ckpt"
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save on schedule, but not after the last update."""
+        if trainer.global_step < trainer.max_steps:
+            super().on_train_batch_end(trainer, *args, **kwargs)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the trained model, unless the last update was one with a checkpoint."""
-        if trainer.global_step % self.every:
-            trainer.save_checkpoint(self.last)
-            self.last_model_path = str(self.last)
+        """Save the trained model."""
+        trainer.save_checkpoint(self.last)
+        self.last_model_path = str(self.last)
 
 
 def build_trainer(
