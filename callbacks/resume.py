@@ -59,7 +59,7 @@ class Resume(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the validation that was due after the checkpoint's update."""
-        every: Any = trainer.val_check_batch  # type: ignore[attr-defined]
+        every: Any = trainer.val_check_batch
         if not self._validates or not trainer.enable_validation or trainer.global_step % every:
             return
         loop = trainer.fit_loop.epoch_loop.val_loop
@@ -86,7 +86,7 @@ def states(device: torch.device) -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     found: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
         "python": random.getstate(),
     }
     if device.type == "cuda":

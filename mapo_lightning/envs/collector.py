@@ -20,8 +20,8 @@ from mapo_lightning.data.replay import Replay, ReplayError
 from mapo_lightning.envs.factory import env_seed
 from mapo_lightning.envs.live_labels import LiveLabeler, Step
 from mapo_lightning.envs.replacement import (
-    Deaths,
     DeadEnvironmentError,
+    Deaths,
     close_vector_env,
     died,
     end_processes,
@@ -329,9 +329,10 @@ class Collector:
 
     def _take_up(self) -> None:
         """Bring fresh environments to where the episodes in progress are."""
-        with _awaited(self.envs, "repeat their episodes in progress"):
-            self.envs.set_attr("episode", self._open_episodes())
-            obs, info = self.envs.reset(options={GO_ON: True})
+        envs: Any = self.envs  # Gymnasium's interface of vector environments lacks set_attr
+        with _awaited(envs, "repeat their episodes in progress"):
+            envs.set_attr("episode", self._open_episodes())
+            obs, info = envs.reset(options={GO_ON: True})
         failed = ~self._done & ~self._repeated(obs["image"], info)
         if failed.any():
             log.info(
@@ -341,9 +342,9 @@ class Collector:
                 len(failed),
             )
             self._end_episodes(failed)
-            with _awaited(self.envs, "begin new episodes"):
-                self.envs.set_attr("episode", self._open_episodes())
-                self.envs.reset(options={GO_ON: True, "reset_mask": failed})
+            with _awaited(envs, "begin new episodes"):
+                envs.set_attr("episode", self._open_episodes())
+                envs.reset(options={GO_ON: True, "reset_mask": failed})
         self._fresh = False
 
     def _open_episodes(self) -> list[OpenEpisode]:

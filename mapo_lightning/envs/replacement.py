@@ -56,7 +56,7 @@ class Deaths:
                 "env.num_envs=1, which shows the simulator's own error"
             )
         log.warning(
-            "the processes of %d environments have died and are replaced (%d so far in this run)",
+            "environments whose process has died and is replaced: %d (%d so far in this run)",
             died,
             self.count,
         )

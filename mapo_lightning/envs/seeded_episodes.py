@@ -88,8 +88,9 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
             self._withheld = obs, info
         reward, repeated = 0.0, True
         for action in episode.actions:
-            obs, reward, terminated, truncated, _ = self.env.step(action)
+            obs, received, terminated, truncated, _ = self.env.step(action)
+            reward = float(received)
             if terminated or truncated:
                 repeated = False
                 break
-        return obs, {"reward": float(reward), "repeated": repeated}
+        return obs, {"reward": reward, "repeated": repeated}

@@ -29,8 +29,8 @@ from mapo_lightning.envs.demo import render_demo_videos
 from mapo_lightning.envs.experts import SENTENCES
 from mapo_lightning.envs.factory import make_vector_env
 from mapo_lightning.envs.replacement import (
-    Deaths,
     DeadEnvironmentError,
+    Deaths,
     close_vector_env,
     lost_processes,
 )
