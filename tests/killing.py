@@ -30,7 +30,9 @@ TINY = [
     "callbacks={phrases: 0, gallery: 0, quality: 0, told: 0, rollout_every: 9}",
 ]  # fmt: skip
 PRETRAIN = [*TINY, "stage=pretrain", "pretrain.validate_every=6"]
-FINETUNE = [*TINY, "stage=finetune", "finetune={initial_updates: 5, prefill: 110}", "replay.capacity=150"]  # fmt: skip
+FINETUNE = [
+    *TINY, "stage=finetune", "replay.capacity=150", "finetune={initial_updates: 5, prefill: 110}",
+]  # fmt: skip
 Job = dict[str, Any]
 """``folder``, ``words``, and perhaps ``kill``: number of the moment, ``deliver``: metrics first."""
 
@@ -39,7 +41,8 @@ def lives(place: Path, jobs: list[Job]) -> list[dict[str, Any]]:
     """Run jobs one after the other; returns the ``code`` of each, and the ``moments`` it had."""
     (place / "jobs.json").write_text(json.dumps(jobs))
     with (place / "killing.txt").open("a") as said:
-        process = start(place, __file__, str(place / "jobs.json"), str(place / "done.json"), said=said)  # fmt: skip
+        files = [str(place / "jobs.json"), str(place / "done.json")]
+        process = start(place, __file__, *files, said=said)
         process.wait()
         end(process)
     assert process.returncode == 0, (place / "killing.txt").read_text()
@@ -66,10 +69,17 @@ def differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
 
 
 def state_of(path: Path) -> dict[str, Any]:
-    """All of a checkpoint but what names its folder and its MLflow runs."""
+    """All of a checkpoint but what names its folder and MLflow runs, and Lightning's bookkeeping.
+
+    Lightning's loops count some things per process.
+    """
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    del content["loops"]
     content["mapo"] = content["mapo"].get("env_frames")
-    content["callbacks"] = {k: v for k, v in content["callbacks"].items() if "Saving" not in k}
+    callbacks = {k: v for k, v in content["callbacks"].items() if "Saving" not in k}
+    for name in ("asked", "hits"):  # a label is new to the first run that needs it
+        callbacks.get("LabelReport", {}).pop(name, None)
+    content["callbacks"] = callbacks
     content.pop("curves", None)
     return content
 
@@ -100,10 +110,61 @@ def clocks(path: Path, run: str) -> list[tuple[str, int]]:
     return sorted(row for row in rows if row[0].startswith(("time/", "vlm/")))
 
 
-def runs(path: Path) -> list[tuple[str, str]]:
-    """Name and status of every run of a store."""
+def runs(path: Path, folder: Path) -> list[tuple[str, str]]:
+    """Name and status of the runs of a run's folder, in a store."""
     with contextlib.closing(sqlite3.connect(path)) as db:
-        return sorted(db.execute("select name, status from runs").fetchall())
+        whose = "select run_uuid from tags where key = 'run_dir' and value = ?"
+        own = [row[0] for row in db.execute(whose, (str(folder),))]
+        children = "select run_uuid from tags where key = 'mlflow.parentRunId' and value = ?"
+        own += [row[0] for run in own for row in db.execute(children, (run,))]
+        found = "select name, status from runs where run_uuid = ?"
+        return sorted(row for run in own for row in db.execute(found, (run,)))
+
+
+def check_kills(place: Path, words: list[str], phase: str, kills: int, rng: Any) -> dict[str, int]:
+    """Kill as many runs at random moments, resume them, and compare them with one left alone."""
+    words = [*words, f"work_dir={place}/work", "run_dir=run", "tracking.enabled=true"]
+    words += [f"tracking.uri=sqlite:///{place}/mlflow.db", f"tracking.artifacts={place}/artifacts"]
+    whole = {"folder": f"{place}/whole", "words": words}
+    (first,) = lives(place, [whole])
+    assert first["code"] == 0, (place / "whole/said.txt").read_text()
+    moments = first["moments"]
+    assert moments["resumable"]
+    jobs: list[dict[str, Any]] = []
+    drawn: list[str] = []
+    for number in range(kills):
+        kill = int(rng.integers(moments["resumable"] + 1, moments["count"] + 1))
+        drawn.append(moments["names"][kill])
+        folder, deliver = f"{place}/{number}", bool(rng.integers(2))
+        jobs.append({"folder": folder, "words": words, "kill": kill, "deliver": deliver})
+        jobs.append({"folder": folder, "words": ["resume=run"]})
+    codes = [found["code"] for found in lives(place, jobs)]
+    expected = state_of(place / "whole/run" / phase / "last.ckpt")
+    for number in range(kills):
+        folder = place / f"{number}"
+        said = f"killed at '{drawn[number]}': " + (folder / "said.txt").read_text()
+        assert codes[2 * number : 2 * number + 2] == [-9, 0], said
+        content = state_of(folder / "run" / phase / "last.ckpt")
+        assert list(differences(expected, content)) == [], said
+        check_curves(place / "whole", folder, phase, said)
+        if phase == "finetune":
+            assert experience(folder / "run/replay/rank0") == experience(
+                place / "whole/run/replay/rank0"
+            ), said
+    return {name: drawn.count(name) for name in sorted(set(drawn))}
+
+
+def check_curves(whole: Path, folder: Path, phase: str, said: str) -> None:
+    """One MLflow run of the training, with the same points as the one of a run left alone."""
+    found = []
+    for place in (whole, folder):
+        last = torch.load(place / "run" / phase / "last.ckpt", weights_only=True)
+        store, run = place.parent / "mlflow.db", last["mapo"]["mlflow_run"]
+        assert runs(store, place / "run") == [(phase, "FINISHED"), ("run", "FINISHED")], said
+        found.append((curves(store, run), clocks(store, run)))
+    assert found[0][0] == found[1][0], said
+    assert found[0][1] == found[1][1], said
+    assert len(found[0][0]) > 100
 
 
 class Moments:
