@@ -221,6 +221,9 @@ class Moments:
             save(content, file)
 
         def moved(draft: Any, path: Any) -> None:
+            if not str(path).endswith((".ckpt", ".npy", "index.json")):
+                replace(draft, path)  # labels are new to the first run only
+                return
             self(f"before {Path(path).name}")
             replace(draft, path)
             self(f"after {Path(path).name}")
