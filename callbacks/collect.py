@@ -8,7 +8,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from mapo_lightning.envs.collector import Collector, RandomPolicy
+from mapo_lightning.envs.collector import Collector
+from mapo_lightning.envs.episodes import RandomPolicy
 from mapo_lightning.training.acting import ActingPolicy
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.log_due import log_due, log_now

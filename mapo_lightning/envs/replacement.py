@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from mapo_lightning.types import EnvironmentSetupError
+from mapo_lightning.waiting import waiting
 
 log = logging.getLogger(__name__)
 
@@ -103,3 +106,24 @@ def end_processes(envs: AsyncVectorEnv) -> None:
         if pipe is not None:
             pipe.close()
     envs.closed = True
+
+
+@contextmanager
+def awaited(envs: VectorEnv, what: str) -> Iterator[None]:
+    """Call the environments inside; what fails in a process of theirs is an error of one sentence.
+
+    Gymnasium would first log the error that it is about to raise, with the process's traceback.
+    """
+    level = gym.logger.min_level
+    if isinstance(envs, AsyncVectorEnv):
+        gym.logger.min_level = gym.logger.ERROR + 1
+    try:
+        with waiting(f"the environments to {what}"):
+            yield
+    except (EOFError, ConnectionError) as error:
+        raise DeadEnvironmentError(
+            "the process of an environment has died, killed from outside or by its simulator: "
+            "lower env.num_envs if the memory is full, or try env.num_envs=1"
+        ) from error
+    finally:
+        gym.logger.min_level = level

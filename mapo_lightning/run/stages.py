@@ -24,8 +24,8 @@ from callbacks.resume import Resume
 from callbacks.rollout import ImaginationRollout
 from callbacks.told import ToldUntold, save_report
 from mapo_lightning.config.redact import redact_text
-from mapo_lightning.envs.collector import Episode, Policy, run_episodes
 from mapo_lightning.envs.demo import render_demo_videos
+from mapo_lightning.envs.episodes import Episode, Policy, run_episodes
 from mapo_lightning.envs.experts import SENTENCES
 from mapo_lightning.envs.factory import make_vector_env
 from mapo_lightning.envs.replacement import (

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mapo_lightning.envs.collector import Policy
+from mapo_lightning.envs.episodes import Policy
 from mapo_lightning.models.interfaces import Agent, Belief, WorldModel
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.types import Batch

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import Replay, ReplayError, ReplaySpec
 from mapo_lightning.data.settings import ReplayConfig
-from mapo_lightning.envs.collector import Collector, RandomPolicy, StillPolicy, run_episodes
+from mapo_lightning.envs.collector import Collector
+from mapo_lightning.envs.episodes import RandomPolicy, StillPolicy, run_episodes
 from mapo_lightning.envs.factory import make_vector_env
 from mapo_lightning.envs.live_labels import LiveLabeler, Step
 from mapo_lightning.envs.replacement import Deaths, close_vector_env

@@ -12,7 +12,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from numpy.typing import NDArray
 
 from mapo_lightning.config.compose import compose
-from mapo_lightning.envs.collector import Policy, StillPolicy
+from mapo_lightning.envs.episodes import Policy, StillPolicy
 from mapo_lightning.envs.factory import make_env
 from mapo_lightning.envs.live_labels import Step
 from mapo_lightning.envs.replacement import Deaths
@@ -46,7 +46,7 @@ def test_an_evaluation_is_played_again(tmp_path: Path, monkeypatch: pytest.Monke
             def policy(step: Step) -> NDArray[np.float32]:
                 nonlocal count
                 count += 1
-                if count == 3 and len(made) <= lives:
+                if count == 3 and 0 < len(made) <= lives:
                     made[-1].processes[0].kill()
                     made[-1].processes[0].join()
                 return StillPolicy(2)(step)
