@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mapo_lightning.config.compose import from_base  # noqa: E402
-from mapo_lightning.envs.collector import RandomPolicy  # noqa: E402
+from mapo_lightning.envs.episodes import RandomPolicy  # noqa: E402
 from mapo_lightning.run.build import build_collection, load_finetuned  # noqa: E402
 from mapo_lightning.run.config import RunConfig  # noqa: E402
 from mapo_lightning.run.from_checkpoint import agent_settings  # noqa: E402

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mapo_lightning.envs.actions import action_width, to_space
-from mapo_lightning.envs.collector import RandomPolicy
+from mapo_lightning.envs.episodes import RandomPolicy
 from mapo_lightning.envs.factory import make_simulator
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import Simulator

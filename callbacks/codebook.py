@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mapo_lightning.models.interfaces import Codebook
-from mapo_lightning.training.log_due import log_due
+from mapo_lightning.training.log_due import log_due, log_now
 from mapo_lightning.types import ConfigError
 
 
@@ -55,4 +55,4 @@ class CodebookUpdate(L.Callback):
             use = book.update(count_M, sum_MZ, places_MZ)
             if due:
                 values: dict[str, torch.Tensor] = use._asdict()
-                pl_module.log_dict({f"codebook/{key}_{name}": x for key, x in values.items()})
+                log_now(pl_module, {f"codebook/{key}_{name}": x for key, x in values.items()})

@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 
-from mapo_lightning.envs.collector import Collector, RandomPolicy
+from mapo_lightning.envs.collector import Collector
+from mapo_lightning.envs.episodes import RandomPolicy
 from mapo_lightning.training.acting import ActingPolicy
-from mapo_lightning.training.datamodule import ReplayDataModule
 from mapo_lightning.training.finetune import FinetuneModule
-from mapo_lightning.training.log_due import log_due
+from mapo_lightning.training.log_due import log_due, log_now
+from mapo_lightning.training.ranks import of_all_ranks
 from mapo_lightning.types import CheckpointError
 from mapo_lightning.waiting import waiting
 
@@ -23,8 +23,9 @@ class CollectExperience(L.Callback):
 
     The prefill belongs in ``on_fit_start``: the first batch is drawn before ``on_train_start``.
 
-    A checkpoint gets an entry ``collection``: for every rank the index of its replay, the steps it
-    owes and the state of its random numbers. The experience itself stays in the replay's folder.
+    A checkpoint gets an entry ``collection``: for every rank the index of its replay, its episodes
+    in progress, what the agent believes there, and the steps it owes. The experience itself stays
+    in the replay's folder.
 
     Args:
         collector: Plays and writes; every rank has its own environments and replay.
@@ -45,6 +46,7 @@ class CollectExperience(L.Callback):
         assert isinstance(pl_module, FinetuneModule)
         self.policy = ActingPolicy(pl_module.world_model, pl_module.agent, explore=True)
         if self._resumed is not None:
+            self.policy.restore(self._resumed["policy"])
             return
         share = -(-pl_module.cfg.prefill // trainer.world_size)
         random = RandomPolicy(
@@ -65,24 +67,16 @@ class CollectExperience(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Gather what every rank needs to go on; called on all of them."""
-        own = {
-            "replay": self.collector.replay.state(),
-            "owed": self._owed,
-            "chunks": _data(trainer).rng.bit_generator.state,
-            "torch": torch.get_rng_state(),
-        }
-        if pl_module.device.type == "cuda":
-            own["cuda"] = torch.cuda.get_rng_state(pl_module.device)
-        ranks = [own]
-        if trainer.world_size > 1:
-            ranks = [{}] * trainer.world_size
-            dist.all_gather_object(ranks, own)
-        checkpoint["collection"] = ranks
+        assert self.policy is not None
+        own = self.collector.state()
+        checkpoint["collection"] = of_all_ranks(
+            own | {"owed": self._owed, "policy": self.policy.state()}
+        )
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the replay back; comes before ``on_fit_start``."""
+        """Take the experience back; comes before ``on_fit_start``."""
         ranks = checkpoint.get("collection", [])
         if len(ranks) != trainer.world_size:
             raise CheckpointError(
@@ -90,16 +84,8 @@ class CollectExperience(L.Callback):
                 f"{trainer.world_size}: resume with as many processes as it was trained with"
             )
         self._resumed = ranks[trainer.global_rank]
-        self.collector.restore(self._resumed["replay"])
+        self.collector.restore(self._resumed)
         self._owed = self._resumed["owed"]
-        _data(trainer).rng.bit_generator.state = self._resumed["chunks"]
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Continue the random numbers of the checkpoint's process."""
-        if self._resumed is not None:
-            torch.set_rng_state(self._resumed["torch"].cpu())
-            if "cuda" in self._resumed and pl_module.device.type == "cuda":
-                torch.cuda.set_rng_state(self._resumed["cuda"].cpu(), pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
@@ -120,17 +106,23 @@ class CollectExperience(L.Callback):
             self._owed -= taken
             self._count(trainer, pl_module, taken)
         self.seconds += time.perf_counter() - started
+        if log_due(trainer):
+            log_now(pl_module, self._figures())
+
+    def _figures(self) -> dict[str, float]:
+        """What there is to say since the last time."""
         finished, labels = self.collector.finished, self.collector.live_labeler
-        due = log_due(trainer)
-        if due:
-            pl_module.log("labels/skipped", float(labels.skipped))
-            pl_module.log("labels/waiting", float(labels.waiting))
-        if finished and due:
-            pl_module.log("collect/return", sum(e.score for e in finished) / len(finished))
-            pl_module.log(
-                "collect/agent_steps", sum(e.agent_steps for e in finished) / len(finished)
-            )
+        figures = {
+            "labels/skipped": float(labels.skipped),
+            "labels/waiting": float(labels.waiting),
+        }
+        if self.collector.spare is not None:
+            figures["collect/env_deaths"] = float(self.collector.spare[1].count)
+        if finished:
+            figures["collect/return"] = sum(e.score for e in finished) / len(finished)
+            figures["collect/agent_steps"] = sum(e.agent_steps for e in finished) / len(finished)
             finished.clear()
+        return figures
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the step that is still being simulated."""
@@ -144,8 +136,3 @@ class CollectExperience(L.Callback):
         """Add simulator frames of all ranks; each takes the same number."""
         assert module.env_frames is not None
         module.env_frames += taken * self.action_repeat * trainer.world_size
-
-
-def _data(trainer: L.Trainer) -> ReplayDataModule:
-    data: ReplayDataModule = trainer.datamodule  # type: ignore[attr-defined]
-    return data

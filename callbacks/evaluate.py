@@ -57,6 +57,7 @@ class EvaluatePolicy(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A resumed run must beat the agent that is kept, whatever checkpoint it resumes from."""
         self._broken_off = bool(state_dict.get("broken_off"))
+        self.best_return = float(state_dict["best_return"])
         if self.best is not None and self.best.exists():
             kept = read_checkpoint(self.best, mapped=True)["callbacks"][self.state_key]
             self.best_return = float(kept["best_return"])

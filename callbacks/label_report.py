@@ -17,7 +17,7 @@ from mapo_lightning.label_tools.page import page
 from mapo_lightning.label_tools.quality_report import measure_clips
 from mapo_lightning.semantics.describer import NullDescriber
 from mapo_lightning.training.datamodule import VideoDataModule
-from mapo_lightning.training.log_due import log_due
+from mapo_lightning.training.log_due import log_due, log_now
 from mapo_lightning.types import Batch, MapoError
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,14 @@ class LabelReport(L.Callback):
         self.cfg = cfg
         self.total = dict.fromkeys(COUNTS, torch.zeros((), dtype=torch.long))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The counts go into the checkpoints."""
+        return {name: int(total) for name, total in self.total.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on."""
+        self.total = {name: torch.tensor(int(state_dict[name])) for name in COUNTS}
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
@@ -50,14 +58,15 @@ class LabelReport(L.Callback):
             self.total[name] = self.total[name].to(pl_module.device) + batch[f"vlm_{name}"].sum()
         if log_due(trainer):
             windows = self.total["windows"].clamp(min=1)
-            pl_module.log_dict(
+            log_now(
+                pl_module,
                 {
                     "vlm/asked": self.total["asked"].float(),
                     "vlm/hit_rate": self.total["hits"] / windows,
                     "vlm/null_rate": self.total["null"] / windows,
                     "vlm/rejected": self.total["rejected"].float(),
                     "vlm/unanswered": self.total["unanswered"].float(),
-                }
+                },
             )
 
     def __str__(self) -> str:

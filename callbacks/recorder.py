@@ -20,6 +20,7 @@ from mapo_lightning.tracking import artifacts, mlflow_client
 from mapo_lightning.tracking.logger import RunLogger
 from mapo_lightning.tracking.versions import own_git_state, versions
 from mapo_lightning.training.checkpoint import BEST
+from mapo_lightning.training.log_due import log_now
 from mapo_lightning.types import Frames
 
 
@@ -76,6 +77,22 @@ class MLflowRecorder(L.Callback):
             self._monitor = mlflow_client.system_monitor(run.active_run)
             self._monitor.start()
 
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note how far the curves have come; only the main process knows, and it writes."""
+        run = _run_of(trainer)
+        if run is not None:
+            checkpoint["curves"] = run.state()
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take up the curves."""
+        run = _run_of(trainer)
+        if run is not None and "curves" in checkpoint:
+            run.resume(checkpoint["curves"])
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self._reset_clock()
@@ -95,7 +112,7 @@ class MLflowRecorder(L.Callback):
         self._batch_ended = time.perf_counter()
         self._busy += self._batch_ended - self._batch_began
         self._batches += 1
-        if self._batches < self.every:
+        if trainer.global_step % self.every:  # at the same updates in a run that was resumed
             return
         total = max(self._wait + self._busy, 1e-9)
         figures = {
@@ -104,7 +121,7 @@ class MLflowRecorder(L.Callback):
             "time/step_seconds": self._busy / self._batches,
             "time/data_wait_share": self._wait / total,
         }
-        pl_module.log_dict(figures, on_step=True, on_epoch=False, rank_zero_only=True)
+        log_now(pl_module, figures)
         self._reset_clock()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,12 +61,35 @@ class LabelExample(NamedTuple):
     """False if the describer gave no answer."""
 
 
+class Place(NamedTuple):
+    """Where a stream of clips stands: all that a resumed run needs to continue it."""
+
+    stream: int
+    """Number of the stream; each DataLoader worker draws one."""
+    draw: int
+    """Number of the last draw, from 0."""
+    dropped: tuple[int, ...]
+    """Videos that can no longer be read."""
+
+
+class Streams(NamedTuple):
+    """Where the streams of a rank begin."""
+
+    first: int = 0
+    """The stream that the first DataLoader worker draws; the others follow in turn."""
+    places: tuple[Place, ...] = ()
+    """Where the streams stand. Those that are not among them begin at ``fresh``."""
+    fresh: int = 0
+    """First draw of the streams that have no place."""
+
+
 class ClipDataset(IterableDataset[Clip]):
     """Endless random clips of a set of videos, labelled on the way.
 
     A video is drawn uniformly, then a start uniformly. What is drawn depends on seed, rank,
-    DataLoader worker and count alone. Labels come from windows on a grid fixed in each video, so
-    that overlapping clips share them, and the describer is queried about each window once.
+    DataLoader worker and count alone; draws of a video that has failed are passed over. Labels come
+    from windows on a grid fixed in each video, so that overlapping clips share them, and the
+    describer is queried about each window once.
 
     Args:
         videos: Videos to draw from.
@@ -103,6 +126,8 @@ class ClipDataset(IterableDataset[Clip]):
         self.videos, self.data, self.vlm = list(videos), data, vlm
         self.root, self.seed, self.rank, self.world = Path(root), seed, rank, world
         self.split, self.quarantine = split, quarantine
+        self.streams = Streams()
+        """Where `__iter__` begins; set it before the first clip is drawn."""
         window = vlm.window
         self.grid = WindowGrid(window.frames, window.stride, window.offset, data.frame_stride)
         self.semantic_dim = semantic_dim(vlm)
@@ -137,39 +162,51 @@ class ClipDataset(IterableDataset[Clip]):
     def __iter__(self) -> Iterator[Clip]:
         """Yield clips without end; see `clip_at` for their content.
 
+        Each has its `Place` as ``place``.
+
         Raises:
             VideoError: Every video has failed.
         """
-        usable, dropped = list(range(len(self.videos))), 0
-        for number, fetch in prefetch(self._draws(usable), self._clips_in_flight()):
+        worker = get_worker_info()
+        count, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        stream = (number + self.streams.first) % count
+        place = {at.stream: at for at in self.streams.places}.get(
+            stream, Place(stream, self.streams.fresh - 1, ())
+        )
+        dropped = dict.fromkeys(place.dropped)  # in their order
+        draws = self._draws(stream, place.draw + 1, dropped)
+        for (draw, number), fetch in prefetch(draws, self._clips_in_flight()):
             try:
                 clip = fetch()
             except VideoFileError as error:
-                if number in usable:
-                    usable.remove(number)
-                    dropped += 1
+                if number not in dropped:
+                    dropped[number] = None
                     self._report(error)
                 continue
-            yield clip | {"videos_dropped": np.array(dropped, np.int64)}
+            yield clip | {
+                "videos_dropped": np.array(len(dropped), np.int64),
+                "place": Place(stream, draw, tuple(dropped)),
+            }
         raise VideoError(
             f"all {len(self.videos)} {self.split} videos failed while training; the log names "
             "each. Was the folder moved or unmounted?"
         )
 
-    def _draws(self, usable: list[int]) -> Iterator[tuple[int, Callable[[], Clip]]]:
-        """Draw videos and starts without end, or until no video is usable."""
-        worker = get_worker_info()
-        stream = (self.seed, self.rank, 0 if worker is None else worker.id)
-        describer, draw = self.labeler.describer, 0
+    def _draws(
+        self, stream: int, draw: int, dropped: Collection[int]
+    ) -> Iterator[tuple[tuple[int, int], Callable[[], Clip]]]:
+        """Draw videos and starts without end, or until every video is dropped."""
+        describer = self.labeler.describer
         defer = not describer.in_worker and not self.vlm.cached_only
-        while usable:
+        while len(dropped) < len(self.videos):
             # A generator per draw: the n-th draw is the same however the earlier ones went.
-            rng = np.random.default_rng((*stream, draw))
-            draw += 1
-            number = usable[int(rng.integers(len(usable)))]
+            rng = np.random.default_rng((self.seed, self.rank, stream, draw))
+            number = int(rng.integers(len(self.videos)))
             starts = self.videos[number].frames - self.data.span + 1
             start = int(rng.integers(starts)) if starts >= 1 else -1
-            yield number, partial(self.clip_at, number, start, defer)
+            if number not in dropped:
+                yield (draw, number), partial(self.clip_at, number, start, defer)
+            draw += 1
 
     def _clips_in_flight(self) -> int:
         """Clips that wait for labels side by side: enough to keep a server busy."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,10 +54,18 @@ class ReplaySpec(NamedTuple):
 
 
 class GrowingEpisode:
-    """An episode in progress, in memory: a block of entries that doubles when it is full."""
+    """An episode in progress, in memory: a block of entries that doubles when it is full.
 
-    def __init__(self, dtype: np.dtype[Any]) -> None:
-        self._block, self.length = np.zeros(64, dtype), 0
+    Args:
+        dtype: Of an entry.
+        entries: Those it begins with, (length,).
+    """
+
+    def __init__(self, dtype: np.dtype[Any], entries: Sequence[Any] | NDArray[Any] = ()) -> None:
+        self.length = len(entries)
+        self._block = np.zeros(max(64, self.length), dtype)
+        if self.length:
+            self._block[: self.length] = entries
 
     @property
     def entries(self) -> NDArray[Any]:

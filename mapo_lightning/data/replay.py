@@ -177,6 +177,8 @@ class Replay:
     def state(self) -> dict[str, Any]:
         """Write the index and the episodes in progress to disk.
 
+        An episode in progress is listed with the number of its environment.
+
         Returns:
             The index, plain numbers, for a checkpoint.
 
@@ -186,10 +188,12 @@ class Replay:
         for episode, growing in self._open.values():
             self._folder.write(episode, growing.entries)
         index = {
-            "version": 1,
+            "version": 2,
             "next_episode": self._next_episode,
             "episodes": [[episode, n] for episode, n in self._entries.items()],
-            "open": [[episode, growing.length] for episode, growing in self._open.values()],
+            "open": [
+                [episode, growing.length, env] for env, (episode, growing) in self._open.items()
+            ],
         }
         self._folder.write_index(index)
         if index != self._index:  # a checkpoint may be written twice, under two names
@@ -201,7 +205,7 @@ class Replay:
         return index
 
     def restore(self, state: Mapping[str, Any] | None = None) -> int:
-        """Return to a saved state; episodes in progress then end at their last entry.
+        """Return to a saved state, with its episodes in progress.
 
         Episodes written after that state are deleted, because the resumed run collects them
         again. Damaged or missing episodes are dropped with a warning each.
@@ -218,32 +222,48 @@ class Replay:
         index = _checked(self._folder.read_index() if state is None else state)
         self._entries, self._open, self.steps = {}, {}, 0
         self._next_episode = index["next_episode"]
-        in_progress = {episode for episode, _ in index["open"]}
+        # An environment's number is missing in states of version 1, whose episodes end here.
+        in_progress = {episode: (env or [None])[0] for episode, _, *env in index["open"]}
         lost = 0
-        for episode, entries in sorted([*index["episodes"], *index["open"]]):
-            if entries < 2:
+        for episode, entries, *_ in sorted([*index["episodes"], *index["open"]]):
+            env = in_progress.get(episode)
+            if entries < 2 and env is None:
                 continue  # a first observation alone is no agent step
             try:
-                self._restore_episode(episode, entries, cut_short=episode in in_progress)
+                self._restore_episode(episode, entries, env, episode in in_progress)
             except ReplayError as error:
                 lost += entries - 1
                 log.warning("replay: dropped an episode of %d steps: %s", entries - 1, error)
-        self._folder.delete_all_but(set(self._entries))
-        self._states, self._index = [frozenset(self._entries)], None
+        held = set(self._entries) | {episode for episode, _ in self._open.values()}
+        self._folder.delete_all_but(held)
+        self._states, self._index = [frozenset(held)], None
         self._evict()
         return lost
 
-    def _restore_episode(self, episode: int, entries: int, *, cut_short: bool) -> None:
+    def _restore_episode(self, episode: int, entries: int, env: int | None, growing: bool) -> None:
         found = self._folder.open(episode)
         # An episode in progress may have continued after the state was saved.
-        if len(found) < entries or (len(found) > entries and not cut_short):
+        if len(found) < entries or (len(found) > entries and not growing):
             raise ReplayError(f"'{self._folder.path(episode)}' has {len(found)} entries")
-        if cut_short:
+        if env is not None:
+            self._open[env] = (episode, GrowingEpisode(self.spec.dtype, found[:entries]))
+            return
+        if growing:
             kept = np.array(found[:entries])
             kept["is_last"][-1] = True
             self._folder.write(episode, kept)
         self._entries[episode] = entries
         self.steps += entries - 1
+
+    def in_progress(self, env_id: int) -> NDArray[Any]:
+        """The entries of an environment's episode in progress, (L + 1,); empty without one."""
+        if env_id not in self._open:
+            return np.zeros(0, self.spec.dtype)
+        return self._open[env_id][1].entries
+
+    def cut_short(self, env_id: int) -> None:
+        """End an environment's episode in progress, if there is one, at its last entry."""
+        self._close(env_id, cut_short=True)
 
     def _fill(self, row: NDArray[Any], rng: np.random.Generator, fitting: Sequence[int]) -> None:
         """Fill one chunk (T,) from as many of the ``fitting`` episodes as it takes."""
@@ -292,9 +312,11 @@ class Replay:
 def _checked(index: Any) -> Mapping[str, Any]:
     """Accept an index only if it is made of the numbers that `Replay.state` writes."""
     try:
-        pairs = [*index["episodes"], *index["open"]]
-        numbers = [index["version"], index["next_episode"], *(n for pair in pairs for n in pair)]
-        sound = index["version"] == 1 and all(len(pair) == 2 for pair in pairs)
+        whole, growing, version = index["episodes"], index["open"], index["version"]
+        numbers = [version, index["next_episode"], *(n for row in (*whole, *growing) for n in row)]
+        # The first version did not say which environment an episode in progress is of.
+        sound = version in (1, 2) and all(len(row) == 2 for row in whole)
+        sound = sound and all(len(row) == version + 1 for row in growing)
     except (TypeError, KeyError) as error:
         raise ReplayError(f"this is not the state of a replay: {error!r}") from error
     if not sound or not all(type(n) is int and n >= 0 for n in numbers):

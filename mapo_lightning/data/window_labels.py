@@ -185,9 +185,16 @@ def count_labels(labels: Iterable[Label]) -> dict[str, int]:
 
 
 def collate_clips(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stack clips to a batch; their pending windows become one list, under ``pending``."""
-    rows = [{k: v for k, v in clip.items() if k != "pending"} for clip in clips]
+    """Stack clips to a batch.
+
+    Their pending windows become one list, under ``pending``. The batch has the ``place`` of its
+    last clip.
+    """
+    kept = ("pending", "place")
+    rows = [{k: v for k, v in clip.items() if k not in kept} for clip in clips]
     batch: dict[str, Any] = default_collate(rows)
+    if "place" in clips[-1]:
+        batch["place"] = clips[-1]["place"]
     if any("pending" in clip for clip in clips):
         batch["pending"] = [
             window._replace(row=row)

@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from mapo_lightning.envs.seeded_episodes import SeededEpisodes
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.wrappers import PixelEnv, Simulator
 from mapo_lightning.stopping import leave_to_parent
@@ -50,10 +51,14 @@ def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:
     )
 
 
-def _make_env_in_process(cfg: EnvConfig, seed: int) -> PixelEnv:
+def _make_seeded(cfg: EnvConfig, seed: int) -> SeededEpisodes:
+    return SeededEpisodes(make_env(cfg, seed), seed)
+
+
+def _make_seeded_in_process(cfg: EnvConfig, seed: int) -> SeededEpisodes:
     """Build an environment in a process of its own, which the parent alone ends."""
     leave_to_parent()
-    return make_env(cfg, seed)
+    return _make_seeded(cfg, seed)
 
 
 def probed_action_dim(cfg: EnvConfig) -> int:
@@ -87,8 +92,9 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
         num_envs: Number of environments; None: ``cfg.num_envs``.
 
     Returns:
-        A Gymnasium vector environment with autoreset in the step after the end (NEXT_STEP):
-        that step ignores its action, has reward 0, and shows the first frame of the new episode.
+        A Gymnasium vector environment of `SeededEpisodes`, with autoreset in the step after the
+        end (NEXT_STEP): that step ignores its action, has reward 0, and shows the first frame of
+        the new episode.
 
     Raises:
         EnvironmentSetupError: As `make_env`.
@@ -97,7 +103,7 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
     if count < 1:
         raise ConfigError(f"num_envs must be at least 1, got {count}")
     in_process = count > 1 and needs_gl(cfg)
-    make = _make_env_in_process if in_process else make_env
+    make = _make_seeded_in_process if in_process else _make_seeded
     makers: list[Callable[[], gym.Env[Any, Any]]] = [
         functools.partial(make, cfg, env_seed(seed, index)) for index in range(count)
     ]
@@ -109,18 +115,6 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
         return AsyncVectorEnv(
             makers, shared_memory=True, context="spawn", autoreset_mode=AutoresetMode.NEXT_STEP
         )
-
-
-def close_vector_env(envs: VectorEnv) -> None:
-    """Close environments, even where a process of theirs has died."""
-    try:
-        envs.close()
-    except (EOFError, ConnectionError):  # Gymnasium has no way to close what is left
-        assert isinstance(envs, AsyncVectorEnv)
-        for process in envs.processes:
-            process.kill()
-            process.join()
-        envs.closed = True
 
 
 @contextmanager

@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import EntryId, Replay
@@ -216,6 +218,40 @@ class LiveLabeler:
             for entry in window.entries:
                 replay.set_semantic(entry, label.vector, label.known)
         self._to_complete.clear()
+
+    def state(self) -> dict[str, Any]:
+        """Frames, ages and labels of the episodes in progress, as a checkpoint may hold them.
+
+        Answers that have not arrived yet are not part of it: after resuming, these windows are
+        null.
+        """
+        return {
+            "recent": [torch.from_numpy(np.stack(frames)) for frames in self.recent],
+            "age": self.age.tolist(),
+            "skipped": self.skipped,
+            "windows": [
+                [
+                    [window.due, torch.from_numpy(label.vector), bool(label.known)]
+                    for window in windows
+                    if (label := window.label or self._nothing)
+                ]
+                for windows in self._windows
+            ],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state` returned."""
+        for frames, stored in zip(self.recent, state["recent"], strict=True):
+            frames.extend(stored.numpy())
+        self.age = np.array(state["age"], np.int64)
+        self.skipped = state["skipped"]
+        self._windows = [
+            [
+                Window(due, self._nothing._replace(vector=vector.numpy(), known=known))
+                for due, vector, known in windows
+            ]
+            for windows in state["windows"]
+        ]
 
     def close(self, replay: Replay | None = None) -> None:
         """Wait ``collect.drain`` seconds for the answers still to come, then give up on the rest.

@@ -41,6 +41,9 @@ class EnvConfig:
     metaworld, 50 in toy, the registered one in gym). May shorten a suite's, not lengthen it."""
     num_envs: int = 1
     """Environments that act side by side, each in its own process if it renders with OpenGL."""
+    deaths_per_hour: int = 10
+    """Processes of environments that may die, and are replaced, within an hour; one more stops the
+    run."""
 
     def __post_init__(self) -> None:
         if self.kind not in SUITE_REPEAT:
@@ -49,6 +52,8 @@ class EnvConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.deaths_per_hour < 0:
+            raise ConfigError(f"deaths_per_hour must not be negative, got {self.deaths_per_hour}")
         if self.render_quality not in ("full", "fast"):
             raise ConfigError(f"render_quality must be full or fast, got '{self.render_quality}'")
         frames = SUITE_FRAMES.get(self.kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from mapo_lightning.envs.demo import default_scenes
 from mapo_lightning.envs.experts import expert_scenes
 from mapo_lightning.envs.factory import make_vector_env
 from mapo_lightning.envs.live_labels import LiveLabeler
+from mapo_lightning.envs.replacement import Deaths
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.models.agents.dreamer import DreamerAgent
 from mapo_lightning.models.interfaces import WorldModel
@@ -189,12 +191,14 @@ class Stage2(NamedTuple):
 def build_collection(cfg: RunConfig, folder: Path, rank: int) -> Stage2:
     """Environments, labels and replay of one rank, seeded from (seed, rank)."""
     seed = cfg.seed + 10_007 * rank
-    envs = make_vector_env(labelled_env(cfg), seed)
+    make = partial(make_vector_env, labelled_env(cfg), seed)
+    envs = make()
     action_dim = int(envs.single_action_space.shape[0])  # type: ignore[index]
     spec = ReplaySpec((cfg.env.size, cfg.env.size, 3), action_dim, semantic_dim(cfg.vlm))
     replay = Replay(folder / f"rank{rank}", cfg.replay, spec)
     live_labeler = build_live_labeler(cfg, envs.num_envs, f"collect-{rank}", late=answers_late(cfg))
-    return Stage2(Collector(envs, live_labeler, replay, seed), replay, action_dim)
+    spare = (make, Deaths(cfg.env.deaths_per_hour))
+    return Stage2(Collector(envs, live_labeler, replay, seed, spare), replay, action_dim)
 
 
 def labelled_env(cfg: RunConfig) -> EnvConfig:

@@ -19,13 +19,20 @@ from callbacks.evaluate import EvaluatePolicy
 from callbacks.label_report import LabelReport
 from callbacks.progress import PhaseProgress, counting
 from callbacks.recorder import MLflowRecorder
+from callbacks.resume import Resume
 from callbacks.rollout import ImaginationRollout
 from callbacks.told import ToldUntold, save_report
 from mapo_lightning.config.redact import redact_text
-from mapo_lightning.envs.collector import Episode, Policy, run_episodes
 from mapo_lightning.envs.demo import render_demo_videos
+from mapo_lightning.envs.episodes import Episode, Policy, run_episodes
 from mapo_lightning.envs.experts import SENTENCES
-from mapo_lightning.envs.factory import close_vector_env, make_vector_env
+from mapo_lightning.envs.factory import make_vector_env
+from mapo_lightning.envs.replacement import (
+    DeadEnvironmentError,
+    Deaths,
+    close_vector_env,
+    lost_processes,
+)
 from mapo_lightning.run import build, job
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.session import Session
@@ -34,7 +41,7 @@ from mapo_lightning.stopping import Stopped
 from mapo_lightning.tracking import logger as tracking
 from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.base_module import TrainedModule
-from mapo_lightning.training.checkpoint import BEST
+from mapo_lightning.training.checkpoint import BEST, read_checkpoint
 from mapo_lightning.training.datamodule import ReplayDataModule
 from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores
 from mapo_lightning.types import Frames, MapoError
@@ -59,6 +66,7 @@ def pretrain(session: Session) -> Path:
     """Stage 1; returns the last checkpoint."""
     cfg = session.cfg
     if session.resumed.finished("pretrain", cfg.pretrain.updates):
+        end_curves(session, "pretrain")
         return session.resumed.path
     render_demo(cfg)
     data = build.build_videos(cfg)
@@ -133,6 +141,7 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     updates = cfg.finetune.updates(cfg.trainer.processes)
     best = session.folder / "finetune" / BEST if cfg.evaluate.keep_best else None
     if session.resumed.finished("finetune", updates):
+        end_curves(session, "finetune")
         if not (session.folder / "evaluation.json").exists():  # stopped in its last episodes
             test_best(session, best) if best else test(session, cfg, session.resumed.path)
         return
@@ -143,7 +152,8 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     module, report = build.build_finetune(cfg, stage.action_dim, init_from)
     if report is not None:
         log.info("from %s: %s", init_from, report)
-    play = partial(play_episodes, cfg)
+    assert stage.collector.spare is not None
+    play = partial(play_episodes, cfg, deaths=stage.collector.spare[1])
     evaluation = EvaluatePolicy(
         play, baseline_scores(play, stage.action_dim), cfg.evaluate.seeds, cfg.about,
         cfg.evaluate.every, cfg.env.fps, best,
@@ -192,21 +202,35 @@ def test(session: Session, cfg: RunConfig, path: Path) -> None:
 
 
 def play_episodes(
-    cfg: RunConfig, policy_of: Callable[[int], Policy], film: int
+    cfg: RunConfig, policy_of: Callable[[int], Policy], film: int, deaths: Deaths | None = None
 ) -> tuple[list[Episode], list[Frames]]:
     """Play the evaluation's episodes: the same reset seeds whoever plays.
 
-    Leaves the program's random numbers as they were.
+    Leaves the program's random numbers as they were. Where the process of an environment dies, all
+    episodes are played again in new ones, with the same results.
+
+    Args:
+        cfg: The run.
+        policy_of: Makes the policy for a batch of episodes from its first reset seed.
+        film: Number of episodes whose frames are kept.
+        deaths: Counts processes that die; None: a count of its own.
+
+    Raises:
+        EnvironmentSetupError: Too many died.
     """
     count, seeds = min(cfg.evaluate.num_envs, cfg.evaluate.episodes), cfg.evaluate.seeds
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    envs = make_vector_env(build.labelled_env(cfg), cfg.evaluate.seed, count)
-    try:
-        with torch.random.fork_rng(devices=devices):
-            live_labeler = build.build_live_labeler(cfg, count, "evaluate")
-            return run_episodes(envs, live_labeler, policy_of, seeds, film)
-    finally:
-        close_vector_env(envs)
+    deaths = deaths or Deaths(cfg.env.deaths_per_hour)
+    while True:
+        envs = make_vector_env(build.labelled_env(cfg), cfg.evaluate.seed, count)
+        try:
+            with torch.random.fork_rng(devices=devices):
+                live_labeler = build.build_live_labeler(cfg, count, "evaluate")
+                return run_episodes(envs, live_labeler, policy_of, seeds, film)
+        except DeadEnvironmentError:
+            deaths.add(lost_processes(envs))
+        finally:
+            close_vector_env(envs)
 
 
 def fit(
@@ -236,12 +260,13 @@ def fit(
         **widths,
     }
     around: list[L.Callback] = [
+        Resume(),
         MLflowRecorder(
             session.composed.redacted_yaml,
             session.composed.flat,
             every=cfg.trainer.log_every,
             system_metrics=cfg.tracking.system_metrics,
-        )
+        ),
     ]
     if cfg.callbacks.codebook:
         around.append(CodebookUpdate())
@@ -258,6 +283,19 @@ def fit(
         elif not isinstance(error, MapoError):
             module.check_finite()  # a simulator, for one, fails at an action that is no number
         raise
+
+
+def end_curves(session: Session, phase: str) -> None:
+    """Deliver what a finished training still had on its way to MLflow when it was killed."""
+    identity = session.resumed.tracked(phase)
+    if identity is None:
+        return
+    logger = tracking.make_logger(session.cfg.tracking, phase, session.parent, run_id=identity)
+    if isinstance(logger, tracking.RunLogger):
+        content = read_checkpoint(session.resumed.path, mapped=True)
+        if "curves" in content:
+            logger.resume(content["curves"])
+        logger.finalize()
 
 
 def summary(session: Session, found: Evaluation) -> None:

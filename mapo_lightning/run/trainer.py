@@ -87,9 +87,12 @@ class _WholeFiles(TorchCheckpointIO):
 
 
 class _Saving(ModelCheckpoint):
-    """Saves every few updates and, unlike Lightning's, also after the last one and before a stop.
+    """Saves every few updates and, unlike Lightning's, also at the end and before a stop.
 
-    It comes after all other callbacks: what it saves is the state between two updates.
+    It comes after all other callbacks: what it saves is the state between two updates. The
+    checkpoint of the last update is written when all of them have done what they do at the end. So
+    one that has all updates says that nothing of the training is left to do, unless a signal has
+    stopped the run right there.
 
     Args:
         folder: Of the checkpoints.
@@ -125,12 +128,14 @@ class _Saving(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Save when it is due, and where the run is to stop."""
-        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        ended = trainer.global_step >= trainer.max_steps
+        if not ended:
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         asked = self._agreed(stopping.signals.asked)
         if not asked:
             return
         stopping.signals.release()
-        if trainer.global_step % self.every:  # otherwise it was saved just now
+        if ended or trainer.global_step % self.every:  # otherwise it was saved just now
             trainer.save_checkpoint(self.last)
         raise stopping.Stopped(asked, f"after update {trainer.global_step}", agreed=True)
 
@@ -152,10 +157,9 @@ class _Saving(ModelCheckpoint):
             kill(exception.signal)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the trained model, unless the last update was one with a checkpoint."""
-        if trainer.global_step % self.every:
-            trainer.save_checkpoint(self.last)
-            self.last_model_path = str(self.last)
+        """Save the trained model."""
+        trainer.save_checkpoint(self.last)
+        self.last_model_path = str(self.last)
         asked = self._agreed(stopping.signals.asked)
         stopping.signals.release()
         if asked:

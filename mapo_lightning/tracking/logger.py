@@ -200,7 +200,11 @@ class RunLogger(MLFlowLogger):
         )
         self.cfg, self.active_run = cfg, run_id
         self._queue: MetricQueue[Point] | None = None
-        self._seen = mlflow_client.last_steps(self.experiment, run_id) if resumed else {}
+        recorded = mlflow_client.recorded_steps(self.experiment, run_id) if resumed else {}
+        self._seen = {name: max(steps) for name, steps in recorded.items()}
+        self._recorded = {name: len(steps) for name, steps in recorded.items()}
+        self._counts: dict[str, int] = {}  # values of every metric since the run began
+        self._repeated: dict[str, int] = {}  # of these, how many still to come are recorded already
         self._beat = time.monotonic()
         self._refused: set[str] = set()
         self.failed_calls = 0
@@ -209,17 +213,50 @@ class RunLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Queue values; steps at or before the last recorded one of a resumed run are left out."""
+        """Queue values; those that a resumed run has recorded before are left out."""
         now, at = int(time.time() * 1000), step or 0
         named = {clean_name(name): float(value) for name, value in metrics.items()}
-        points = [
-            (name, value, now, at)
-            for name, value in named.items()
-            if at > self._seen.get(name, -1) and name not in self._refused
-        ]
+        self._put(
+            [(name, value, now, at) for name, value in named.items() if self._is_new(name, at)]
+        )
+
+    def _is_new(self, name: str, step: int) -> bool:
+        """Count a value, and tell whether it has to be recorded."""
+        self._counts[name] = self._counts.get(name, 0) + 1
+        if self._repeated.get(name, 0):
+            self._repeated[name] -= 1
+            return False
+        return step > self._seen.get(name, -1) and name not in self._refused
+
+    def _put(self, points: list[Point]) -> None:
         if self._queue is None:
             self._queue = MetricQueue(self._send, tick=self._heartbeat)
         self._queue.put(points)
+
+    def state(self) -> dict[str, Any]:
+        """Number of values of every metric so far, and those on their way, for a checkpoint."""
+        waiting = [] if self._queue is None else self._queue.waiting()
+        return {"counts": dict(self._counts), "waiting": [list(point) for point in waiting]}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take up the curves where a checkpoint was written.
+
+        Values that were on their way then and never arrived are queued again. Of those that the
+        run will log once more, as many are left out as the store has beyond the checkpoint.
+
+        Args:
+            state: What `state` returned.
+        """
+        self._counts, self._seen = dict(state["counts"]), {}
+        beyond = {n: held - self._counts.get(n, 0) for n, held in self._recorded.items()}
+        self._repeated = {name: count for name, count in beyond.items() if count > 0}
+        lost: list[Point] = []
+        missing = {n: count - self._recorded.get(n, 0) for n, count in self._counts.items()}
+        for name, value, at, step in reversed(state["waiting"]):  # the newest have not arrived
+            if missing.get(name, 0) > 0:
+                missing[name] -= 1
+                lost.append((name, value, at, step))
+        self._put(lost[::-1])
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:

@@ -238,11 +238,11 @@ def _all_but_refused(send: Callable[[list[T]], object], items: list[T], what: st
     return []
 
 
-def last_steps(mlflow: MlflowClient, run_id: str) -> dict[str, int]:
-    """Return the last recorded step of every metric of a run."""
+def recorded_steps(mlflow: MlflowClient, run_id: str) -> dict[str, list[int]]:
+    """Return the steps of all recorded values of every metric of a run."""
     names = mlflow.get_run(run_id).data.metrics
     history = {name: mlflow.get_metric_history(run_id, name) for name in names}
-    return {name: max(point.step for point in points) for name, points in history.items()}
+    return {name: [point.step for point in points] for name, points in history.items()}
 
 
 def log_params(mlflow: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:

@@ -62,6 +62,11 @@ class MetricQueue(Generic[T]):
                 self._waiting.popleft()
                 self.dropped += 1
 
+    def waiting(self) -> list[T]:
+        """What is not known to have arrived."""
+        with self._lock:
+            return list(self._waiting)
+
     def flush(self, timeout: float = 30.0) -> bool:
         """Deliver what waits.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mapo_lightning.envs.collector import Policy
+from mapo_lightning.envs.episodes import Policy
 from mapo_lightning.models.interfaces import Agent, Belief, WorldModel
 from mapo_lightning.training.finetune import FinetuneModule
+from mapo_lightning.types import Batch
 
 
 class ActingPolicy:
@@ -30,6 +31,17 @@ class ActingPolicy:
         self.world_model, self.agent, self.explore = world_model, agent, explore
         self.belief: Belief | None = None
         self.action: Tensor | None = None
+        self._resumed: Any = None
+
+    def state(self) -> dict[str, Any]:
+        """Belief and last action, as a checkpoint may hold them."""
+        return {"belief": _plain(self.belief), "action": self.action}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state` returned."""
+        device = next(self.world_model.parameters()).device
+        self._resumed = state["belief"]
+        self.action = None if state["action"] is None else state["action"].to(device)
 
     @torch.no_grad()
     def __call__(self, step: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -49,10 +61,33 @@ class ActingPolicy:
             self.action = torch.zeros(envs, self.agent.action_dim, device=device)
         batch["action"] = self.action[:, None]
         with self.world_model.evaluating():
+            if self._resumed is not None:
+                self.belief, self._resumed = self._shaped(self._resumed, batch), None
             self.belief = self.world_model.observe(batch, self.belief).at(0)
             self.action = self.agent.act(self.belief, self.explore)
         acted: NDArray[np.float32] = self.action.float().cpu().numpy()
         return acted
+
+    def _shaped(self, stored: Any, batch: Batch) -> Belief:
+        """Give stored tensors the shape of this world model's beliefs."""
+        device = batch["obs"].device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            like = self.world_model.observe(batch).at(0)
+        belief: Belief = _like(stored, like, device)
+        return belief
+
+
+def _plain(belief: Any) -> Any:
+    """Lists of tensors and None in place of named tuples, which a checkpoint cannot hold."""
+    return [_plain(part) for part in belief] if isinstance(belief, tuple) else belief
+
+
+def _like(stored: Any, like: Any, device: torch.device) -> Any:
+    """Undo `_plain` after the pattern of another belief."""
+    if isinstance(like, tuple):
+        return type(like)(*(_like(x, y, device) for x, y in zip(stored, like, strict=True)))
+    return None if stored is None else stored.to(device)
 
 
 def greedy(module: FinetuneModule) -> Callable[[int], Policy]:

@@ -17,7 +17,7 @@ from mapo_lightning.training.finite import (
     broken_weights,
     refuse_broken_weights,
 )
-from mapo_lightning.training.log_due import log_due
+from mapo_lightning.training.log_due import log_due, log_now
 from mapo_lightning.training.settings import OptimizerConfig
 from mapo_lightning.types import Batch, DivergedError
 
@@ -45,6 +45,7 @@ class TrainedModule(L.LightningModule):
             stage, widths, tracking run), so that it can be read with ``weights_only=True``.
         env_frames: Simulator frames seen so far, over all ranks: the x-axis of every curve of
             fine-tuning. None in pre-training, where the x-axis counts updates.
+        curve_step: Position of this update on the x-axis of the curves.
     """
 
     def __init__(self, optimizer: OptimizerConfig) -> None:
@@ -52,6 +53,7 @@ class TrainedModule(L.LightningModule):
         self.optimizer_cfg = optimizer
         self.metadata: dict[str, Any] = {}
         self.env_frames: int | None = None
+        self.curve_step = 0
         self.captured: Captured | None = None
         self._watch = FiniteWatch()
         self._scalars: dict[str, Tensor] = {}  # of the update under way, until they are watched
@@ -63,6 +65,7 @@ class TrainedModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """One update; Lightning does the rest of it unless it is captured."""
         due = self.log_due  # of this update: the captured one counts before it is logged
+        self.curve_step = self.trainer.global_step if self.env_frames is None else self.env_frames
         if self.captured is None:
             total, terms = self.losses(batch)
             found = _named("train", terms)
@@ -70,10 +73,9 @@ class TrainedModule(L.LightningModule):
         else:
             total, found = None, self._replayed(batch, self.captured)
         if due:
-            self.log_dict(found)
             if self.env_frames is not None:
-                self.log("env_frames", float(self.env_frames))
-                self.log("step", float(self.env_frames))  # Lightning takes it as the x-axis
+                found["env_frames"] = torch.tensor(float(self.env_frames))
+            log_now(self, found)
         return total
 
     def _replayed(self, batch: Batch, captured: Captured) -> dict[str, Tensor]:
@@ -123,7 +125,7 @@ class TrainedModule(L.LightningModule):
         norms = self._clip(optimizer.param_groups)
         self._watch_update(norms)
         if self.log_due:
-            self.log_dict(norms)
+            log_now(self, norms)
 
     def _clip(self, groups: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
         norm, clip = self.optimizer_cfg.max_grad_norm, nn.utils.clip_grad_norm_

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from mapo_lightning.data.clips import Clip, ClipDataset
+from mapo_lightning.data.clips import Clip, ClipDataset, Place, Streams
 from mapo_lightning.data.replay import Replay
 from mapo_lightning.data.scan import VideoIndex, scan_videos
 from mapo_lightning.data.settings import VideoDataConfig
@@ -23,8 +24,11 @@ from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.text_encoder import build_encoder
 from mapo_lightning.stopping import leave_to_parent
+from mapo_lightning.training.ranks import of_all_ranks
 from mapo_lightning.types import Batch
 from mapo_lightning.waiting import waiting
+
+log = logging.getLogger(__name__)
 
 _HELD_OUT_CLIPS = 16
 _PICTURED = 512  # training videos of which the mean picture is taken, at most
@@ -48,6 +52,10 @@ class _WatchedLoader(DataLoader[Clip]):
 class VideoDataModule(L.LightningDataModule):
     """Decodes clips of video files and labels them during training, in the loader's workers.
 
+    Its entry in a checkpoint says of every rank where its streams of clips stand. What the loader
+    has fetched in advance does not count: a resumed run continues with the first clip that no
+    update has seen.
+
     Args:
         data: Which videos, and how clips are cut.
         vlm: Describer and windows.
@@ -65,6 +73,9 @@ class VideoDataModule(L.LightningDataModule):
         self.index: VideoIndex | None = None
         self._labeler: Labeler | None = None
         self._holdout: ClipDataset | None = None
+        self._streams = Streams()
+        self._places: dict[int, Place] = {}  # of the clips that updates have seen
+        self._newest = -1  # stream of the newest batch
 
     def setup(self, stage: str) -> None:
         """Scan the folder once; unusable files are listed in the quarantine report."""
@@ -90,9 +101,10 @@ class VideoDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Clip]:
         """Endless batches; the trainer stops after its budget of updates."""
-        workers = self.data.workers
+        workers, clips = self.data.workers, self.clips("train")
+        clips.streams = self._streams
         return _WatchedLoader(
-            self.clips("train"),
+            clips,
             batch_size=self.batch_size,
             num_workers=workers,
             worker_init_fn=leave_to_parent,
@@ -105,16 +117,53 @@ class VideoDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same held-out clips every time."""
         clips = self._held_out().fixed_clips(_HELD_OUT_CLIPS)
-        return DataLoader(clips, batch_size=self.batch_size)  # type: ignore[arg-type]
+        # With a generator of its own the loader draws no seed from the one that training uses.
+        generator = torch.Generator()
+        return DataLoader(clips, self.batch_size, generator=generator)  # type: ignore[arg-type]
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Label the windows that the loader's workers left to a model in this process."""
+        """Note where the clips come from; label windows that were left to this process's model."""
+        place: Place | None = batch.pop("place", None)  # type: ignore[assignment]
+        if place is not None:
+            self._places[place.stream], self._newest = place, place.stream
         if "pending" not in batch:
             return batch
         if self._labeler is None:
             rank = self.trainer.global_rank if self.trainer else 0
             self._labeler = build_labeler(self.vlm, self.root, f"train-rank{rank}-batch")
         return label_pending(batch, self._labeler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams of all ranks stand, for a checkpoint; called on all of them."""
+        own = {
+            "workers": max(1, self.data.workers),
+            "newest": self._newest,
+            "places": [[*place[:2], [*place.dropped]] for place in self._places.values()],
+        }
+        return {"ranks": of_all_ranks(own)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the clips continue where a checkpoint's run was; comes before the loader is made."""
+        ranks, trainer = state_dict["ranks"], self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        now = max(1, self.data.workers)
+        if (before := (len(ranks), ranks[0]["workers"])) != (world, now):
+            # Behind the furthest draw, so that no stream repeats a clip.
+            furthest = max((place[1] for own in ranks for place in own["places"]), default=-1)
+            self._streams = Streams(fresh=furthest + 1)
+            if rank == 0:
+                log.info(
+                    "the checkpoint is of %d processes with %d loader workers each, and this run "
+                    "has %d with %d: every stream of clips goes on at draw %d, behind all draws "
+                    "made so far, and clips in between are not seen",
+                    *before, world, now, furthest + 1,
+                )  # fmt: skip
+            return
+        own = ranks[rank]
+        places = [Place(stream, draw, tuple(dropped)) for stream, draw, dropped in own["places"]]
+        self._places = {place.stream: place for place in places}
+        self._newest = own["newest"]
+        self._streams = Streams((self._newest + 1) % now, tuple(places))
 
     def rollout_batch(self, count: int) -> Batch:
         """The first ``count`` held-out clips, for pictures."""
@@ -162,17 +211,33 @@ def _spread_frames(clips: ClipDataset, video: int, count: int) -> Tensor:
 
 
 class _Chunks(IterableDataset[Batch]):
-    """Endless batches of chunks drawn from replay."""
+    """Endless batches of chunks drawn from replay.
+
+    Args:
+        replay: Drawn from.
+        batch_size: Chunks of a batch.
+        length: Entries of a chunk.
+        rng: Source of the draws.
+        ahead: The first batch, which an earlier process has drawn; None draws it too.
+    """
 
     def __init__(
-        self, replay: Replay, batch_size: int, length: int, rng: np.random.Generator
+        self,
+        replay: Replay,
+        batch_size: int,
+        length: int,
+        rng: np.random.Generator,
+        ahead: Batch | None = None,
     ) -> None:
         self.replay, self.batch_size, self.length = replay, batch_size, length
-        self.rng = rng
+        self.rng, self.newest = rng, ahead
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.newest is not None:
+            yield self.newest
         while True:
-            yield chunk_batch(self.replay, self.rng, self.batch_size, self.length)
+            self.newest = chunk_batch(self.replay, self.rng, self.batch_size, self.length)
+            yield self.newest
 
 
 def chunk_batch(
@@ -201,6 +266,10 @@ class ReplayDataModule(L.LightningDataModule):
     """Chunks of the agent's own experience.
 
     The loader has no workers, because the collector writes between batches in this process.
+
+    Lightning fetches one batch ahead. So the chunks of the next update were drawn before the last
+    experience was written, from episodes that may be gone since: a checkpoint holds these chunks
+    of every rank themselves, beside the state of the generator that draws all later ones.
     """
 
     def __init__(self, replay: Replay, batch_size: int, length: int, seed: int) -> None:
@@ -208,11 +277,26 @@ class ReplayDataModule(L.LightningDataModule):
         self.replay, self.batch_size, self.length, self.seed = replay, batch_size, length, seed
         self.rng = np.random.default_rng(seed)
         """Draws the chunks; its state is part of a checkpoint."""
+        self._chunks: _Chunks | None = None
+        self._ahead: Batch | None = None
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless batches; the trainer stops after its budget of updates."""
-        chunks = _Chunks(self.replay, self.batch_size, self.length, self.rng)
-        return DataLoader(chunks, batch_size=None, pin_memory=torch.cuda.is_available())
+        self._chunks = _Chunks(self.replay, self.batch_size, self.length, self.rng, self._ahead)
+        return DataLoader(self._chunks, batch_size=None, pin_memory=torch.cuda.is_available())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Generator and next chunks of all ranks, for a checkpoint; called on all of them."""
+        own: dict[str, Any] = {"generator": self.rng.bit_generator.state}
+        if self._chunks is not None:
+            own["ahead"] = self._chunks.newest
+        return {"ranks": of_all_ranks(own)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Draw on where a checkpoint's run was; comes before the loader is made."""
+        rank = self.trainer.global_rank if self.trainer else 0
+        own = state_dict["ranks"][rank]
+        self.rng.bit_generator.state, self._ahead = own["generator"], own.get("ahead")
 
     def rollout_batch(self, count: int) -> Batch:
         """Chunks for pictures; shorter ones where no episode fills a chunk on its own."""

@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from mapo_lightning.data.video import write_mp4
-from mapo_lightning.envs.collector import Episode, Policy, RandomPolicy, StillPolicy
+from mapo_lightning.envs.episodes import Episode, Policy, RandomPolicy, StillPolicy
 from mapo_lightning.tracking import artifacts
 from mapo_lightning.tracking.logger import RunLogger, is_main_process
 from mapo_lightning.types import Frames

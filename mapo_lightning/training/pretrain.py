@@ -24,8 +24,15 @@ class PretrainModule(TrainedModule):
         return fit.total, fit.log | {"loss": fit.total.detach()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same loss on held-out clips."""
-        fit = self.world_model.loss(batch)
+        """The same loss on held-out clips, sampled in the same way every time.
+
+        Training's random numbers stay as they are: a run that resumes before a validation and one
+        that resumes after it continue alike.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(batch_idx)
+            fit = self.world_model.loss(batch)
         terms = fit.log | {"loss": fit.total}
         self.log_dict(
             {f"val/{name}": value for name, value in terms.items()},

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import differences, experience, state_of
 from program import SMALL, TRAIN, end, start, train
 
 from mapo_lightning.training.checkpoint import read_checkpoint
@@ -38,7 +39,7 @@ def kill_after_checkpoints(folder: Path, words: list[str], count: int) -> dict[s
 
 def steps_held(replay: Path) -> int:
     index = json.loads((replay / "index.json").read_text())
-    return sum(entries - 1 for _, entries in [*index["episodes"], *index["open"]])
+    return sum(entries - 1 for _, entries, *_ in [*index["episodes"], *index["open"]])
 
 
 @pytest.mark.slow
@@ -66,7 +67,7 @@ def test_a_killed_run_goes_on_where_its_checkpoint_was(tmp_path: Path) -> None:
     assert filled not in after["state_dict"] or int(after["state_dict"][filled])
     added = after["mapo"]["env_frames"] - before["mapo"]["env_frames"]
     assert 2 * 4 <= added <= 2 * 7  # five agent steps, two environments, what was owed
-    # Nothing of the replay is lost: the episodes under way were closed where they were.
+    # Nothing of the replay is lost, and the episodes under way went on.
     assert after["mapo"]["env_frames"] == 2 * steps_held(tmp_path / "run/replay/rank0")
     assert f"has all of its {made + 1} updates" in train(tmp_path, "resume=run/finetune/last.ckpt")
     check_one_mlflow_run(tmp_path / "runs/mlflow.db")
@@ -174,6 +175,13 @@ def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) ->
         ("finetune", "FINISHED"),
         ("run", "FINISHED"),
     ]
+    # It equals a run that made all updates at once.
+    assert run(*FINETUNE, *two, "run_dir=whole", "finetune.agent_steps=190")
+    whole = state_of(tmp_path / "whole/finetune/last.ckpt")
+    assert list(differences(whole, state_of(tmp_path / "run/finetune/last.ckpt"))) == []
+    for rank in ("rank0", "rank1"):
+        expected = experience(tmp_path / "whole/replay" / rank)
+        assert experience(tmp_path / "run/replay" / rank) == expected
     one = ["resume=run", "finetune.agent_steps=300", "trainer.devices=1", "trainer.strategy=auto"]
     assert "experience of 2 processes" in train(tmp_path, *one, code=2)
 

@@ -10,7 +10,7 @@ import torch
 from scenes import numbered, write_squares
 from torch.utils.data import DataLoader
 
-from mapo_lightning.data.clips import Clip, ClipDataset
+from mapo_lightning.data.clips import Clip, ClipDataset, Streams
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import VideoInfo, probe_video, write_mp4
 from mapo_lightning.semantics.settings import VlmConfig, WindowConfig
@@ -207,6 +207,28 @@ def test_failing_video_is_dropped_counted_and_written_down(
     assert "dropped from train: cannot use video" in caplog.text
     (row,) = map(json.loads, (tmp_path / "quarantine.jsonl").read_text().splitlines())
     assert row["reason"] == "missing"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_stream_goes_on_behind_any_of_its_clips(
+    broken: bool, videos: list[VideoInfo], tmp_path: Path
+) -> None:
+    if broken:
+        videos = [videos[0]._replace(path=tmp_path / "gone.mp4"), *videos[1:]]
+    clips = iter(dataset(videos, tmp_path, quarantine=tmp_path / "quarantine.jsonl"))
+    whole = [next(clips) for _ in range(12)]
+    assert whole[-1]["place"].dropped == ((0,) if broken else ())
+    reported = (tmp_path / "quarantine.jsonl").read_text() if broken else ""
+    again = dataset(videos, tmp_path, quarantine=tmp_path / "quarantine.jsonl")
+    again.streams = Streams(places=(whole[6]["place"],))
+    rest = iter(again)
+    for expected in whole[7:]:
+        clip = next(rest)
+        assert clip["place"] == expected["place"]
+        assert clip["videos_dropped"] == expected["videos_dropped"]
+        np.testing.assert_array_equal(clip["obs"], expected["obs"])
+    if broken:  # and is not written down a second time
+        assert (tmp_path / "quarantine.jsonl").read_text() == reported
 
 
 def test_all_videos_failing_is_an_error(videos: list[VideoInfo], tmp_path: Path) -> None:

@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 
 from mapo_lightning.data.replay import Replay, ReplayError, ReplaySpec
 from mapo_lightning.data.settings import ReplayConfig
-from mapo_lightning.envs.collector import Collector, RandomPolicy, StillPolicy, run_episodes
-from mapo_lightning.envs.factory import close_vector_env, make_vector_env
+from mapo_lightning.envs.collector import Collector
+from mapo_lightning.envs.episodes import RandomPolicy, StillPolicy, run_episodes
+from mapo_lightning.envs.factory import make_vector_env
 from mapo_lightning.envs.live_labels import LiveLabeler, Step
+from mapo_lightning.envs.replacement import Deaths, close_vector_env
+from mapo_lightning.envs.seeded_episodes import SeededEpisodes
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.embed import HashedSlots
@@ -74,8 +77,12 @@ def tracker(folder: Path, envs: int, offset: int = 0) -> tuple[LiveLabeler, Read
     return LiveLabeler(labeler, window, CollectConfig(), envs, "clock"), describer
 
 
+def seeded_clock() -> SeededEpisodes:
+    return SeededEpisodes(Clock())
+
+
 def clocks(count: int) -> SyncVectorEnv:
-    return SyncVectorEnv([Clock] * count, autoreset_mode=AutoresetMode.NEXT_STEP)
+    return SyncVectorEnv([seeded_clock] * count, autoreset_mode=AutoresetMode.NEXT_STEP)
 
 
 @pytest.fixture
@@ -115,23 +122,66 @@ def test_a_collector_goes_on_with_the_experience_of_another(
     collected: tuple[Collector, Replay], tmp_path: Path
 ) -> None:
     collector, replay = collected
-    collector.collect(RandomPolicy(2, 0), 10)  # five steps into the third episodes
-    state = replay.state()
+    policy = RandomPolicy(2, 0)
+    collector.collect(policy, 10)  # five steps into the third episodes
+    state = collector.state()
     watch, _ = tracker(tmp_path / "later", 2)
     again = Replay(replay.root, ReplayConfig(), replay.spec)
     later = Collector(clocks(2), watch, again, seed=0)
     later.restore(state)
-    assert again.steps == 4 * LENGTH + 10
-    assert later.seed != 0  # not the episodes that the run began with
-    assert later.collect(RandomPolicy(2, 0), 2 * LENGTH) == 2 * LENGTH
-    assert again.steps == 6 * LENGTH + 10
-    assert again.episodes == 8
+    assert again.steps == 4 * LENGTH
+    assert [len(again.in_progress(n)) for n in (0, 1)] == [6, 6]
+    assert later.collect(policy, 2 * LENGTH) == 2 * LENGTH
+    assert again.steps == 6 * LENGTH
+    assert [len(again.in_progress(n)) for n in (0, 1)] == [6, 6]
+    assert later.finished[-2:] == collector.finished[-2:]
     for path in sorted(replay.root.glob("*.npy"))[:2]:
         path.unlink()
     with pytest.raises(ReplayError, match="60 agent steps of the checkpoint's replay are missing"):
         Collector(clocks(2), watch, Replay(replay.root, ReplayConfig(), replay.spec), 0).restore(
             state
         )
+
+
+class LooseClock(Clock):
+    """Runs at a speed of its own, whatever its seed is."""
+
+    speeds = iter((1, 1, 2, 2, 2, 2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.speed = next(self.speeds)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.time += self.speed - 1
+        return super().step(action)
+
+
+def test_an_episode_that_cannot_be_repeated_ends_where_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    def make() -> SyncVectorEnv:
+        first: Any = lambda: SeededEpisodes(Clock())  # noqa: E731
+        second: Any = lambda: SeededEpisodes(LooseClock())  # noqa: E731
+        return SyncVectorEnv([first, second], autoreset_mode=AutoresetMode.NEXT_STEP)
+
+    LooseClock.speeds = iter((1, 2))
+    replay = Replay(tmp_path / "replay", ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
+    collector = Collector(make(), tracker(tmp_path, 2)[0], replay, seed=0)
+    policy = RandomPolicy(2, 0)
+    collector.collect(policy, 10)
+    state = collector.state()
+    again = Replay(replay.root, ReplayConfig(), replay.spec)
+    later = Collector(make(), tracker(tmp_path / "later", 2)[0], again, seed=0)
+    later.restore(state)
+    assert "1 of 2 episodes in progress cannot be repeated" in caplog.text
+    assert (again.episodes, again.steps) == (1, 5)
+    assert later.collect(policy, 3) == 3  # the first of three steps only begins the new episode
+    assert again.in_progress(0)["obs"][:, 0, 0, 0].tolist() == list(range(8))
+    assert again.in_progress(1)["obs"][:, 0, 0, 0].tolist() == [0, 2]
+    assert again.in_progress(1)["is_first"].tolist() == [True, False]
 
 
 def test_labels_lie_on_the_grid_and_are_held(tmp_path: Path) -> None:
@@ -219,7 +269,57 @@ def test_a_process_that_died_is_said_in_one_sentence(tmp_path: Path) -> None:
     ):
         collector.collect(policy, 3)
     collector.close()
-    assert replay.state()["open"] == [[0, 4]]
+    assert replay.state()["open"] == [[0, 4, 0]]
+
+
+def test_a_process_that_died_is_replaced_and_its_episode_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make() -> AsyncVectorEnv:
+        return AsyncVectorEnv(
+            [seeded_clock] * 3, context="fork", autoreset_mode=AutoresetMode.NEXT_STEP
+        )
+
+    now = [0.0]
+    deaths = Deaths(2, lambda: now[0])
+    replay = Replay(tmp_path / "replay", ReplayConfig(), ReplaySpec((8, 8, 3), 2, 320))
+    collector = Collector(make(), tracker(tmp_path, 3)[0], replay, 0, (make, deaths))
+    policy, taken = RandomPolicy(2, seed=0), 0
+    taken += collector.collect(policy, 9)
+    assert isinstance(collector.envs, AsyncVectorEnv)
+    collector.envs.processes[1].kill()
+    collector.envs.processes[1].join()
+    taken += collector.collect(policy, 6)
+    assert deaths.count == 1
+    assert "whose process has died and is replaced: 1" in caplog.text
+
+    def times(env: int) -> list[int]:
+        return [int(t) for t in replay.in_progress(env)["obs"][:, 0, 0, 0]]
+
+    def held() -> int:
+        return replay.steps + sum(len(replay.in_progress(n)) - 1 for n in range(3))
+
+    assert replay.steps == 3
+    assert times(0) == times(2) == list(range(len(times(0))))  # they went on
+    assert times(1) == list(range(len(times(0)) - 4))  # this one began anew
+    assert held() == taken
+    # Killed while a step is under way: the action that it never took is not counted.
+    taken += collector.collect(policy, 3, ahead=True)
+    collector.envs.processes[0].kill()
+    collector.envs.processes[0].join()
+    taken += collector.collect(policy, 3)
+    assert deaths.count == 2
+    assert held() == taken
+    now[0] = 3600.0  # an hour later they are forgotten
+    collector.envs.processes[0].kill()
+    collector.envs.processes[0].join()
+    collector.collect(policy, 3)
+    for process in collector.envs.processes:
+        process.kill()
+        process.join()
+    with pytest.raises(EnvironmentSetupError, match=r"4 processes .*deaths_per_hour allows 2"):
+        collector.collect(policy, 3)
+    collector.close()
 
 
 class BrokenClock(Clock):
@@ -243,7 +343,7 @@ def test_what_fails_in_a_process_is_said_once(
     collector.close()
     assert not [str(w.message) for w in recwarn if "Worker" in str(w.message)]
     assert gym.logger.min_level == level
-    assert replay.state()["open"] == [[0, 3]]
+    assert replay.state()["open"] == [[0, 3, 0]]
 
 
 def test_a_step_under_way_does_not_hold_up_the_learner(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from replay_entries import make, play
 from test_prefetch import write_videos
 
 from mapo_lightning.data import clips
 from mapo_lightning.data.reader import read
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.semantics.settings import VlmConfig
-from mapo_lightning.training.datamodule import VideoDataModule
+from mapo_lightning.training.datamodule import ReplayDataModule, VideoDataModule
 
 
 def test_rollouts_show_the_same_pictures_with_one_labeler(
@@ -76,3 +77,56 @@ def test_a_batch_that_is_long_in_coming_is_spoken_of(
     assert next(batches)["obs"].shape[:2] == (2, 9)
     next(batches)
     assert said == ["the next batch: its clips are being decoded and labelled", "here"] * 2
+
+
+@pytest.mark.parametrize(("workers", "later"), [(0, 0), (3, 3), (2, 3)])
+def test_clips_go_on_where_updates_have_seen_them(
+    workers: int, later: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "videos").mkdir()
+    write_videos(tmp_path / "videos")
+
+    def module(workers: int) -> VideoDataModule:
+        folder = str(tmp_path / "videos")
+        data = VideoDataConfig(kind="folder", root=folder, clip_length=9, workers=workers)
+        return VideoDataModule(data, VlmConfig(kind="none"), 2, tmp_path / "cache", seed=0)
+
+    def places(module: VideoDataModule, count: int) -> list[tuple[int, int]]:
+        """Stream and last draw of as many batches, each of which an update sees."""
+        found, batches = [], iter(module.train_dataloader())
+        for _ in range(count):
+            batch = next(batches)
+            found.append(batch["place"][:2])
+            module.on_before_batch_transfer(batch, 0)
+        return found
+
+    whole = places(module(workers), 9)
+    first = module(workers)
+    assert places(first, 5) == whole[:5]
+    second = module(later)
+    second.load_state_dict(first.state_dict())
+    rest = places(second, 4)
+    if workers == later:
+        assert rest == whole[5:]
+        assert not caplog.text
+    else:
+        assert rest == [(0, 7), (1, 7), (2, 7), (0, 9)]  # no stream had come further than draw 5
+        assert "with 2 loader workers each, and this run has 1 with 3" in caplog.text
+
+
+def test_the_chunks_drawn_ahead_are_those_of_the_run_before(tmp_path: Path) -> None:
+    replay = make(tmp_path, capacity=30)
+    play(replay, 0, 20)
+    before = ReplayDataModule(replay, 2, 5, seed=0)
+    batches = iter(before.train_dataloader())
+    next(batches)
+    ahead = next(batches)  # as Lightning fetches it, while the first is learned from
+    state = before.state_dict()
+    play(replay, 0, 20, start=100)  # the episode that it was drawn from is evicted
+    after = ReplayDataModule(replay, 2, 5, seed=0)
+    after.load_state_dict(state)
+    again = iter(after.train_dataloader())
+    for expected in (ahead, next(batches), next(batches)):
+        found = next(again)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mapo_lightning.data.video import probe_video
-from mapo_lightning.envs.collector import Episode, RandomPolicy
+from mapo_lightning.envs.episodes import Episode, RandomPolicy
 from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores, enlarged
 
 RETURNS = [3.0, 100.0, 1.0, 2.0, 4.0, 5.0, 6.0, -50.0]

@@ -12,7 +12,8 @@ from gymnasium import spaces
 
 from mapo_lightning.data.replay import Replay, ReplaySpec
 from mapo_lightning.data.settings import ReplayConfig
-from mapo_lightning.envs.collector import Collector, RandomPolicy
+from mapo_lightning.envs.collector import Collector
+from mapo_lightning.envs.episodes import RandomPolicy
 from mapo_lightning.envs.factory import make_env, make_vector_env, probed_action_dim
 from mapo_lightning.envs.live_labels import LiveLabeler
 from mapo_lightning.envs.settings import EnvConfig

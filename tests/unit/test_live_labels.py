@@ -13,7 +13,8 @@ from test_collector import LENGTH, clocks
 
 from mapo_lightning.data.replay import Replay, ReplaySpec
 from mapo_lightning.data.settings import ReplayConfig
-from mapo_lightning.envs.collector import Collector, RandomPolicy
+from mapo_lightning.envs.collector import Collector
+from mapo_lightning.envs.episodes import RandomPolicy
 from mapo_lightning.envs.live_labels import LiveLabeler, Step
 from mapo_lightning.run.build import answers_late
 from mapo_lightning.run.config import RunConfig

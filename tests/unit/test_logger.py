@@ -138,6 +138,45 @@ def test_resuming_adds_neither_a_run_nor_a_point_twice(cfg: TrackingConfig) -> N
     assert found.info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("arrived", [0, 4, 5, 7])
+def test_curves_go_on_from_a_checkpoint_without_gap_or_repetition(
+    cfg: TrackingConfig, arrived: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many values had arrived when the process was killed; some share their step."""
+    points = list(enumerate([10, 10, 10, 12, 14, 14, 16, 18, 20]))
+    broken: list[RunLogger] = []
+    send = RunLogger._send
+
+    def deliver(self: RunLogger, values: list[mlflow_store.Point]) -> None:
+        if self in broken:
+            raise ConnectionError("the process is dead")
+        send(self, values)
+
+    monkeypatch.setattr(RunLogger, "_send", deliver)
+    first = make_logger(cfg, "killed")
+    assert isinstance(first, RunLogger)
+    state = first.state()
+    for value, step in points[:7]:
+        if value == 5:
+            state = first.state()  # the checkpoint
+        if value == arrived:
+            assert first.flush()
+            broken.append(first)
+        first.log_metrics({"loss": float(value)}, step)
+    if arrived == 7:
+        assert first.flush()
+        broken.append(first)
+    again = make_logger(cfg, "killed", run_id=first.active_run)
+    assert isinstance(again, RunLogger)
+    again.resume(json.loads(json.dumps(state)))
+    for value, step in points[5:]:
+        again.log_metrics({"loss": float(value)}, step)
+    assert again.state()["counts"] == {"loss": 9}
+    again.finalize("success")
+    history = client(cfg).get_metric_history(first.active_run, "loss")
+    assert [(point.value, point.step) for point in history] == points
+
+
 def test_parameters_are_shortened_aloud_and_more_than_a_call_takes(
     cfg: TrackingConfig, run: RunLogger
 ) -> None:

@@ -15,7 +15,7 @@ from mapo_lightning.data.replay import Replay, ReplayError, ReplaySpec
 from mapo_lightning.data.settings import ReplayConfig
 
 
-def test_resuming_brings_back_the_same_episodes_and_closes_the_open_one(tmp_path: Path) -> None:
+def test_resuming_brings_back_the_same_episodes_and_the_open_one(tmp_path: Path) -> None:
     replay = make(tmp_path)
     play(replay, 0, 6)
     for i in range(4):
@@ -29,9 +29,13 @@ def test_resuming_brings_back_the_same_episodes_and_closes_the_open_one(tmp_path
     resumed = make(tmp_path)
     resumed.restore(state)
 
-    assert (resumed.steps, resumed.episodes) == (6 + 3, 2)
+    assert (resumed.steps, resumed.episodes) == (6, 1)
+    assert resumed.in_progress(1)["reward"].tolist() == [0.0, 101.0, 102.0, 103.0]
+    assert not len(resumed.in_progress(0))
     again = resumed.sample(np.random.default_rng(5), 1, 7, joined=False)
     np.testing.assert_equal(again, before)
+    resumed.cut_short(1)
+    assert (resumed.steps, resumed.episodes) == (6 + 3, 2)
     cut = [resumed.sample(np.random.default_rng(s), 1, 4) for s in range(20)]
     ends = [c["is_last"][0].tolist() for c in cut if c["reward"].max() >= 100]
     assert ends == [[False, False, False, True]] * len(ends)
@@ -39,6 +43,30 @@ def test_resuming_brings_back_the_same_episodes_and_closes_the_open_one(tmp_path
     assert len(list(tmp_path.glob("*.npy"))) == 2
     play(resumed, 0, 5)
     assert resumed.episodes == 3
+
+
+def test_an_open_episode_goes_on_after_resuming(tmp_path: Path) -> None:
+    replay = make(tmp_path)
+    for i in range(70):  # more than one block of memory
+        replay.add(3, entry(i, first=i == 0))
+    resumed = make(tmp_path)
+    resumed.restore(replay.state())
+    resumed.add(3, entry(70, last=True))
+    assert (resumed.steps, resumed.episodes) == (70, 1)
+    chunk = resumed.sample(np.random.default_rng(0), 1, 71)
+    assert chunk["reward"][0].tolist() == [float(i) for i in range(71)]
+    assert chunk["is_last"][0].tolist() == [False] * 70 + [True]
+
+
+def test_a_state_that_names_no_environments_ends_its_open_episodes(tmp_path: Path) -> None:
+    replay = make(tmp_path)
+    for i in range(4):
+        replay.add(1, entry(i, first=i == 0))
+    state = replay.state()
+    old = state | {"version": 1, "open": [row[:2] for row in state["open"]]}
+    resumed = make(tmp_path)
+    resumed.restore(old)
+    assert (resumed.steps, resumed.episodes) == (3, 1)
 
 
 def test_resuming_without_a_state_takes_the_newest_in_the_folder(tmp_path: Path) -> None:
@@ -127,7 +155,8 @@ def test_a_pickle_in_place_of_an_episode_is_not_run(in_tmp: Path) -> None:
     [
         {},
         [],
-        {"version": 2, "next_episode": 0, "episodes": [], "open": []},
+        {"version": 3, "next_episode": 0, "episodes": [], "open": []},
+        {"version": 2, "next_episode": 1, "episodes": [], "open": [[0, 3]]},
         {"version": 1, "next_episode": 1, "episodes": [["../x", 3]], "open": []},
         {"version": 1, "next_episode": 1, "episodes": [[0, -3]], "open": []},
         {"version": 1, "next_episode": 1, "episodes": [[0]], "open": []},

@@ -1,0 +1,28 @@
+"""Fifty runs of each phase are killed at random moments and resumed: all end as one left alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from killing import FINETUNE, PRETRAIN, check_kills
+
+KILLS = 50
+PHASES = {
+    "pretrain": [*PRETRAIN, "pretrain.updates=60", "data.workers=2"],
+    # 5 updates on the prefill, and 55 with 5 agent steps each.
+    "finetune": [*FINETUNE, "finetune.agent_steps=385", "env.num_envs=3", "evaluate.every=25"],
+}
+
+
+@pytest.mark.hard
+@pytest.mark.parametrize("phase", PHASES)
+def test_fifty_kills(phase: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    began, words = time.perf_counter(), [*PHASES[phase], "callbacks.checkpoint_every=8"]
+    moments = check_kills(tmp_path, words, phase, KILLS, np.random.default_rng(0))
+    assert sum(moments.values()) == KILLS
+    assert len(moments) > 5
+    with capsys.disabled():
+        print(f"\n{KILLS} kills of {phase} in {time.perf_counter() - began:.0f} s: {moments}")
