@@ -27,6 +27,7 @@ from mapo_lightning.envs.collector import Episode, Policy, run_episodes
 from mapo_lightning.envs.demo import render_demo_videos
 from mapo_lightning.envs.experts import SENTENCES
 from mapo_lightning.envs.factory import close_vector_env, make_vector_env
+from mapo_lightning.ownership import sign
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.session import Session
@@ -226,6 +227,7 @@ def fit(
         "stage": phase,
         "method": cfg.method,
         "config": session.composed.redacted_yaml,
+        "config_signature": sign(session.composed.redacted_yaml),
         "mlflow_parent": session.parent or "",
         "mlflow_run": (logger.run_id if logger else None) or "",
         **widths,
@@ -236,6 +238,7 @@ def fit(
             session.composed.flat,
             every=cfg.trainer.log_every,
             system_metrics=cfg.tracking.system_metrics,
+            git_diff=cfg.tracking.git_diff,
         )
     ]
     if cfg.callbacks.codebook:
