@@ -52,7 +52,9 @@ def _run(words: Sequence[str]) -> None:
 
     reports, folder = [], Path()
     for path in paths:
-        composed = compose(others, RunConfig, conf_folder(), agent_settings(path, others, True), RENAMED)
+        composed = compose(
+            others, RunConfig, conf_folder(), agent_settings(path, others, True), RENAMED
+        )
         if composed.text is not None:
             sys.stdout.write(composed.text + "\n")
             return
