@@ -41,6 +41,7 @@ class MLflowRecorder(L.Callback):
         tags: Further tags of the run.
         every: Updates between two records of the timing.
         system_metrics: Also record CPU, memory and GPU use.
+        git_diff: Also record what the package's own checkout changes since its commit.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class MLflowRecorder(L.Callback):
         tags: Mapping[str, str] | None = None,
         every: int = 50,
         system_metrics: bool = False,
+        git_diff: bool = False,
     ) -> None:
         self.config_yaml, self.params, self.tags = config_yaml, dict(params or {}), dict(tags or {})
-        self.every, self.system_metrics = every, system_metrics
+        self.every, self.system_metrics, self.git_diff = every, system_metrics, git_diff
         self._monitor: Any = None
         self._reset_clock()
         self._batch_ended = self._batch_began = 0.0
@@ -66,7 +68,7 @@ class MLflowRecorder(L.Callback):
         tags = {f"version.{name}": version for name, version in found.items()} | self.tags
         if git is not None:
             tags |= {"git.commit": git.commit, "git.dirty": str(git.dirty).lower()}
-            if git.diff:
+            if self.git_diff and git.diff:
                 artifacts.log_text(run, git.diff, "git.diff")
         run.attempt("tags", lambda: mlflow_client.set_tags(run.experiment, run.active_run, tags))
         run.log_hyperparams(self.params)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,8 @@ os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# For the key that signs settings: of this process and of those that it starts.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="mapo-state-")
 
 import pytest
 import torch
@@ -23,6 +27,11 @@ settings.register_profile("mapo", deadline=None, derandomize=True, print_blob=Tr
 settings.load_profile("mapo")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the folder of this process's key."""
+    shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,7 @@ from mapo_lightning.config.schema import (
     unwrap,
 )
 from mapo_lightning.files import atomic_write
+from mapo_lightning.ownership import signed
 from mapo_lightning.types import ConfigError
 
 T = TypeVar("T")
@@ -75,9 +76,12 @@ class Composed(Generic[T]):
     text: str | None = None
 
     def save(self, path: Path) -> None:
-        """Write :attr:`yaml` at once or not at all; private to the user where it holds a secret."""
+        """Write :attr:`yaml`, signed, at once or not at all.
+
+        Only the user may read it where it holds a secret.
+        """
         with atomic_write(path, private=self.yaml != self.redacted_yaml) as draft:
-            draft.write_text(self.yaml, encoding="utf-8")
+            draft.write_text(signed(self.yaml), encoding="utf-8")
 
 
 Base = Keys

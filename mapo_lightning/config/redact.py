@@ -10,7 +10,7 @@ HIDDEN = "***"
 _SECRET_WORDS = frozenset(
     ("key", "apikey", "token", "password", "passwd", "passphrase", "secret", "credentials")
 )
-_URI_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)[^/@\s'\"]+@")
+_URI_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)[^/\s'\"]+@")
 _QUERY_SECRET = re.compile(
     r"(?P<name>[?&][A-Za-z_\-]*(?:key|token|password|secret|signature)=)[^&\s'\"]+", re.IGNORECASE
 )

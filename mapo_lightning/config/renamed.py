@@ -50,7 +50,11 @@ class Renamed:
             raise ConfigError(f"{origin}: renamed keys: {pairs}")
 
     def translate(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy nested keys with the old ones moved to their successors; new ones stay."""
+        """Copy nested keys with the old ones moved to their successors; new ones stay.
+
+        Raises:
+            ConfigError: A section is a single value.
+        """
         tree: dict[str, Any] = _copy(content)
         moved = {self.keys[old]: _take(tree, old) for old in self._found(content)}
         for key, value in moved.items():
@@ -58,6 +62,8 @@ class Renamed:
             owner = tree
             for parent in parents:
                 owner = owner.setdefault(parent, {})
+                if not isinstance(owner, dict):
+                    raise ConfigError(f"{key} cannot be set, because {parent} is a single value")
             owner.setdefault(name, value)
         return tree
 

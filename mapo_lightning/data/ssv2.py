@@ -85,7 +85,7 @@ def _find(root: Path, unreadable: list[str]) -> tuple[dict[str, Path], dict[str,
 def _read(path: Path, kind: type) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise VideoError(
             f"'{path}' cannot be read as JSON ({error}); unpack the labels of the data set again"
         ) from error

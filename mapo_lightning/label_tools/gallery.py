@@ -20,6 +20,7 @@ from mapo_lightning.config.compose import load_yaml
 from mapo_lightning.data.listing import SUFFIXES
 from mapo_lightning.data.video_info import printable
 from mapo_lightning.label_tools.page import Place, Sample, page
+from mapo_lightning.ownership import own_text
 from mapo_lightning.semantics.phrase import MAX_SOURCE, MAX_TEXT, clean_text
 from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
@@ -159,6 +160,11 @@ def _where(args: argparse.Namespace) -> tuple[Path, list[Path]]:
     store, roots = args.store, args.videos
     if not store or not roots:
         run = Path(args.run) if args.run else _newest_run(Path("runs"))
+        if own_text(run / "config.yaml") is None and (run / "config.yaml").is_file():
+            raise ConfigError(
+                f"'{run / 'config.yaml'}' was not saved by you on this machine, and a file that "
+                "somebody else has made may not choose what is read: give --store and --videos"
+            )
         cfg = load_yaml(run / "config.yaml")
         store = store or Path(_text(cfg, "work_dir", run)) / _text(cfg, "vlm.store", run)
         roots = roots or [_text(cfg, "data.root", run)]

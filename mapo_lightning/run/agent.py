@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mapo_lightning.config.compose import from_base
+from mapo_lightning.config.compose import compose
 from mapo_lightning.run.build import build_live_labeler, load_finetuned
-from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.from_checkpoint import agent_settings
+from mapo_lightning.run.renamed import RENAMED
+from mapo_lightning.semantics.factory import log_servers
+from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.training.acting import ActingPolicy
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.types import ConfigError, MapoError
@@ -29,22 +32,31 @@ class ObservationError(MapoError):
 
 
 def load_agent(
-    checkpoint: str | Path, device: str | torch.device = "cpu", describe: bool = True
+    checkpoint: str | Path,
+    device: str | torch.device = "cpu",
+    describe: bool = True,
+    words: Sequence[str] = (),
 ) -> Agent:
     """Load a trained agent; its method, sizes and describer come from the checkpoint.
+
+    A checkpoint that somebody else has made chooses neither servers nor models nor folders; what it
+    needs of them is asked for (docs/evaluate.md).
 
     Args:
         checkpoint: A fine-tuning checkpoint, such as ``runs/NAME/finetune/last.ckpt``.
         device: Where the networks run, such as ``cpu`` or ``cuda:0``.
         describe: Query the describer of the checkpoint's run about the frames as they come. If
             False, no describer is queried, and the agent acts as with ``vlm=none``.
+        words: Settings that win over those of the checkpoint, as on the command line, such as
+            ``["vlm.server.base_url=http://127.0.0.1:8000/v1"]``.
 
     Raises:
-        CheckpointError: The file is no checkpoint of an agent.
-        ConfigError: There is no such device, or the checkpoint's settings cannot be read.
+        CheckpointError: The file is no checkpoint of an agent, or does not fit its settings.
+        ConfigError: There is no such device, the settings cannot be read, or they name what only
+            the user may choose.
     """
-    path = Path(checkpoint)
-    cfg = from_base(agent_settings(path), RunConfig)
+    path, typed = Path(checkpoint), [*words, *([] if describe else ["vlm=none"])]
+    cfg = compose(typed, RunConfig, conf_folder(), agent_settings(path, typed), RENAMED).config
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn before they are replaced
         module, metadata = load_finetuned(cfg, path)
     try:
@@ -53,8 +65,9 @@ def load_agent(
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"device='{device}' cannot be used ({reason}); try 'cpu'") from error
     source = cfg.world_model.source.kind if cfg.world_model.lower is not None else "none"
-    if not describe or source != "semantic":
-        cfg.vlm = replace(cfg.vlm, kind="none")
+    if source != "semantic":
+        cfg.vlm = VlmConfig(kind="none", window=cfg.vlm.window, collect=cfg.vlm.collect)
+    log_servers(cfg.vlm)
     return Agent(cfg, module.eval(), int(metadata["action_dim"]))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from mapo_lightning.data.label_corpus import CorpusLabelling
 from mapo_lightning.data.replay import Replay, ReplaySpec
@@ -38,6 +41,7 @@ from mapo_lightning.training.compile import compile_parts
 from mapo_lightning.training.datamodule import VideoDataModule
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.finite import refuse_broken_weights
+from mapo_lightning.training.metadata import printable
 from mapo_lightning.training.pretrain import PretrainModule
 from mapo_lightning.training.settings import HANDED_OVER
 from mapo_lightning.types import CheckpointError, ConfigError
@@ -156,13 +160,33 @@ def load_finetuned(cfg: RunConfig, path: Path) -> tuple[FinetuneModule, Mapping[
     Raises:
         CheckpointError: The file is no checkpoint, holds no agent, or does not fit ``cfg``.
     """
-    content = read_agent(path)
+    content = read_agent(path, mapped=True)
     metadata: Mapping[str, Any] = content["mapo"]
-    module, _ = build_finetune(cfg, metadata["action_dim"], None)
-    check_fit(module, content, path)
+    width = metadata["action_dim"]
+    check_networks(lambda bare: build_finetune(bare, width, None)[0], cfg, content, path)
     refuse_broken_weights(content["state_dict"], f"'{path}'")
+    module, _ = build_finetune(cfg, width, None)
     module.load_state_dict(content["state_dict"])
     return module, metadata
+
+
+def check_networks(
+    make: Callable[[RunConfig], nn.Module], cfg: RunConfig, content: Mapping[str, Any], path: Path
+) -> None:
+    """Compare a checkpoint with the networks of its settings, before these cost any memory.
+
+    Raises:
+        CheckpointError: They do not fit, or no memory could hold them.
+    """
+    bare = replace(cfg, trainer=replace(cfg.trainer, compile=False))
+    try:  # on the meta device tensors have shapes and no numbers, but their constants may be drawn
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            module = make(bare)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(
+            f"'{path}' was made with sizes that no networks can have: {printable(str(error))}"
+        ) from error
+    check_fit(module, content, path)
 
 
 def read_agent(path: Path, *, mapped: bool = False) -> dict[str, Any]:
@@ -172,7 +196,7 @@ def read_agent(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         CheckpointError: The file is no checkpoint, or holds no agent.
     """
     content = read_checkpoint(path, mapped=mapped)
-    if "action_dim" not in content["mapo"]:
+    if not {"action_dim", "env_frames"} <= set(content["mapo"]):
         raise CheckpointError(
             f"'{path}' is a pre-training checkpoint and holds no agent; give one that "
             "stage=finetune made"

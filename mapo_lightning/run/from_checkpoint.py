@@ -1,4 +1,7 @@
-"""Reads the settings of a run from the checkpoint that it plays or resumes."""
+"""Reads the settings of a run from the checkpoint that it plays or resumes.
+
+All settings are taken from a run of this user's own, and few from anybody else's (`foreign.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import yaml
-
 from mapo_lightning.config.command_line import CommandLine
 from mapo_lightning.config.compose import Base, Composed, compose, load_yaml
 from mapo_lightning.config.redact import HIDDEN
+from mapo_lightning.ownership import is_own, own_text
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.foreign import describer_is_off, settings_of, taken
 from mapo_lightning.run.renamed import RENAMED
-from mapo_lightning.types import CheckpointError, ConfigError
+from mapo_lightning.types import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +55,12 @@ def configure(argv: Sequence[str], conf_dir: Path) -> Composed[RunConfig]:
     """Compose a run; ``resume=`` and ``stage=evaluate checkpoint=`` need no other word.
 
     The settings of the checkpoint's own run take the place of ``conf/config.yaml``. Groups and keys
-    of the command line win over them.
+    of the command line win over them, and ``config=FILE`` replaces them.
 
     Raises:
         MapoError: As `compose` and `read_checkpoint`.
     """
-    words = dict(word.split("=", 1) for word in CommandLine.parse(argv).overrides)
+    words = _by_key(argv)
     given, played = words.get("resume", "null"), words.get("checkpoint", "null")
     if given != "null":
         from mapo_lightning.training.export import check_resumable
@@ -69,26 +72,39 @@ def configure(argv: Sequence[str], conf_dir: Path) -> Composed[RunConfig]:
 
             path = newest_checkpoint(path)
         argv = [f"resume={path}" if word.startswith("resume=") else word for word in argv]
-        return compose(argv, RunConfig, conf_dir, _run_of(path), RENAMED)
+        base = None if "config" in words else _run_of(path, words)
+        return compose(argv, RunConfig, conf_dir, base, RENAMED)
     if words.get("stage") == "evaluate" and played != "null":
-        return compose(argv, RunConfig, conf_dir, agent_settings(Path(played)), RENAMED)
+        return compose(argv, RunConfig, conf_dir, agent_settings(Path(played), argv), RENAMED)
     return compose(argv, RunConfig, conf_dir, renamed=RENAMED)
 
 
-def agent_settings(path: Path) -> Base:
+def agent_settings(path: Path, words: Sequence[str] = (), videos: bool = False) -> Base:
     """What a checkpoint's agent needs in order to act, without what belonged to its training.
+
+    Args:
+        path: The checkpoint.
+        words: What the user has typed, ``key=value``; wins over what is returned here.
+            With ``config=FILE`` nothing is.
+        videos: Whether videos will be read.
 
     Raises:
         CheckpointError: The file is no checkpoint, or does not hold its settings.
+        ConfigError: The checkpoint is somebody else's, and names what only the user may choose.
     """
-    base = _settings(path, _read(path)["mapo"])
+    content, typed = _read(path), _by_key(words)
+    if "config" in typed:
+        return "", {}
+    base = _settings(path, content["mapo"], typed, videos)
     for name in _OF_THE_START:
         base.pop(name, None)
     for name in _OF_THE_MACHINE:
         base.get("trainer", {}).pop(name, None)
     played = base.get("evaluate", {})
-    if played.get("keep_best"):  # these seeds have chosen the agent: they say too much of it
+    numbers = all(isinstance(played.get(name), int) for name in ("seed", "episodes"))
+    if played.get("keep_best") and numbers:  # these seeds have chosen the agent
         played["seed"] += played["episodes"]
+    _fit_silence(base, content, typed)
     return f"the settings in '{path}'", base
 
 
@@ -110,18 +126,50 @@ def resumed(cfg: RunConfig) -> Resumed:
             f"'{path}' is a checkpoint of stage={phase}, which stage={cfg.stage} cannot resume; "
             f"{advice if cfg.stage == 'finetune' else 'leave out stage='}"
         )
-    return Resumed(path, phase, int(content["global_step"]), content["mapo"])
+    # The MLflow runs of somebody else's checkpoint are not ours to go on with.
+    metadata = content["mapo"] if _is_own(content["mapo"]) else {}
+    return Resumed(path, phase, content.get("global_step", 0), metadata)
 
 
-def _run_of(path: Path) -> Base:
-    """Settings of the run that wrote a checkpoint, and its folder where that is still there."""
-    metadata = _read(path)["mapo"]
+def _run_of(path: Path, words: Mapping[str, str]) -> Base:
+    """Settings of the run that wrote a checkpoint, and its folder where that is the user's own."""
+    content = _read(path)
+    metadata = content["mapo"]
     folder = path.absolute().parent.parent
     saved = folder / "config.yaml"
-    # The file holds secrets that the checkpoint hides.
-    base = _current(load_yaml(saved)) if saved.is_file() else _settings(path, metadata)
-    base["run_dir"] = str(folder) if saved.is_file() else ""
-    return f"the settings of '{path}'", base | {"checkpoint": None, "resume": None}
+    start: dict[str, Any] = {"checkpoint": None, "resume": None, "run_dir": ""}
+    if own_text(saved) is not None:
+        # The file holds secrets that the checkpoint hides.
+        base, start["run_dir"] = _current(load_yaml(saved)), str(folder)
+    else:
+        base = _settings(path, metadata, words, metadata["stage"] == "pretrain")
+        if saved.is_file():
+            log.info("'%s' is not as your run has saved it, and is not read", saved)
+        if not _is_own(metadata):
+            start["stage"] = metadata["stage"]
+    _fit_silence(base, content, words)
+    return f"the settings of '{path}'", base | start
+
+
+def _fit_silence(
+    base: dict[str, Any], content: Mapping[str, Any], words: Mapping[str, str]
+) -> None:
+    """Where no describer is queried, give its vectors, all zero, the width of the networks."""
+    vlm = base.get("vlm", {})
+    if describer_is_off(words) or vlm.get("kind") == "none":
+        from mapo_lightning.training.checkpoint import semantic_dim_of
+
+        shown = {name: vlm[name] for name in ("window", "collect") if name in vlm}
+        base["vlm"] = {"kind": "none", "hidden_dim": semantic_dim_of(content), **shown}
+
+
+def _by_key(words: Sequence[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in CommandLine.parse(words).overrides)
+
+
+def _is_own(metadata: Mapping[str, Any]) -> bool:
+    """Whether this user has made the checkpoint."""
+    return is_own(metadata.get("config") or "", metadata.get("config_signature") or "")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -132,15 +180,13 @@ def _read(path: Path) -> dict[str, Any]:
     return read_checkpoint(path, mapped=True)
 
 
-def _settings(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    content = yaml.safe_load(metadata.get("config") or "")
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"'{path}' does not hold the settings it was made with; give them with config=FILE, "
-            "the config.yaml of its run"
-        )
+def _settings(
+    path: Path, metadata: Mapping[str, Any], words: Mapping[str, str], videos: bool
+) -> dict[str, Any]:
+    content = settings_of(metadata.get("config") or "", path)
     shown: dict[str, Any] = _without_hidden(content)
-    return _current(shown)
+    current = _current(shown)
+    return current if _is_own(metadata) else taken(current, path, words, videos)
 
 
 def _current(settings: Mapping[str, Any]) -> dict[str, Any]:

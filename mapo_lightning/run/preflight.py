@@ -22,7 +22,7 @@ from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
 from mapo_lightning.run.job import restarted
 from mapo_lightning.run.trainer import best_device, check_hardware
-from mapo_lightning.semantics.factory import build_labeler
+from mapo_lightning.semantics.factory import build_labeler, log_servers
 from mapo_lightning.tracking.logger import check_store, is_main_process
 from mapo_lightning.training.checkpoint import check_fit, load_pretrained, read_checkpoint
 from mapo_lightning.training.cuda_graph import cuda_recorder
@@ -132,6 +132,8 @@ def _check_describer(cfg: RunConfig) -> None:
     if cfg.stage == "label" and cfg.vlm.kind == "none":
         raise ConfigError("stage=label needs a describer: vlm=flow, openai_server or another")
     build_labeler(build.shared_store(cfg), Path(cfg.work_dir).absolute(), "preflight")
+    if is_main_process():
+        log_servers(cfg.vlm)
 
 
 def _check_models(
@@ -160,8 +162,9 @@ def _check_agent(cfg: RunConfig, path: Path, action_dim: int | None) -> None:
     """See that a checkpoint's agent fits its settings and the environment."""
     content = build.read_agent(path, mapped=True)
     trained = content["mapo"]["action_dim"]
-    module, _ = build.build_finetune(cfg, trained, None)
-    check_fit(module, content, path)
+    build.check_networks(
+        lambda bare: build.build_finetune(bare, trained, None)[0], cfg, content, path
+    )
     if trained != action_dim:
         raise CheckpointError(
             f"the agent in '{path}' acts with {trained} numbers, but {cfg.env.kind}/"

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -150,6 +151,7 @@ def run_folder(name: str, given: str = "") -> Path:
         Its absolute path. A folder that is called after the time is made, because another run may
         start in the same second; any other is not.
     """
+    name = re.sub(r"[^\w.+-]+", "-", name)  # a task may be named Package/Task
     folder = given or os.environ.get(_SHARED, "")
     if folder:
         return Path(folder).absolute()

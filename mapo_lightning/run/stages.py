@@ -33,6 +33,7 @@ from mapo_lightning.envs.replacement import (
     close_vector_env,
     lost_processes,
 )
+from mapo_lightning.ownership import sign
 from mapo_lightning.run import build, job
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.session import Session
@@ -255,6 +256,7 @@ def fit(
         "stage": phase,
         "method": cfg.method,
         "config": session.composed.redacted_yaml,
+        "config_signature": sign(session.composed.redacted_yaml),
         "mlflow_parent": session.parent or "",
         "mlflow_run": (logger.run_id if logger else None) or "",
         **widths,
@@ -266,6 +268,7 @@ def fit(
             session.composed.flat,
             every=cfg.trainer.log_every,
             system_metrics=cfg.tracking.system_metrics,
+            git_diff=cfg.tracking.git_diff,
         ),
     ]
     if cfg.callbacks.codebook:

@@ -52,7 +52,9 @@ def _run(words: Sequence[str]) -> None:
 
     reports, folder = [], Path()
     for path in paths:
-        composed = compose(others, RunConfig, conf_folder(), agent_settings(path), RENAMED)
+        composed = compose(
+            others, RunConfig, conf_folder(), agent_settings(path, others, True), RENAMED
+        )
         if composed.text is not None:
             sys.stdout.write(composed.text + "\n")
             return
@@ -74,20 +76,22 @@ def _measure(cfg: RunConfig, path: Path) -> ToldReport:
     # These import torch, which takes seconds: the words were checked without.
     from mapo_lightning.run import build
     from mapo_lightning.run.stages import render_demo
-    from mapo_lightning.training.checkpoint import check_fit, read_checkpoint
+    from mapo_lightning.semantics.factory import log_servers
+    from mapo_lightning.training.checkpoint import read_checkpoint
     from mapo_lightning.training.told import measure_held_out
 
     if cfg.world_model.source.kind != "semantic":
         raise ConfigError(
             f"'{path}' was pre-trained with method={cfg.method}, whose dreams no phrase drives"
         )
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, mapped=True)
     if content["mapo"].get("stage") != "pretrain":
         raise ConfigError(f"'{path}' is no checkpoint of stage=pretrain; phrases drive only those")
+    build.check_networks(build.build_pretrain, cfg, content, path)
+    log_servers(cfg.vlm)
     render_demo(cfg)
     data = build.build_videos(cfg)
     module = build.build_pretrain(cfg)
-    check_fit(module, content, path)
     module.load_state_dict(content["state_dict"])
     try:
         return measure_held_out(module.world_model, data, max(2, cfg.callbacks.told))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,15 @@ class _Saving(ModelCheckpoint):
         kill = getattr(trainer.strategy.launcher, "kill", None)
         if isinstance(exception, stopping.Stopped) and not exception.agreed and kill is not None:
             kill(exception.signal)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over which files are ours; Lightning deletes the one that a new one replaces."""
+        super().load_state_dict(state_dict)
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            path = str(getattr(self, name))
+            if os.path.dirname(path) != str(self.dirpath):  # not Path, which rewrites addresses
+                setattr(self, name, "")
+        self.best_k_models = {}  # kept only where a metric is watched
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the trained model."""

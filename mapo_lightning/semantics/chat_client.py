@@ -150,6 +150,10 @@ class ChatClient:
         except openai.APIStatusError as error:
             status, words = error.status_code, server_words(_body(error.response))
             pause = _retry_after(error.response.headers) if status == 429 else 0.0
+            if 300 <= status < 400:
+                words = (
+                    "it sends the query on to another address; give that address if you trust it"
+                )
             if status in (408, 409, 429) or status >= 500:
                 raise FailedError(f"HTTP {status}: {words}", pause, status) from error
             raise RejectedError(status, words) from error
@@ -166,8 +170,13 @@ class ChatClient:
 
             for chatty in ("httpx", "httpx2", "openai"):  # otherwise a line per query
                 logging.getLogger(chatty).setLevel(logging.WARNING)
+            # Frames and the key go to the address that the user has given, and nowhere else.
             self._clients[url] = openai.OpenAI(
-                base_url=url, api_key=_key(), timeout=self.cfg.server.timeout_seconds, max_retries=0
+                base_url=url,
+                api_key=_key(),
+                timeout=self.cfg.server.timeout_seconds,
+                max_retries=0,
+                http_client=openai.DefaultHttpxClient(follow_redirects=False),
             )
         return self._clients[url]
 

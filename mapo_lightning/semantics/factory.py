@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from mapo_lightning.semantics.describer import Describer, NullDescriber
 from mapo_lightning.semantics.flow import FlowDescriber
@@ -18,6 +20,8 @@ from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.semantics.templates import TemplateDescriber
 from mapo_lightning.semantics.text_encoder import build_encoder
 
+log = logging.getLogger(__name__)
+
 
 def semantic_dim(cfg: VlmConfig) -> int:
     """Return the width V of the vectors that `build_labeler(cfg, ...)` will give.
@@ -26,6 +30,13 @@ def semantic_dim(cfg: VlmConfig) -> int:
         DescriberError: There is no such model or sentence encoder.
     """
     return build_encoder(cfg).semantic_dim
+
+
+def log_servers(cfg: VlmConfig) -> None:
+    """Log whom frames will be sent to, if the describer is behind the network."""
+    if cfg.kind == "openai" and cfg.server.base_urls and not cfg.cached_only:
+        hosts = ", ".join(urlsplit(url).netloc for url in cfg.server.base_urls)
+        log.info("frames are sent to the vision-language model at %s", hosts)
 
 
 def build_describer(cfg: VlmConfig, outage: OutageLog | None = None) -> Describer:

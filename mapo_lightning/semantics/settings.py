@@ -136,7 +136,8 @@ class VlmConfig:
     """Who says in which direction and how far things move: the model itself, as published, or
     optical flow, which fills these two slots of every answer of the model that is not null."""
     hidden_dim: int | None = None
-    """Width of the model's hidden state; null reads it from the model's configuration."""
+    """Width of the model's hidden state; null reads it from the model's configuration. With
+    kind=none, the width of the vectors that an agent's networks were trained with."""
     cached_only: bool = False
     """Use stored labels only: a window that is not in the store stops the run and is named."""
     flow_min_percent: float = 0.7

@@ -138,6 +138,8 @@ def build_encoder(cfg: VlmConfig) -> Encoder:
     elif cfg.kind == "transformers":
         width = cfg.hidden_dim or hidden_size(cfg.model, cfg.revision, "vlm.model")
         encoder = HiddenState(width)
+    elif cfg.kind == "none" and cfg.hidden_dim:
+        return HiddenState(cfg.hidden_dim)  # nothing is encoded; networks of this width fit
     else:
         return HashedSlots()  # these hold the direction in any case
     return WithDirection(encoder) if cfg.joins_direction else encoder

@@ -72,6 +72,8 @@ def client(uri: str | None) -> MlflowClient:
     # MLflow's own patience with a server is minutes for every call, and training waits for some.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    # It prints the address of a server with the password in it; the summary names it without.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
 

@@ -29,6 +29,11 @@ class TrackingConfig:
     system_metrics: bool = False
     """Also record CPU, memory and GPU use of the machine."""
 
+    git_diff: bool = False
+    """Also record what the checkout that this package runs from changes since its commit, as
+    git.diff, and the names of its untracked files. Commit and whether it has changes are recorded
+    in any case."""
+
     def __post_init__(self) -> None:
         if not self.experiment.strip():
             raise ConfigError("experiment must be a name, got an empty text")

@@ -19,6 +19,13 @@ from mapo_lightning.files import atomic_write
 from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.training.export import is_export, read_export
 from mapo_lightning.training.finite import refuse_broken_weights
+from mapo_lightning.training.metadata import (
+    check_archive,
+    check_metadata,
+    check_state,
+    check_tensors,
+    printable,
+)
 from mapo_lightning.types import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -73,27 +80,47 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         CheckpointError: It is missing, damaged, holds code, or was not made by this package.
     """
     if is_export(path):
-        return read_export(path)
+        content = read_export(path)
+        check_metadata(content["mapo"], path)
+        check_state(content, path)
+        return content
     if not path.is_file():
         raise CheckpointError(
             f"no checkpoint at '{path}'; give the path of a .ckpt file, or the folder of an export"
         )
+    check_archive(path)
+    content = _loaded(path, mapped=True)  # what is claimed costs nothing yet
+    check_tensors(content, path)
+    if not isinstance(content, dict) or "mapo" not in content or "state_dict" not in content:
+        raise CheckpointError(f"'{path}' was not saved by this package: it has no entry 'mapo'")
+    check_metadata(content["mapo"], path)
+    check_state(content, path)
+    return content if mapped else _loaded(path, mapped=False)
+
+
+def _loaded(path: Path, mapped: bool) -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        content: dict[str, Any] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mapped
+        )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"'{path}' is refused: it is damaged, or holds more than plain tensors, strings and "
             "numbers; take an intact checkpoint of this package"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:  # torch's reader takes apart what a damaged file holds
+        reason = printable(str(error)) or type(error).__name__
         raise CheckpointError(
             f"'{path}' is damaged or not a checkpoint ({reason}); take an "
             "earlier one from the same folder"
         ) from error
-    if not isinstance(content, dict) or "mapo" not in content or "state_dict" not in content:
-        raise CheckpointError(f"'{path}' was not saved by this package: it has no entry 'mapo'")
     return content
+
+
+def semantic_dim_of(content: Mapping[str, Any]) -> int | None:
+    """Width V of the semantic vectors that a checkpoint's networks take; None if they take none."""
+    weight = content["state_dict"].get("world_model.source.project.weight")
+    return int(weight.shape[1]) if weight is not None and weight.ndim == 2 else None
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -13,6 +13,7 @@ import torch
 import mapo_lightning
 from mapo_lightning.config.compose import compose
 from mapo_lightning.envs.factory import make_env
+from mapo_lightning.ownership import sign
 from mapo_lightning.run import build, stages
 from mapo_lightning.run.agent import ObservationError
 from mapo_lightning.run.config import RunConfig
@@ -31,7 +32,8 @@ def save(path: Path, *words: str) -> RunConfig:
     torch.manual_seed(4)
     module, _ = build.build_finetune(composed.config, 2, None)
     card = {"stage": "finetune", "method": composed.config.method, "action_dim": 2}
-    card |= {"env_frames": 120, "config": composed.redacted_yaml}
+    text = composed.redacted_yaml
+    card |= {"env_frames": 120, "config": text, "config_signature": sign(text)}
     write_checkpoint({"state_dict": module.state_dict(), "mapo": card, "global_step": 7}, path)
     return composed.config
 

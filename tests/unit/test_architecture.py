@@ -19,7 +19,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # Floors of the house from the ground up: a room knows those below it, never one beside or above it.
 FLOORS: list[set[str]] = [
-    {"types", "files", "stopping", "waiting"},
+    {"types", "files", "ownership", "stopping", "waiting"},
     {"config", "models", "semantics"},
     {"data"},
     {"envs"},
@@ -29,7 +29,8 @@ FLOORS: list[set[str]] = [
     {"run"},
     {"doctor", "export", "gallery", "labels", "quality", "told"},  # other ways to type the commands
 ]
-STEPS = {("files", "waiting")}  # on the ground floor: a lock says that it is waited for
+# On the ground floor: a lock says that it is waited for, and a key is a file.
+STEPS = {("files", "waiting"), ("ownership", "files")}
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that are free of MAPO or of words and pixels: they know the ground floor only.
 SEPARATE = {"config", "models", "semantics"}

@@ -11,6 +11,7 @@ from test_agent import CONF, save
 
 from mapo_lightning.config.compose import from_base
 from mapo_lightning.config.schema import flatten, walk
+from mapo_lightning.ownership import sign, signed
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import Resumed, agent_settings, configure, resumed
 from mapo_lightning.run.main import main
@@ -51,7 +52,7 @@ def test_evaluation_takes_the_agent_from_the_checkpoint_and_the_rest_from_here(r
 def test_resuming_takes_everything_from_the_runs_own_file(run: Path) -> None:
     checkpoint = run / "finetune/last.ckpt"
     card = read_checkpoint(checkpoint)["mapo"]
-    (run / "config.yaml").write_text(card["config"].replace("***", "me:secret"))
+    (run / "config.yaml").write_text(signed(card["config"].replace("***", "me:secret")))
     for given in (run, checkpoint):
         cfg = configure([f"resume={given}", "finetune.agent_steps=9000"], CONF).config
         assert cfg.resume == str(checkpoint)
@@ -87,9 +88,9 @@ def test_every_renamed_key_was_one_and_leads_to_one() -> None:
 def test_settings_of_version_0_1_0_are_translated(run: Path, saved: str) -> None:
     checkpoint, old = run / "finetune/last.ckpt", dict(flatten(yaml.safe_load(OLD.read_text())))
     if saved == "beside it":
-        (run / "config.yaml").write_text(OLD.read_text())
+        (run / "config.yaml").write_text(signed(OLD.read_text()))
     content = read_checkpoint(checkpoint)
-    content["mapo"]["config"] = OLD.read_text()
+    content["mapo"] |= {"config": OLD.read_text(), "config_signature": sign(OLD.read_text())}
     write_checkpoint(content, checkpoint)
     for words in (["stage=evaluate", f"checkpoint={checkpoint}"], [f"resume={run}"]):
         flat = configure(words, CONF).flat

@@ -25,6 +25,7 @@ from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import fingerprint, probe_video, write_mp4
 from mapo_lightning.label_tools.gallery import draw, find_videos, main
 from mapo_lightning.label_tools.page import Sample, page
+from mapo_lightning.ownership import signed
 from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.semantics.reviews import FORMAT, Reviews, read_reviews
 from mapo_lightning.semantics.settings import VlmConfig
@@ -309,10 +310,24 @@ def test_without_arguments_it_takes_the_newest_run(
     run = in_tmp / "runs/one"
     run.mkdir(parents=True)
     where = f"data: {{root: {corpus}/videos}}\nwork_dir: {corpus}\nvlm: {{store: labels}}\n"
-    (run / "config.yaml").write_text(where)
+    (run / "config.yaml").write_text(signed(where))
     assert main([]) == 0
     assert "6 of 7 labels: runs/gallery.html" in capsys.readouterr().out
     assert len(read((in_tmp / "runs/gallery.html").read_text()).cards) == 6
+
+
+def test_the_settings_of_a_strangers_run_choose_no_folders(
+    corpus: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = in_tmp / "runs/theirs"
+    run.mkdir(parents=True)
+    where = f"data: {{root: {corpus}/videos}}\nwork_dir: {corpus}\nvlm: {{store: labels}}\n"
+    (run / "config.yaml").write_text(where)
+    assert main([]) == 2
+    assert "was not saved by you on this machine" in capsys.readouterr().err
+    assert not (in_tmp / "runs/gallery.html").exists()
+    words = ["--store", f"{corpus}/labels", "--videos", f"{corpus}/videos"]
+    assert main(words) == 0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,10 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import mlflow
 import numpy as np
@@ -308,3 +311,49 @@ def test_a_store_that_does_not_open_says_what_to_do(tmp_path: Path) -> None:
     cfg = TrackingConfig(uri=f"sqlite:///{tmp_path}/file/mlflow.db")
     with pytest.raises(ConfigError, match=r"cannot open the MLflow store .*tracking.enabled=false"):
         open_store(cfg)
+
+
+class TrackingServer(BaseHTTPRequestHandler):
+    """As much of MLflow's server as ends a run."""
+
+    ended: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.ended.append(self.path)
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        info = {"run_id": "r", "experiment_id": "1", "run_name": "one", "status": "FINISHED"}
+        body = json.dumps({"run": {"info": info, "data": {}}, "run_info": info}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_mlflow_itself_prints_no_address_with_a_password(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = mlflow.get_tracking_uri()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), TrackingServer)
+    Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://me:canary-7@127.0.0.1:{server.server_address[1]}"
+    try:
+        monkeypatch.delenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", raising=False)
+        mlflow.set_tracking_uri(uri)
+        mlflow.MlflowClient().set_terminated("r")  # what MLflow does by itself
+        assert "canary-7" in capfd.readouterr().out
+        finish_parent("r", cfg=TrackingConfig(uri=uri))
+        assert sum("runs/update" in path for path in TrackingServer.ended) == 2
+        assert "canary-7" not in "".join(capfd.readouterr())
+    finally:
+        mlflow.set_tracking_uri(before)
+        server.shutdown()
+        server.server_close()

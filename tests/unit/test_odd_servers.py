@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from label_servers import NONE, PHRASES, WHOLE, Running, clips, running
+from strangers import listening
 
 from mapo_lightning.semantics.chat_completion import read_usage
 from mapo_lightning.semantics.describer import NoAnswer, Reply, Usage
@@ -181,3 +182,17 @@ def test_tokens_are_counted_where_they_are_reported(usage: object, found: Usage)
     assert read_usage({"choices": [], "usage": usage}) == found
     assert read_usage("<html>") == Usage(1)
     assert found.plus(found).since(found) == found
+
+
+def test_frames_and_the_key_never_follow_a_redirection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAPO_VLM_API_KEY", "canary-key")
+    with listening() as elsewhere, listening(redirect=elsewhere.url) as chosen:
+        server = ServerConfig(f"{chosen.url}/v1", retries=0, on_outage="error")
+        asked = OpenAIDescriber(VlmConfig(kind="openai", server=server))
+        with pytest.raises(DescriberError, match="sends the query on to another address"):
+            asked.describe(clips(1))
+        assert chosen.seen
+        (_, sent), *_ = chosen.seen
+        assert "canary-key" in sent
+        assert "data:image/jpeg;base64," in sent  # the frames themselves, never an address
+        assert (elsewhere.connections, elsewhere.seen) == (0, [])

@@ -18,7 +18,7 @@ from callbacks.recorder import MLflowRecorder, contact_sheet, recorder_of
 from mapo_lightning.data.clips import LabelExample
 from mapo_lightning.tracking.logger import RunLogger, make_logger, open_store, store_uri
 from mapo_lightning.tracking.settings import TrackingConfig
-from mapo_lightning.tracking.versions import git_state
+from mapo_lightning.tracking.versions import GitState, git_state
 
 
 class Line(L.LightningModule):
@@ -119,6 +119,23 @@ def test_the_git_state_is_that_of_the_package_wherever_a_run_starts(
     own, other = git_state(root), git_state(elsewhere)
     assert other is not None
     assert found.data.tags.get("git.commit") == (own.commit if own else None) != other.commit
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_changes_of_the_code_are_recorded_only_where_they_are_asked_for(
+    wanted: bool,
+    cfg: TrackingConfig,
+    run: RunLogger,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = GitState("c" * 40, True, "-a secret plan\n")
+    monkeypatch.setattr("callbacks.recorder.own_git_state", lambda: state)
+    fit(run, MLflowRecorder(git_diff=wanted), tmp_path)
+    found, place = stored(cfg, run)
+    assert (found.data.tags["git.commit"], found.data.tags["git.dirty"]) == ("c" * 40, "true")
+    assert (place / "git.diff").exists() == wanted
+    assert not TrackingConfig().git_diff
 
 
 COMMIT = ["commit", "-q", "--allow-empty", "-m", "x"]

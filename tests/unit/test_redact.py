@@ -20,6 +20,7 @@ def test_names_of_other_things(name: str) -> None:
     [
         "postgresql://me:canary@db/x",
         "https://canary@host",
+        "https://me:x@canary@host/path",
         "https://host/a?x=1&api_key=canary",
         "export A=AKIACANARYCANARY1234".replace("CANARY", "CANARY"),
     ],
