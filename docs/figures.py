@@ -237,6 +237,8 @@ FLOORS: list[dict[str, str]] = [
     {
         "types": "batch keys, time, errors",
         "files": "atomic writes, locks",
+        "ownership": "whose settings these are",
+        "stopping": "signals",
         "waiting": "messages of long waits",
     },
     {

@@ -261,7 +261,24 @@ def fit(
         "mlflow_run": (logger.run_id if logger else None) or "",
         **widths,
     }
-    around: list[L.Callback] = [
+    callbacks = around(session, phase, watch) + extra
+    validate_every = cfg.pretrain.validate_every if phase == "pretrain" else None
+    folder = session.folder / phase
+    trainer = build_trainer(cfg, updates, folder, callbacks, logger, validate_every)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=earlier, weights_only=True)
+    except (Exception, Stopped) as error:
+        if isinstance(error, Stopped):
+            error.when = f"{error.when or 'in the middle'} of {NAMES[phase]}"
+        elif not isinstance(error, MapoError):
+            module.check_finite()  # a simulator, for one, fails at an action that is no number
+        raise
+
+
+def around(session: Session, phase: str, watch: dict[str, str]) -> list[L.Callback]:
+    """The callbacks that both phases have, in their order."""
+    cfg = session.cfg
+    callbacks: list[L.Callback] = [
         Resume(),
         MLflowRecorder(
             session.composed.redacted_yaml,
@@ -272,20 +289,10 @@ def fit(
         ),
     ]
     if cfg.callbacks.codebook:
-        around.append(CodebookUpdate())
+        callbacks.append(CodebookUpdate())
     if cfg.callbacks.progress:
-        around.append(PhaseProgress(NAMES[phase], watch))
-    validate_every = cfg.pretrain.validate_every if phase == "pretrain" else None
-    folder = session.folder / phase
-    trainer = build_trainer(cfg, updates, folder, around + extra, logger, validate_every)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=earlier, weights_only=True)
-    except (Exception, Stopped) as error:
-        if isinstance(error, Stopped):
-            error.when = f"{error.when or 'in the middle'} of {NAMES[phase]}"
-        elif not isinstance(error, MapoError):
-            module.check_finite()  # a simulator, for one, fails at an action that is no number
-        raise
+        callbacks.append(PhaseProgress(NAMES[phase], watch))
+    return callbacks
 
 
 def end_curves(session: Session, phase: str) -> None:

@@ -60,8 +60,7 @@ def test_a_strangers_agent_is_loaded(
     for silent in ({"describe": False}, {"words": ["vlm=none"]}):
         with mapo_lightning.load_agent(path, **silent) as agent:
             side = agent.cfg.env.size
-            for _ in range(6):
-                agent.act(np.zeros((side, side, 3), np.uint8))
+            watch_six(agent, side)
     assert told([f"checkpoint={path}"]) == 2
     assert main([f"init_from={path}", *SMALL, "stage=finetune"]) == 2
     attack.failed(*capfd.readouterr())
@@ -69,12 +68,19 @@ def test_a_strangers_agent_is_loaded(
     with listening() as mine:
         words = [f"vlm.server.base_url={mine.url}/v1", "vlm.server.on_outage=skip"]
         words += ["vlm.window.frames=2", "vlm.collect.size=null", "vlm.collect.every=1"]
-        with mapo_lightning.load_agent(path, words=[*words, "vlm.server.retries=0"]) as agent:
-            with pytest.raises(mapo_lightning.types.DescriberError):
-                for _ in range(6):
-                    agent.act(np.zeros((side, side, 3), np.uint8))
+        with (
+            mapo_lightning.load_agent(path, words=[*words, "vlm.server.retries=0"]) as agent,
+            pytest.raises(mapo_lightning.types.DescriberError),
+        ):
+            watch_six(agent, side)
         assert mine.seen
     attack.failed(*capfd.readouterr())
+
+
+def watch_six(agent: mapo_lightning.Agent, side: int) -> None:
+    """Show an agent six black frames."""
+    for _ in range(6):
+        agent.act(np.zeros((side, side, 3), np.uint8))
 
 
 @pytest.mark.slow

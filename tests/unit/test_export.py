@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = yaml.safe_load(content["mapo"]["config"])
     settings["vlm"]["embed"]["encoder"] = "/models/canary-folder/minilm"
     content["mapo"]["config"] = yaml.safe_dump(settings)
-    content["mapo"] |= {"mlflow_run": "c0ffee", "mlflow_parent": "c0ffee"}
+    content["mapo"] |= {"mlflow_run": "c0ffee00" * 4, "mlflow_parent": "c0ffee00" * 4}
     content["optimizer_states"] = [{"exp_avg": torch.full((8,), 77.0)}]
     write_checkpoint(content, path)
     return path

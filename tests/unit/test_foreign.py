@@ -29,7 +29,7 @@ def covering(key: str, listed: Any) -> list[str]:
 def test_every_setting_is_either_taken_or_refused(key: str) -> None:
     taken_by, refused_by = covering(key, ALLOWED), covering(key, REFUSED)
     assert bool(taken_by) != bool(refused_by), (
-        f"{key} must be in ALLOWED or in REFUSED of run/foreign.py: may a stranger's file choose it?"
+        f"{key} must be in ALLOWED or in REFUSED of run/foreign.py: may a strange file choose it?"
     )
     assert (bound_of(key) is not None) == bool(taken_by)
 
@@ -73,8 +73,8 @@ def test_a_value_out_of_bounds_is_one_sentence(settings: dict[str, Any], sentenc
 
 @pytest.mark.parametrize(
     "text",
-    ["a: &x [1]\nb: *x\n", "[" * 30 + "]" * 30, "a: " + "9" * 5000, "a: 2001-99-99", "a: [", "? [1]\n",
-     "x" * 1_000_001, "- 1", "5", "", "a: !!python/object/apply:os.system [touch x]"],
+    ["a: &x [1]\nb: *x\n", "[" * 30 + "]" * 30, "a: " + "9" * 5000, "a: 2001-99-99", "a: [",
+     "? [1]\n", "x" * 1_000_001, "- 1", "5", "", "a: !!python/object/apply:os.system [touch x]"],
     ids=["alias", "deep", "digits", "date", "torn", "list as a key", "long", "list", "number",
          "nothing", "code"],
 )  # fmt: skip
@@ -149,10 +149,11 @@ def test_a_section_that_is_a_value_is_one_sentence(tree: dict[str, Any], tmp_pat
     content = read_checkpoint(path)
     content["mapo"]["config"] = yaml.safe_dump(tree)
     write_checkpoint(content, path)
-    try:
-        configure(["stage=evaluate", f"checkpoint={path}"], CONF)
-    except MapoError as error:
-        assert "\n" not in str(error)
+    words = ["stage=evaluate", f"checkpoint={path}"]
+    if "agent" in tree:
+        with pytest.raises(MapoError) as caught:
+            configure(words, CONF)
+        assert "\n" not in str(caught.value)
     else:
-        assert "agent" not in tree
+        configure(words, CONF)
         assert agent_settings(path)[1]["vlm"] == {}

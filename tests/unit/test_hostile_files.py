@@ -6,13 +6,14 @@ import json
 import os
 import resource
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from miniatures import write_ssv2
 from strangers import stranger_card, write_agent
 
@@ -97,7 +98,7 @@ def test_a_damaged_card_is_one_sentence(name: str, agent: Path, tmp_path: Path) 
         (lambda c: c.update(global_step=-1), "'global_step' must be a whole number"),
         (lambda c: c["state_dict"].update(a=torch.zeros(1).expand(2**37)), "claim"),
         (lambda c: c.update(more=[{"a": torch.zeros(1).expand(2**37)}]), "claim"),
-        (lambda c: c.update(views=[torch.zeros(64)] + [torch.zeros(64).as_strided((64,), (0,))]),
+        (lambda c: c.update(views=[torch.zeros(64), torch.zeros(64).as_strided((64,), (0,))]),
          ""),
         (lambda c: c.update(a=torch.ones(2, 2).to_sparse()), "unusual kind"),
         (lambda c: c.update(a=torch.ones(2, device="meta")), "unusual kind"),
@@ -126,8 +127,13 @@ def test_many_tensors_over_the_same_numbers_are_refused(agent: Path, tmp_path: P
 def test_a_card_that_claims_512_gigabytes_costs_nothing(agent: Path, tmp_path: Path) -> None:
     """Networks of these sizes would have 512 GB of weights; the file has a few MB."""
     wide = 65_536  # a layer of 65,536 x 65,536 numbers takes 17 GB
-    settings = f"world_model: {{head_units: {wide}, head_layers: 32}}\n"
-    path = changed(agent, tmp_path / "x.ckpt", lambda c: c["mapo"].update(config=settings))
+
+    def widened(content: dict[str, Any]) -> None:
+        settings = yaml.safe_load(content["mapo"]["config"])
+        settings["world_model"] |= {"head_units": wide, "head_layers": 32}
+        content["mapo"]["config"] = yaml.safe_dump(settings)
+
+    path = changed(agent, tmp_path / "x.ckpt", widened)
     before = peak()
     with pytest.raises(CheckpointError, match="in the model"):
         mapo_lightning.load_agent(path)
@@ -166,26 +172,37 @@ class Bomb:
         return os.system, (f"touch {self.target}",)
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "zipped episode", "episode", "labels"])
-def test_no_file_runs_code(kind: str, tmp_path: Path) -> None:
-    bomb, target = Bomb(tmp_path / "went_off"), tmp_path / "went_off"
+@pytest.fixture
+def bomb(tmp_path: Path) -> Iterator[Bomb]:
+    bomb = Bomb(tmp_path / "went_off")
+    yield bomb
+    assert not bomb.target.exists()
+
+
+def test_no_checkpoint_runs_code(bomb: Bomb, tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": bomb}, "mapo": {}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="is refused"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+def test_no_file_of_labels_runs_code(bomb: Bomb, tmp_path: Path) -> None:
+    torch.save(bomb, tmp_path / "x.parquet")
+    with pytest.raises((MapoError, ValueError)):
+        import_labels(tmp_path / "x.parquet", tmp_path / "store")
+
+
+@pytest.mark.parametrize("kind", ["episode", "zipped episode"])
+def test_no_episode_runs_code(kind: str, bomb: Bomb, tmp_path: Path) -> None:
     file = tmp_path / "replay/episode-00000000.npy"
     file.parent.mkdir()
-    with pytest.raises((MapoError, ValueError)):
-        if kind == "checkpoint":
-            torch.save({"state_dict": {"a": bomb}, "mapo": {}}, tmp_path / "x.pt")
-            read_checkpoint(tmp_path / "x.pt")
-        elif kind == "labels":
-            torch.save(bomb, tmp_path / "x.parquet")
-            import_labels(tmp_path / "x.parquet", tmp_path / "store")
-        else:
-            if kind == "episode":
-                np.save(file, np.array([bomb], object), allow_pickle=True)
-            else:
-                torch.save(bomb, file)
-            replay = Replay(file.parent, ReplayConfig(), ReplaySpec((8, 8, 3), 2, 4))
-            replay.restore({"version": 1, "next_episode": 1, "episodes": [[0, 5]], "open": []})
-    assert not target.exists()
+    if kind == "episode":
+        np.save(file, np.array([bomb], object), allow_pickle=True)
+    else:
+        torch.save(bomb, file)
+    replay = Replay(file.parent, ReplayConfig(), ReplaySpec((8, 8, 3), 2, 4))
+    state = {"version": 1, "next_episode": 1, "episodes": [[0, 5]], "open": []}
+    assert replay.restore(state) == 4  # agent steps that are lost
+    assert replay.episodes == 0
 
 
 ELSEWHERE = (
