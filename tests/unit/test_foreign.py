@@ -140,9 +140,12 @@ def test_a_strangers_run_is_resumed_elsewhere_and_tracked_by_the_user(
 
 
 @pytest.mark.parametrize(
-    "tree", [{"vlm": {"server": 5, "base_url": "x"}}, {"vlm": 5}, {"agent": 1}]
+    ("tree", "refused"),
+    [({"vlm": {"server": 5, "base_url": "x"}}, True), ({"vlm": 5}, False), ({"agent": 1}, True)],
 )
-def test_a_section_that_is_a_value_is_one_sentence(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_a_section_that_is_a_value_is_one_sentence(
+    tree: dict[str, Any], refused: bool, tmp_path: Path
+) -> None:
     path = write_agent(tmp_path / "run/finetune/last.ckpt")
     from mapo_lightning.training.checkpoint import read_checkpoint, write_checkpoint
 
@@ -150,7 +153,7 @@ def test_a_section_that_is_a_value_is_one_sentence(tree: dict[str, Any], tmp_pat
     content["mapo"]["config"] = yaml.safe_dump(tree)
     write_checkpoint(content, path)
     words = ["stage=evaluate", f"checkpoint={path}"]
-    if "agent" in tree:
+    if refused:
         with pytest.raises(MapoError) as caught:
             configure(words, CONF)
         assert "\n" not in str(caught.value)
