@@ -124,7 +124,9 @@ def trained(
     take = logger.log_metrics
 
     def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
-        logged.append({**metrics, "at": float(step or 0)})
+        if not logged or metrics.keys() & logged[-1].keys():  # another update's
+            logged.append({"at": float(step or 0)})
+        logged[-1] |= metrics
         take(metrics, step)
 
     logger.log_metrics = log_metrics  # type: ignore[method-assign, assignment]
