@@ -41,8 +41,8 @@ test-fast: lint ## before a commit: lint, types and the quick tests (three minut
 test: lint ## before a pull request: lint, types and all tests, as CI runs them
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
 
-test-hard: setup ## trainings of five seeds that must learn
-	$(PY) -m pytest -n $(WORKERS) -m learning tests/learning
+test-hard: setup ## hours: trainings of five seeds that must learn, kills, memory, servers
+	$(PY) -m pytest -n $(WORKERS) -m 'learning or hard' tests/learning tests/hard
 
 ui: setup ## open the MLflow pages of the runs on 127.0.0.1 (PORT=5000)
 	@test -f runs/mlflow.db || { echo "There are no runs yet: make demo" >&2; exit 1; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -118,22 +119,29 @@ def test_processes_and_shared_memory_end_with_the_program(
         env=environment(root), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    assert parent.stdout is not None
-    assert parent.stdin is not None
-    assert parent.stdout.readline() == b"up\n"
-    children = psutil.Process(parent.pid).children(recursive=True)
-    assert len(children) >= 2
-    if how.startswith("SIG"):
-        parent.send_signal(signal.Signals[how])
-    else:
-        children[-1].kill()
-        parent.stdin.write(b"\n")
-        parent.stdin.flush()
-    assert parent.wait(120) != 0
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert alive == []
-    parent.stdin.close()
-    parent.stdout.close()
+    children: list[psutil.Process] = []
+    try:
+        assert parent.stdout is not None
+        assert parent.stdin is not None
+        assert parent.stdout.readline() == b"up\n"
+        children = psutil.Process(parent.pid).children(recursive=True)
+        assert len(children) >= 2
+        if how.startswith("SIG"):
+            parent.send_signal(signal.Signals[how])
+        else:
+            forked = [child for child in children if "program.py" in " ".join(child.cmdline())]
+            forked[-1].kill()
+            parent.stdin.write(b"\n")
+            parent.stdin.flush()
+        assert parent.wait(120) != 0
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert alive == []
+    finally:
+        parent.kill()
+        parent.communicate()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
     # Names that other programs of this machine have made in the meantime are not ours.
     ours = {name for name in set(os.listdir("/dev/shm")) - before if owned(name, children)}
     assert ours == set()

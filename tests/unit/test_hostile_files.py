@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import zipfile
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from mapo_lightning.training.checkpoint import read_checkpoint, write_checkpoint
 from mapo_lightning.types import CheckpointError, MapoError
 
 GB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +252,13 @@ def test_lightning_deletes_no_file_that_a_checkpoint_names(tmp_path: Path) -> No
 
 def test_a_strangers_card_is_made_of_what_is_checked() -> None:
     assert set(stranger_card("finetune", "")) >= {"stage", "method", "config", "mlflow_run"}
+
+
+def test_no_code_from_a_hub_is_ever_trusted() -> None:
+    found = 0
+    for path in (ROOT / "mapo_lightning").rglob("*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if re.search(r"trust_remote_code\W+(=|:)|\"trust_remote_code\":", line):
+                assert re.search(r"trust_remote_code\"?(=|: )False", line), (path, line)
+                found += 1
+    assert found
