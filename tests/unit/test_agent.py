@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import save_bert
 
 import mapo_lightning
 from mapo_lightning.config.compose import compose
@@ -131,6 +133,15 @@ def test_the_describers_frames_are_asked_for(tmp_path: Path) -> None:
         agent.act(frame)
     silent = mapo_lightning.load_agent(tmp_path / "a.ckpt", describe=False)
     assert silent.act(frame).shape == (2,)
+
+
+def test_without_a_describer_its_encoder_is_not_needed(tmp_path: Path) -> None:
+    encoder = save_bert(tmp_path / "bert")
+    save(tmp_path / "a.ckpt", f"vlm.embed.encoder={encoder}")
+    shutil.rmtree(encoder)
+    for off in ({"describe": False}, {"words": ["vlm=none"]}):
+        with mapo_lightning.load_agent(tmp_path / "a.ckpt", **off) as agent:
+            assert agent.act(np.zeros((SIDE, SIDE, 3), np.uint8)).shape == (2,)
 
 
 def test_what_holds_no_agent_is_refused(saved: Path, tmp_path: Path) -> None:

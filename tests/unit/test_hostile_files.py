@@ -194,8 +194,10 @@ def test_no_file_of_labels_runs_code(bomb: Bomb, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["episode", "zipped episode"])
-def test_no_episode_runs_code(kind: str, bomb: Bomb, tmp_path: Path) -> None:
-    file = tmp_path / "replay/episode-00000000.npy"
+def test_no_episode_runs_code(
+    kind: str, bomb: Bomb, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "replay/episode-000000000.npy"
     file.parent.mkdir()
     if kind == "episode":
         np.save(file, np.array([bomb], object), allow_pickle=True)
@@ -205,6 +207,8 @@ def test_no_episode_runs_code(kind: str, bomb: Bomb, tmp_path: Path) -> None:
     state = {"version": 1, "next_episode": 1, "episodes": [[0, 5]], "open": []}
     assert replay.restore(state) == 4  # agent steps that are lost
     assert replay.episodes == 0
+    assert "cannot read the episode" in caplog.text
+    assert "No such file" not in caplog.text
 
 
 ELSEWHERE = (
