@@ -63,6 +63,8 @@ def test_a_label_takes_few_bytes_and_one_that_is_known_none(tmp_path: Path) -> N
     assert sizes[2] <= 1.1 * sizes[0], sizes
 
 
+# A test run in the background may have handed on that Ctrl-C is ignored.
+HEAD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 ENVIRONMENTS = """
 import sys
 from mapo_lightning.envs.factory import make_vector_env
@@ -112,7 +114,7 @@ def test_processes_and_shared_memory_end_with_the_program(
     """Environments and loaders' workers, after kill -9, Ctrl-C, and the death of one of them."""
     for number in range(3):
         write_mp4(tmp_path / "v" / f"{number}.mp4", scene(number, 40), 12)
-    (tmp_path / "program.py").write_text(program)
+    (tmp_path / "program.py").write_text(HEAD + program)
     before = set(os.listdir("/dev/shm"))
     parent = subprocess.Popen(
         [sys.executable, str(tmp_path / "program.py"), str(tmp_path)],

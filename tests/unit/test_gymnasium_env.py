@@ -147,7 +147,7 @@ def test_a_reward_that_is_no_number_never_gets_into_replay(
     with pytest.raises(EnvironmentSetupError, match=r"gym/Odd-v0 at step 3 of an episode: the rew"):
         collector.collect(RandomPolicy(2, seed=0), 5)
     state = replay.state()
-    assert state["open"] == [[0, 3]]  # the first observation and two steps
+    assert state["open"] == [[0, 3, 0]]  # the first observation and two steps
     assert Replay(replay.root, ReplayConfig(), replay.spec).restore(state) == 0
     collector.close()
 

@@ -13,6 +13,7 @@ from test_agent import save
 
 from mapo_lightning.config.compose import compose
 from mapo_lightning.data.video import write_mp4
+from mapo_lightning.ownership import sign
 from mapo_lightning.run.build import build_pretrain
 from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.main import main
@@ -46,6 +47,7 @@ def pretrained(path: Path, *words: str) -> Path:
     composed = compose([*SMALL, *words], RunConfig, conf_folder())
     module = build_pretrain(composed.config)
     metadata = {"stage": "pretrain", "method": composed.config.method, "config": composed.yaml}
+    metadata["config_signature"] = sign(composed.yaml)
     content = {"mapo": metadata, "state_dict": module.state_dict(), "global_step": 1}
     write_checkpoint(content, path)
     return path
