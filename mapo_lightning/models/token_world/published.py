@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
-import safetensors
-import safetensors.torch
 from torch import Tensor, nn
 
 from mapo_lightning.models.token_world.tokenizer import Tokenizer
@@ -82,41 +79,40 @@ def published_names(model: Tokenizer | TokenTransformer) -> dict[str, str]:
     return names
 
 
-def load_published(model: Tokenizer | TokenTransformer, path: Path) -> None:
-    """Fill a model from a published safetensors file.
+def load_published(
+    model: Tokenizer | TokenTransformer, stored: Mapping[str, Tensor], origin: str
+) -> None:
+    """Fill a model with published weights.
 
     Args:
         model: Of the published sizes; layers for actions and rewards stay as they are.
-        path: The file.
+        stored: What is in the published file.
+        origin: Its name, for messages.
 
     Raises:
-        CheckpointError: The file cannot be read, or its tensors are not those of the model.
+        CheckpointError: The tensors are not those of the model.
     """
-    try:
-        stored = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot read '{path}' as safetensors: {error}") from error
     names = published_names(model)
-    _check(model, names, stored, path)
+    _check(model, names, stored, origin)
     found = {ours: stored[theirs] for ours, theirs in names.items()}
     model.load_state_dict(found, strict=False)
 
 
 def _check(
-    model: nn.Module, names: Mapping[str, str], stored: Mapping[str, Tensor], path: Path
+    model: nn.Module, names: Mapping[str, str], stored: Mapping[str, Tensor], origin: str
 ) -> None:
     wanted = model.state_dict()
     for ours, theirs in names.items():
         if theirs not in stored:
-            raise CheckpointError(f"'{path}' has no tensor '{theirs}': it holds another model")
+            raise CheckpointError(f"'{origin}' has no tensor '{theirs}': it holds another model")
         shapes = tuple(stored[theirs].shape), tuple(wanted[ours].shape)
         if shapes[0] != shapes[1]:
             raise CheckpointError(
-                f"'{theirs}' is {shapes[0]} in '{path}' and {shapes[1]} in the model: the sizes "
+                f"'{theirs}' is {shapes[0]} in '{origin}' and {shapes[1]} in the model: the sizes "
                 "must be the published ones, size=paper"
             )
     if left := sorted(set(stored) - set(names.values())):
-        raise CheckpointError(f"the model has no place for '{left[0]}' of '{path}'")
+        raise CheckpointError(f"the model has no place for '{left[0]}' of '{origin}'")
 
 
 def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
