@@ -31,7 +31,9 @@ PAGES = [README, *OTHERS, *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 # These have words of earlier versions, or of other programs.
 HISTORY = {"CHANGELOG.md", "renamed.md", "facts.md"}
-NO_SETTINGS = {"key=value", "group=file", "weights_only=True", "describe=False"}  # not of a run
+NO_SETTINGS = {  # not of a run, or of a file that only the reader has
+    "key=value", "group=file", "weights_only=True", "describe=False", "words=[...]", "config=FILE",
+}  # fmt: skip
 
 
 def name(path: Path) -> str:
