@@ -79,6 +79,8 @@ class FinetuneModule(TrainedModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         losses = self.agent.losses(self.world_model, fit, batch).losses
+        # Lightning clears the gradients of the update before only after this forward.
+        optimizer.zero_grad()
         names = set(self.agent.groups())
         groups = [group for group in optimizer.param_groups if group["name"] in names]
         parameters = [p for group in groups for p in group["params"]]

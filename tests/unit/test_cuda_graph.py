@@ -211,6 +211,11 @@ def test_more_updates_of_the_agent_are_its_own_and_leave_the_world_model_alone(
         for group in optimizer.param_groups
     }
     assert made == {"lower": {1}, "model": {1}, "actor": {3}, "critic": {3}}
+    _, _, trainer = trained("finetune", None, tmp_path / "two", updates=2, words=words)
+    (optimizer,) = trainer.optimizers
+    lower = next(group for group in optimizer.param_groups if group["name"] == "lower")
+    # Nor does the second batch repeat what the first has done to the world model.
+    assert {int(optimizer.state[p]["step"]) for p in lower["params"]} == {2}
     moved = [
         (three.state_dict()[f"agent.{name}"] - one.state_dict()[f"agent.{name}"]).abs().max()
         for name in ("actor.0.weight", "critic.0.weight")
