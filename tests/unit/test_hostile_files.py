@@ -207,8 +207,8 @@ def test_no_episode_runs_code(
     state = {"version": 1, "next_episode": 1, "episodes": [[0, 5]], "open": []}
     assert replay.restore(state) == 4  # agent steps that are lost
     assert replay.episodes == 0
-    assert "cannot read the episode" in caplog.text
-    assert "No such file" not in caplog.text
+    refused = {"episode": "Object arrays cannot be loaded", "zipped episode": "other entries than"}
+    assert refused[kind] in caplog.text
 
 
 ELSEWHERE = (
