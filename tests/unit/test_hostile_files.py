@@ -207,7 +207,7 @@ def test_no_episode_runs_code(
     state = {"version": 1, "next_episode": 1, "episodes": [[0, 5]], "open": []}
     assert replay.restore(state) == 4  # agent steps that are lost
     assert replay.episodes == 0
-    refused = {"episode": "Object arrays cannot be loaded", "zipped episode": "other entries than"}
+    refused = {"episode": "Python objects in dtype", "zipped episode": "other entries than"}
     assert refused[kind] in caplog.text
 
 
