@@ -129,7 +129,7 @@ def test_two_nodes_started_by_torchrun_make_one_run(toy_videos: Path, tmp_path: 
         for node in nodes:
             end(node)
     runs = sqlite3.connect(tmp_path / "runs/mlflow.db").execute("select name, status from runs")
-    assert sorted(runs) == [("job7-mapo-videos", "FINISHED"), ("pretrain", "FINISHED")]
+    assert sorted(runs) == [("job7-mapo-videos-seed0", "FINISHED"), ("pretrain", "FINISHED")]
 
 
 TWO_RANKS = """
