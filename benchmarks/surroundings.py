@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -27,6 +28,9 @@ from mapo_lightning.run.build import build_collection, build_finetune, build_vid
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.stages import render_demo
 from mapo_lightning.run.trainer import build_trainer
+from mapo_lightning.tracking.artifacts import log_video
+from mapo_lightning.tracking.logger import RunLogger, make_logger
+from mapo_lightning.tracking.settings import TrackingConfig
 from mapo_lightning.training.datamodule import ReplayDataModule
 from mapo_lightning.training.process import keep_freed_memory
 
@@ -156,9 +160,33 @@ def measure_overhead(args: argparse.Namespace) -> dict[str, Any]:
     return {"whole": whole} | {key: value / args.steps for key, value in seconds.items()}
 
 
+def measure_logging(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds that training waits for MLflow: for 30 values of an update, and for a film."""
+    spent = []
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", artifacts=f"{folder}/a")
+        run = make_logger(cfg, "cost")
+        assert isinstance(run, RunLogger)
+        values = {f"train/m{i}": float(i) for i in range(30)}
+        for step in range(args.steps):
+            started = time.perf_counter()
+            run.log_metrics(values, step)
+            spent.append(time.perf_counter() - started)
+        if not run.flush(240):
+            raise RuntimeError("the values did not reach the store")
+        film = np.random.default_rng(0).integers(0, 256, (50, 192, 384, 3), np.uint8)
+        started = time.perf_counter()
+        if not log_video(run, film, "dream", 1, 10.0):
+            raise RuntimeError("the film did not reach the store")
+        seconds = time.perf_counter() - started
+        run.finalize("success")
+    return {"values": statistics.median(spent), "film": seconds}
+
+
 SURROUNDINGS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ceiling": measure_ceiling,
     "envs": measure_envs,
     "data": measure_data,
     "overhead": measure_overhead,
+    "logging": measure_logging,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import ConfigError, check_at_least
 
 
 @dataclass
@@ -34,6 +34,4 @@ class CallbacksConfig:
         for name in ("phrases", "gallery", "quality", "told"):
             if not 0 <= getattr(self, name) <= 2000:
                 raise ConfigError(f"{name} must lie in [0, 2000], got {getattr(self, name)}")
-        for name in ("rollout_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, rollout_every=1, checkpoint_every=1)

@@ -103,3 +103,15 @@ class DivergedError(MapoError):
 
 class CheckpointError(MapoError):
     """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+def check_at_least(section: object, **least: int) -> None:
+    """See that settings of a section are not too small; those that are None are not looked at.
+
+    Raises:
+        ConfigError: Names the first that is.
+    """
+    for name, low in least.items():
+        value = getattr(section, name)
+        if value is not None and value < low:
+            raise ConfigError(f"{name} must be at least {low}, got {value}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import ConfigError, MapoError
 
 
 @dataclass
@@ -60,3 +62,29 @@ def _checked(word: str) -> str:
     else:
         advice = "write name=value"
     raise ConfigError(f"cannot read '{word}' on the command line: {advice}.")
+
+
+def small_program(
+    argv: Sequence[str] | None, usage: str, work: Callable[[list[str]], object]
+) -> int:
+    """Run a program that takes words and no options but ``--help``.
+
+    Args:
+        argv: Words without the program's name; None: those of this process.
+        usage: What is printed where there is no word, or help is asked for.
+        work: Gets the words.
+
+    Returns:
+        The exit code: 0, or 2 after a `MapoError`, which is printed as one sentence.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or {"-h", "--help"} & set(words):
+        sys.stdout.write(usage)
+        return 0
+    try:
+        work(words)
+    except MapoError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0

@@ -193,6 +193,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
+def nested(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Put dotted keys and their values into nested dicts: the inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for key, value in leaves:
+        *parents, name = key.split(".")
+        owner = tree
+        for parent in parents:
+            owner = owner.setdefault(parent, {})
+        owner[name] = value
+    return tree
+
+
 def only_keys(raw: Any, text: str, depth: int = 0) -> bool:
     """Tell whether a text with references leads to other keys only, however indirectly."""
     for reference in _REFERENCE.findall(text):

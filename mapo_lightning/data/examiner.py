@@ -19,7 +19,6 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mapo_lightning.data.reader import FrameSource
@@ -65,7 +64,7 @@ def _too_much_memory(limits: LimitsConfig) -> Facts:
 class Examiner:
     """Hands videos to child processes; its methods may be called from several threads.
 
-    Each call uses an idle child, or starts one. Usable as a context manager, which ends them all.
+    Each call uses an idle child, or starts one; `close` ends them all.
 
     Args:
         max_undecodable: As `examine`.
@@ -113,17 +112,6 @@ class Examiner:
             child.kill()
         for child in children:
             self._end(child)
-
-    def __enter__(self) -> Examiner:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _take(self) -> subprocess.Popen[str]:
         with self._lock:

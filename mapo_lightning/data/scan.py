@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -141,7 +142,7 @@ def _examine_all(
 ) -> list[VideoInfo | VideoFileError]:
     saved, results = time.monotonic(), []
     # An interrupted scan ends its children first: the threads of the pool wait for them.
-    with ThreadPoolExecutor(max_workers=max(1, cfg.workers)) as pool, examiner:
+    with ThreadPoolExecutor(max_workers=max(1, cfg.workers)) as pool, closing(examiner):
         for result in pool.map(lambda e: _examine(e, root.resolve(), cfg, known), entries):
             results.append(result)
             if time.monotonic() - saved > _SAVE_SECONDS:

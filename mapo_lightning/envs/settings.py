@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional, Union
 
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import ConfigError, check_at_least
 
 SUITE_REPEAT = {"toy": 1, "dmc": 2, "metaworld": 1, "gym": 1}
 """Action repeat of each suite in the published experiments (facts 6.1)."""
@@ -48,10 +48,7 @@ class EnvConfig:
     def __post_init__(self) -> None:
         if self.kind not in SUITE_REPEAT:
             raise ConfigError(f"kind must be one of {', '.join(SUITE_REPEAT)}, got '{self.kind}'")
-        for name in ("action_repeat", "label_size", "time_limit", "size", "num_envs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+        check_at_least(self, action_repeat=1, label_size=1, time_limit=1, size=1, num_envs=1)
         if self.deaths_per_hour < 0:
             raise ConfigError(f"deaths_per_hour must not be negative, got {self.deaths_per_hour}")
         if self.render_quality not in ("full", "fast"):
@@ -98,9 +95,7 @@ class DemoConfig:
     action lies in [-1, 1]."""
 
     def __post_init__(self) -> None:
-        for name in ("clips_per_scene", "frames", "fps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, clips_per_scene=1, frames=1, fps=1)
         if self.scenery < 0:
             raise ConfigError(f"scenery must not be negative, got {self.scenery}")
         if not 0.0 <= self.noise <= 1.0:

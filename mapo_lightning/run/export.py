@@ -10,7 +10,6 @@ Left out are the optimisers, folders, addresses, ids of runs, and everything sec
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,42 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mapo_lightning.config.command_line import small_program
 from mapo_lightning.config.redact import HIDDEN, redact
+from mapo_lightning.config.schema import flatten, nested
+from mapo_lightning.run.foreign import bound_of, settings_of
 from mapo_lightning.run.renamed import RENAMED
-from mapo_lightning.types import CheckpointError, ConfigError, MapoError
+from mapo_lightning.types import ConfigError
 
-KEPT = (
-    "method",
-    "seed",
-    "data",
-    "vlm.kind",
-    "vlm.direction",
-    "vlm.hidden_dim",
-    "vlm.max_new_tokens",
-    "vlm.flow_min_percent",
-    "vlm.model",
-    "vlm.window",
-    "vlm.collect",
-    "vlm.embed",
-    "env",
-    "replay",
-    "world_model",
-    "agent",
-    "pretrain",
-    "finetune",
-    "evaluate",
-)
-"""Sections and keys of the settings that an export hands on."""
-LEFT_OUT = (
-    "data.root",
-    "data.cache_mb",
-    "data.workers",
-    "data.limits",
-    "env.num_envs",
-)
-"""Keys inside them that are about the machine where the checkpoint was made."""
 _LOADED = ("vlm.model", "vlm.embed.encoder")  # a name on a hub, or a folder of this machine
 _HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WORDS = ("checkpoint", "out")
@@ -61,19 +31,13 @@ _WORDS = ("checkpoint", "out")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export a checkpoint; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    words = sys.argv[1:] if argv is None else list(argv)
-    if not words or {"-h", "--help"} & set(words):
-        sys.stdout.write(__doc__ or "")
-        return 0
-    try:
-        given = _given(words)
-        export(Path(given["checkpoint"]), Path(given["out"]))
-    except MapoError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return small_program(argv, __doc__ or "", _run)
+
+
+def _run(words: Sequence[str]) -> None:
+    given = _given(words)
+    export(Path(given["checkpoint"]), Path(given["out"]))
     sys.stdout.write(f"Exported to {given['out']}\n")
-    return 0
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -87,50 +51,36 @@ def export(checkpoint: Path, out: Path) -> None:
     from mapo_lightning.training.export import write_export
 
     content = read_checkpoint(checkpoint)
-    settings = yaml.safe_load(content["mapo"].get("config") or "")
-    if not isinstance(settings, dict):
-        raise CheckpointError(
-            f"'{checkpoint}' does not hold the settings it was made with, without which nobody "
-            "could use the export"
-        )
+    settings = settings_of(content["mapo"].get("config") or "", checkpoint)
     made_with = {name: version(name) for name in ("mapo-lightning", "torch")}
     write_export(content, shareable(RENAMED.translate(settings)), made_with, out)
 
 
 def shareable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Reduce settings to what others need, as `KEPT` lists it, without secrets.
+    """Reduce settings to what others' programs take from a file, and names of models.
+
+    Secrets are left out.
 
     Args:
         settings: All settings of a run, as plain dicts, lists and leaves.
     """
-    kept: dict[str, Any] = {}
-    for key, value in _leaves(redact(dict(settings))):
-        inside = any(f"{key}.".startswith(f"{name}.") for name in KEPT)
-        outside = any(f"{key}.".startswith(f"{name}.") for name in LEFT_OUT)
-        if not inside or outside:
-            continue
-        if key in _LOADED and isinstance(value, str) and not _is_on_a_hub(value):
-            value = Path(value).name
-        if isinstance(value, str) and ("${" in value or HIDDEN in value):
-            continue
-        *parents, name = key.split(".")
-        owner = kept
-        for parent in parents:
-            owner = owner.setdefault(parent, {})
-        owner[name] = value
-    return kept
+    found = ((key, _portable(key, value)) for key, value in flatten(redact(dict(settings))))
+    return nested(
+        (key, value)
+        for key, value in found
+        if (bound_of(key) is not None or key in _LOADED)
+        and not (isinstance(value, str) and ("${" in value or HIDDEN in value))
+    )
+
+
+def _portable(key: str, value: Any) -> Any:
+    """A model in a folder of this machine is called by the folder's name alone."""
+    on_a_hub = key not in _LOADED or not isinstance(value, str) or _is_on_a_hub(value)
+    return value if on_a_hub else Path(value).name
 
 
 def _is_on_a_hub(name: str) -> bool:
     return _HUB.fullmatch(name) is not None and not Path(name).exists()
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        found += _leaves(value, f"{key}.") if isinstance(value, dict) and value else [(key, value)]
-    return found
 
 
 def _given(words: Sequence[str]) -> dict[str, str]:

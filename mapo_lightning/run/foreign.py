@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from mapo_lightning.config.schema import nested
 from mapo_lightning.ownership import MAX_SETTINGS
 from mapo_lightning.types import SEEDS, CheckpointError, ConfigError
 
@@ -195,7 +196,7 @@ def taken(
         CheckpointError: A value is out of bounds or refers to something.
         ConfigError: They name what only the user may choose; says which words to add.
     """
-    kept: dict[str, Any] = {}
+    found: list[tuple[str, Any]] = []
     for key, value in _leaves(settings):
         bound = bound_of(key)
         if bound is None or key in words:
@@ -208,11 +209,8 @@ def taken(
                 f"the settings in '{path}' are refused, because you have not made this file and "
                 f"'{key}' {fault}: type {key}=VALUE to set it yourself"
             )
-        *parents, name = key.split(".")
-        owner = kept
-        for parent in parents:
-            owner = owner.setdefault(parent, {})
-        owner[name] = value
+        found.append((key, value))
+    kept = nested(found)
     log.info(
         "'%s' was not saved by you on this machine: of its settings, only those of networks, "
         "environment and preprocessing are taken (docs/evaluate.md)",

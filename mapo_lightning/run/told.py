@@ -12,17 +12,17 @@ checkpoints into the folders 1, 2 ... there, with a table over all of them.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mapo_lightning.config.command_line import small_program
 from mapo_lightning.config.compose import compose
 from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.from_checkpoint import agent_settings
 from mapo_lightning.run.renamed import RENAMED
-from mapo_lightning.types import ConfigError, MapoError
+from mapo_lightning.types import ConfigError
 
 if TYPE_CHECKING:
     from mapo_lightning.training.told import ToldReport
@@ -30,17 +30,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every checkpoint, print the tables and write them; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    words = sys.argv[1:] if argv is None else list(argv)
-    if not words or {"-h", "--help"} & set(words):
-        sys.stdout.write(__doc__ or "")
-        return 0
-    try:
-        _run(words)
-    except MapoError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return small_program(argv, __doc__ or "", _run)
 
 
 def _run(words: Sequence[str]) -> None:

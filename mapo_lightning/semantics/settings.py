@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import ConfigError, check_at_least
 
 
 @dataclass
@@ -24,7 +24,7 @@ class WindowConfig:
     """Short side of the video frames shown to the describer, in pixels (O10)."""
 
     def __post_init__(self) -> None:
-        _at_least(self, frames=2, stride=1, offset=0)
+        check_at_least(self, frames=2, stride=1, offset=0)
         _check_size(self.size)
 
 
@@ -48,7 +48,7 @@ class ServerConfig:
     """auto: ask for the five slots as JSON where the server can; brackets: never."""
 
     def __post_init__(self) -> None:
-        _at_least(self, concurrency=1, retries=0)
+        check_at_least(self, concurrency=1, retries=0)
         if self.timeout_seconds <= 0.0:
             raise ConfigError(f"timeout_seconds must be positive, got {self.timeout_seconds}")
         for url in self.base_urls:
@@ -86,7 +86,7 @@ class CollectConfig:
     """Seconds to wait for outstanding answers at the end of fine-tuning; the rest stay null."""
 
     def __post_init__(self) -> None:
-        _at_least(self, every=1, queue=1)
+        check_at_least(self, every=1, queue=1)
         if self.size is not None:
             _check_size(self.size)
         if not 0.0 <= self.drain <= 3600.0:
@@ -161,7 +161,7 @@ class VlmConfig:
         Raises:
             ConfigError: A value is out of range.
         """
-        _at_least(self, batch_size=1, max_new_tokens=1, hidden_dim=1)
+        check_at_least(self, batch_size=1, max_new_tokens=1, hidden_dim=1)
         if not 0.0 < self.flow_min_percent <= 50.0:
             raise ConfigError(
                 f"flow_min_percent must lie in (0, 50] percent, got {self.flow_min_percent}"
@@ -210,13 +210,6 @@ class VlmConfig:
         if self.embed.direction is None:
             return self.direction == "flow"
         return self.embed.direction
-
-
-def _at_least(section: object, **least: int) -> None:
-    for name, low in least.items():
-        value = getattr(section, name)
-        if value is not None and value < low:
-            raise ConfigError(f"{name} must be at least {low}, got {value}")
 
 
 def _check_size(size: int) -> None:

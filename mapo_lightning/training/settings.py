@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mapo_lightning.models.settings import ObjectiveConfig
-from mapo_lightning.types import SEEDS, ConfigError
+from mapo_lightning.types import SEEDS, ConfigError, check_at_least
 
 
 @dataclass
@@ -49,9 +49,7 @@ class PretrainConfig:
     """Updates between passes over the held-out clips."""
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, updates=1, batch_size=1, validate_every=1)
         if not 0.0 < self.lr < math.inf:
             raise ConfigError(f"lr must be positive and finite, got {self.lr}")
 
@@ -110,12 +108,8 @@ class FinetuneConfig:
     published systems train them all (O23). Batch norm goes on following its inputs."""
 
     def __post_init__(self) -> None:
-        least = ("agent_steps", "prefill", "prefill_hold", "train_every", "batch_size")
-        for name in (*least, "agent_updates"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.chunk_length < 2:
-            raise ConfigError(f"chunk_length must be at least 2, got {self.chunk_length}")
+        check_at_least(self, agent_steps=1, prefill=1, prefill_hold=1, train_every=1, batch_size=1)
+        check_at_least(self, agent_updates=1, chunk_length=2)
         for name in ("initial_updates", "hold_lower", "hold_actor"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -164,9 +158,7 @@ class EvaluateConfig:
     """Episodes that stage=evaluate films; evaluations in training film one."""
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "every", "num_envs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, episodes=1, every=1, num_envs=1)
         if self.videos < 0:
             raise ConfigError(f"videos must not be negative, got {self.videos}")
         if not 0 <= self.seed < SEEDS:
@@ -223,8 +215,6 @@ class TrainerConfig:
         return self.devices * self.num_nodes
 
     def __post_init__(self) -> None:
-        for name in ("devices", "num_nodes", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, devices=1, num_nodes=1, log_every=1)
         if self.threads < 0:
             raise ConfigError(f"threads must not be negative, got {self.threads}")

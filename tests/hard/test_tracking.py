@@ -1,4 +1,4 @@
-"""MLflow under real conditions: a server that crashes, eight runs at once, PostgreSQL, the cost."""
+"""MLflow under real conditions: a server that crashes, eight runs at once, PostgreSQL."""
 
 from __future__ import annotations
 
@@ -16,16 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
-import numpy as np
 import pytest
 from mlflow_server import free_port, mlflow_server
 from program import ENVIRONMENT, SMALL, TRAIN, end, start, train
 
-from callbacks.settings import CallbacksConfig
-from mapo_lightning.tracking.artifacts import log_video
-from mapo_lightning.tracking.logger import RunLogger, make_logger
 from mapo_lightning.tracking.settings import TrackingConfig
-from mapo_lightning.training.settings import TrainerConfig
 
 pytestmark = pytest.mark.hard
 
@@ -162,30 +157,3 @@ def test_a_training_is_recorded_in_postgresql(tmp_path: Path) -> None:
         (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'finetune'")
         place = Path(client.download_artifacts(run.info.run_id, "checkpoints"))
         assert (place / "last.ckpt").stat().st_size > 0
-
-
-def test_what_logging_costs(tmp_path: Path) -> None:
-    """Time that the training's thread spends in the logger, at the default cadence."""
-    cfg = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", artifacts=str(tmp_path / "a"))
-    run = make_logger(cfg, "cost")
-    assert isinstance(run, RunLogger)
-    values = {f"train/m{i}": float(i) for i in range(30)}
-    run.log_metrics(values, 0)
-    spent = []
-    for step in range(1, 400):
-        began = time.perf_counter()
-        run.log_metrics(values, step)
-        spent.append(time.perf_counter() - began)
-    assert run.flush(240)
-    film = np.random.default_rng(0).integers(0, 256, (50, 192, 384, 3), np.uint8)
-    began = time.perf_counter()
-    assert log_video(run, film, "dream", 1, 10.0)
-    video, cadence = time.perf_counter() - began, CallbacksConfig().rollout_every
-    run.finalize("success")
-    update = 0.045  # seconds, hoped for on a GPU (docs/reproduce.md)
-    values_share = statistics.median(spent) / (TrainerConfig().log_every * update)
-    print(
-        f"\n30 values: {statistics.median(spent) * 1e3:.3f} ms of the training's thread, a film: "
-        f"{video:.2f} s every {cadence} updates; of updates of 45 ms, {values_share:.4%} and "
-        f"{video / (cadence * update):.3%}"
-    )

@@ -146,7 +146,7 @@ def test_tokens_hold_the_clip(narrow: Tokenizer, frames: Tensor) -> None:
     torch.testing.assert_close(
         narrow.detokenize(future, narrow.context_view(context)), whole.future, rtol=0, atol=1e-12
     )
-    assert 0 <= int(tokens.min()) <= int(tokens.max()) < NARROW.vocabulary
+    assert 0 <= int(tokens.min()) <= int(tokens.max()) < narrow.layout.vocabulary
 
 
 SMALL = TransformerConfig(layers=2, width=64, heads=4, mlp=256)

@@ -13,6 +13,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
@@ -191,7 +192,7 @@ def test_frames_and_hours_are_limited_by_settings(tmp_path: Path) -> None:
     write_mp4(tmp_path / "v.mp4", scene(0, 30), 12)
     found = {}
     for name, value in (("frames", 29), ("hours", 1 / 3600), ("pixels", 64 * 48 - 1)):
-        with Examiner(0.1, LimitsConfig(**{name: value})) as examiner:
+        with closing(Examiner(0.1, LimitsConfig(**{name: value}))) as examiner:
             found[name] = examiner.examine(FrameSource(tmp_path / "v.mp4"))
     assert {facts["reason"] for facts in found.values()} == {"too_large"}
     for name, facts in found.items():
@@ -230,7 +231,7 @@ def test_a_decoder_out_of_bounds_costs_its_video_only(
     )
     start = examiner_module._START.split("from")[0].rstrip("; ")
     monkeypatch.setattr(examiner_module, "_START", f"{start}\n{planted}")
-    with Examiner(0.1, LimitsConfig(cpu_seconds=1, memory_mb=1024)) as examiner:
+    with closing(Examiner(0.1, LimitsConfig(cpu_seconds=1, memory_mb=1024))) as examiner:
         facts = examiner.examine(FrameSource(tmp_path / "bad.mp4"))
         assert facts["reason"] == reason
         assert re.search(words, facts["detail"]), facts["detail"]
@@ -246,7 +247,7 @@ def test_a_playlist_named_like_a_video_opens_no_connection(tmp_path: Path) -> No
             f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{address}\n#EXT-X-ENDLIST\n"
         )
         (tmp_path / "concat.mkv").write_text(f"ffconcat version 1.0\nfile '{address}'\n")
-        with Examiner(0.1, LimitsConfig()) as examiner:
+        with closing(Examiner(0.1, LimitsConfig())) as examiner:
             for name in ("list.mp4", "concat.mkv"):
                 facts = examiner.examine(FrameSource(tmp_path / name))
                 assert facts["reason"] == "unreadable", facts
@@ -324,7 +325,7 @@ def test_limits_have_ranges(name: str, value: float) -> None:
 def test_an_image_larger_than_the_first_is_not_decoded(tmp_path: Path) -> None:
     write_images(tmp_path / "v" / "%d.png", scene(0, 9))
     png(tmp_path / "v" / "5.png")
-    with Examiner(0.1, LimitsConfig()) as examiner:
+    with closing(Examiner(0.1, LimitsConfig())) as examiner:
         facts = examiner.examine(locate(tmp_path / "v"))
     assert facts["reason"] == "too_large"
     assert "30000x30000" in facts["detail"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mapo_lightning.models.settings import MLPStyle, ScalarKind
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import ConfigError, check_at_least
 
 IMAGE_SIZES = (32, 64, 128)
 """Sides of frames for which there are networks, in pixels."""
@@ -42,8 +42,7 @@ class ImageConfig:
                 f"channels must be {len(sides)} numbers at size={self.size}, for maps of {maps}, "
                 f"got {list(self.channels)}"
             )
-        if self.layers < 1:
-            raise ConfigError(f"layers must be at least 1, got {self.layers}")
+        check_at_least(self, layers=1)
 
     @property
     def halvings(self) -> int:
@@ -68,8 +67,7 @@ class QuantizerConfig:
     """Keep the codes as they are, for example in fine-tuning (O16)."""
 
     def __post_init__(self) -> None:
-        if self.codes < 2:
-            raise ConfigError(f"codes must be at least 2, got {self.codes}")
+        check_at_least(self, codes=2)
         if not 0.0 < self.decay < 1.0:
             raise ConfigError(f"decay must lie in (0, 1), got {self.decay}")
         if self.dead_below < 0.0:
@@ -100,8 +98,7 @@ class ContextConfig:
         for name in ("erase", "dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.heads < 1:
-            raise ConfigError(f"heads must be at least 1, got {self.heads}")
+        check_at_least(self, heads=1)
         if not 0.0 <= self.key_mask < 1.0:
             raise ConfigError(f"key_mask must lie in [0, 1), got {self.key_mask}")
 
@@ -131,8 +128,7 @@ class SourceConfig:
     """PreLAR: draw the inferred action; false takes its mean (published ablation)."""
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ConfigError(f"width must be at least 1, got {self.width}")
+        check_at_least(self, width=1)
         if self.prior_std <= 0.0:
             raise ConfigError(f"prior_std must be positive, got {self.prior_std}")
 
@@ -155,9 +151,7 @@ class RSSMConfig:
     """Share of the KL gradient that moves the prior towards the posterior, in [0, 1] (O20)."""
 
     def __post_init__(self) -> None:
-        for name in ("deter", "hidden", "stoch", "classes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, deter=1, hidden=1, stoch=1, classes=1)
         if self.action_slot < 0:
             raise ConfigError(f"action_slot must not be negative, got {self.action_slot}")
         if not 0.0 <= self.kl_balance <= 1.0:
@@ -189,9 +183,7 @@ class BonusConfig:
     def __post_init__(self) -> None:
         if self.beta < 0.0:
             raise ConfigError(f"beta must not be negative, got {self.beta}")
-        for name in ("window", "width", "queue", "neighbours"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, window=1, width=1, queue=1, neighbours=1)
         if self.neighbours > self.queue:
             raise ConfigError(f"neighbours must not exceed queue, got {self.neighbours}")
         if not 0.0 <= self.momentum < 1.0:

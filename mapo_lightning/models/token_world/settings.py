@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import ConfigError, check_at_least
 
 
 @dataclass
@@ -33,9 +33,7 @@ class TokenizerConfig:
     """Of cross-attention."""
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "latent", "context_codes", "future_codes", "context_frames"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, blocks=1, latent=1, context_codes=1, future_codes=1, context_frames=1)
         if not self.channels or any(width % self.groups for width in self.channels):
             raise ConfigError(
                 f"channels must be multiples of groups={self.groups}, got {self.channels}"
@@ -62,11 +60,6 @@ class TokenizerConfig:
         """Codes of one frame after the context."""
         return (self.side // self.patch) ** 2
 
-    @property
-    def vocabulary(self) -> int:
-        """Codes of both kinds and two marks: a context frame follows, a future frame follows."""
-        return self.context_codes + self.future_codes + 2
-
 
 @dataclass
 class TransformerConfig:
@@ -86,9 +79,7 @@ class TransformerConfig:
     """Of attention weights, while training."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "mlp", "positions"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, layers=1, width=1, heads=1, mlp=1, positions=1)
         if self.width % self.heads or self.width // self.heads % 2:
             raise ConfigError(
                 f"width / heads must be an even whole number, got {self.width} / {self.heads}"
