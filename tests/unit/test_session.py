@@ -10,7 +10,9 @@ import pytest
 from mapo_lightning.config.compose import compose
 from mapo_lightning.run import session
 from mapo_lightning.run.config import RunConfig, conf_folder
-from mapo_lightning.run.session import opened, run_folder
+from mapo_lightning.run.from_checkpoint import Resumed
+from mapo_lightning.run.session import Session, opened, run_folder
+from mapo_lightning.types import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +55,25 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(session.ConfigError, match="give another with run_dir=DIR"):
         run_folder("mapo-disc")
+
+
+def test_a_phase_that_was_killed_before_its_first_checkpoint_keeps_its_mlflow_run(
+    tmp_path: Path,
+) -> None:
+    composed = compose(["env=toy"], RunConfig, conf_folder())
+    begun = Session(composed, tmp_path, "parent", Resumed(), None, False)
+    begun.note("parent", "a")
+    begun.note("pretrain", "b")
+    begun.note("finetune", "c")
+    begun.note("evaluate", None)  # no tracking, or another rank
+    earlier = Resumed(tmp_path / "pretrain/last.ckpt", "pretrain", 9, {"mlflow_run": "b"})
+    again = begun._replace(resumed=earlier, continues=True)
+    assert [again.tracked(name) for name in ("pretrain", "finetune", "evaluate")] == [
+        "b",
+        "c",
+        None,
+    ]
+    assert begun.tracked("finetune") is None  # a run of its own, in a folder that is used again
+    (tmp_path / "mlflow.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"mlflow\.json' is damaged: delete it"):
+        again.tracked("finetune")
