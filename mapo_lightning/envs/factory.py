@@ -6,6 +6,7 @@ initialised only for suites that draw with it.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -51,14 +52,12 @@ def make_env(cfg: EnvConfig, seed: int) -> PixelEnv:
     )
 
 
-def _make_seeded(cfg: EnvConfig, seed: int) -> SeededEpisodes:
+def _make_seeded(cfg: EnvConfig, seed: int, parent: int) -> SeededEpisodes:
+    """Build an environment; one in a process of its own is ended by process ``parent`` alone."""
+    # Gymnasium also builds one in the parent itself, to see its spaces.
+    if os.getpid() != parent:
+        leave_to_parent()
     return SeededEpisodes(make_env(cfg, seed), seed)
-
-
-def _make_seeded_in_process(cfg: EnvConfig, seed: int) -> SeededEpisodes:
-    """Build an environment in a process of its own, which the parent alone ends."""
-    leave_to_parent()
-    return _make_seeded(cfg, seed)
 
 
 def probed_action_dim(cfg: EnvConfig) -> int:
@@ -102,12 +101,11 @@ def make_vector_env(cfg: EnvConfig, seed: int, num_envs: int | None = None) -> V
     count = cfg.num_envs if num_envs is None else num_envs
     if count < 1:
         raise ConfigError(f"num_envs must be at least 1, got {count}")
-    in_process = count > 1 and needs_gl(cfg)
-    make = _make_seeded_in_process if in_process else _make_seeded
     makers: list[Callable[[], gym.Env[Any, Any]]] = [
-        functools.partial(make, cfg, env_seed(seed, index)) for index in range(count)
+        functools.partial(_make_seeded, cfg, env_seed(seed, index), os.getpid())
+        for index in range(count)
     ]
-    if not in_process:
+    if count == 1 or not needs_gl(cfg):
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
     # A task that the program itself registers is known only in processes that import the program.
     start = nullcontext() if cfg.kind == "gym" else light_start()

@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from gymnasium.vector import AsyncVectorEnv
 
 from mapo_lightning import stopping
+from mapo_lightning.envs.factory import make_vector_env
+from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.run import main as program
 from mapo_lightning.stopping import CODES, Signals, Stopped, watched
 
@@ -132,3 +135,18 @@ def test_a_forked_child_leaves_signals_to_its_parent(tmp_path: Path, root: Path)
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_environments_with_processes_leave_the_programs_own_signals_alone() -> None:
+    before = {number: signal.getsignal(number) for number in (*CODES, signal.SIGALRM)}
+    envs = make_vector_env(EnvConfig(kind="dmc", name="cartpole_swingup"), 0, 2)
+    try:
+        assert isinstance(envs, AsyncVectorEnv)
+        assert {number: signal.getsignal(number) for number in before} == before
+        for process in envs.processes:
+            os.kill(process.pid, signal.SIGINT)  # as a terminal does to all of them
+        envs.reset(seed=[0, 1])
+        assert all(process.is_alive() for process in envs.processes)
+    finally:
+        envs.close()
