@@ -1,8 +1,7 @@
 """Trains in forked processes that kill themselves at chosen moments, and compares what is left.
 
-Imports take longer than the trainings here: a program imports once, and every life is a fork of it
-(``python killing.py JOBS RESULTS``). A moment is an event of the training, counted from its start,
-so the same moment comes again whatever the machine does meanwhile.
+A moment is an event of the training, counted from its start, so the same moment comes again
+whatever the machine does meanwhile.
 """
 
 from __future__ import annotations
@@ -37,16 +36,21 @@ Job = dict[str, Any]
 """``folder``, ``words``, and perhaps ``kill``: number of the moment, ``deliver``: metrics first."""
 
 
-def lives(place: Path, jobs: list[Job]) -> list[dict[str, Any]]:
+def lives(jobs: list[Job]) -> list[dict[str, Any]]:
     """Run jobs one after the other; returns the ``code`` of each, and the ``moments`` it had."""
-    (place / "jobs.json").write_text(json.dumps(jobs))
-    with (place / "killing.txt").open("a") as said:
-        files = [str(place / "jobs.json"), str(place / "done.json")]
-        process = start(place, __file__, *files, said=said)
-        process.wait()
-        end(process)
-    assert process.returncode == 0, (place / "killing.txt").read_text()
-    found: list[dict[str, Any]] = json.loads((place / "done.json").read_text())
+    found = []
+    for job in jobs:
+        folder = Path(job["folder"])
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "said.txt").open("a") as said:
+            process = start(folder, __file__, json.dumps(job), said=said)
+            code = process.wait()
+            end(process)  # loader workers
+        file = folder / "moments.json"
+        found.append(
+            {"code": code, "moments": json.loads(file.read_text()) if file.exists() else {}}
+        )
+        file.unlink(missing_ok=True)
     return found
 
 
@@ -126,7 +130,7 @@ def check_kills(place: Path, words: list[str], phase: str, kills: int, rng: Any)
     words = [*words, f"work_dir={place}/work", "run_dir=run", "tracking.enabled=true"]
     words += [f"tracking.uri=sqlite:///{place}/mlflow.db", f"tracking.artifacts={place}/artifacts"]
     whole = {"folder": f"{place}/whole", "words": words}
-    (first,) = lives(place, [whole])
+    (first,) = lives([whole])
     assert first["code"] == 0, (place / "whole/said.txt").read_text()
     moments = first["moments"]
     assert moments["resumable"]
@@ -138,7 +142,7 @@ def check_kills(place: Path, words: list[str], phase: str, kills: int, rng: Any)
         folder, deliver = f"{place}/{number}", bool(rng.integers(2))
         jobs.append({"folder": folder, "words": words, "kill": kill, "deliver": deliver})
         jobs.append({"folder": folder, "words": ["resume=run"]})
-    codes = [found["code"] for found in lives(place, jobs)]
+    codes = [found["code"] for found in lives(jobs)]
     expected = state_of(place / "whole/run" / phase / "last.ckpt")
     for number in range(kills):
         folder = place / f"{number}"
@@ -234,21 +238,8 @@ class Moments:
         files.os.replace = moved  # type: ignore[assignment]
 
 
-def life(job: Job) -> int:
-    """Fork, train, and wait; returns the exit code, negative for a signal."""
-    child = os.fork()
-    if child:
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # loader workers
-        return code
-    os.setsid()
-    folder = Path(job["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)
-    with open("said.txt", "a") as said:
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
+def live(job: Job) -> None:
+    """The program: train, and say which moments there were."""
     from mapo_lightning.run.main import main
 
     moments = Moments(job.get("kill"), job.get("deliver", False))
@@ -256,30 +247,8 @@ def life(job: Job) -> int:
     code = main(job["words"])
     told = {"count": moments.count, "resumable": moments.resumable, "names": moments.names}
     Path("moments.json").write_text(json.dumps(told))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def work(jobs: Path, done: Path) -> None:
-    """The program."""
-    torch.set_num_threads(1)
-    import mlflow
-    import sqlalchemy.dialects.sqlite  # noqa: F401  # MLflow imports it when it opens a store
-
-    import mapo_lightning.run.preflight
-    import mapo_lightning.run.session
-    import mapo_lightning.run.stages  # noqa: F401
-
-    assert mlflow.MlflowClient
-    found = []
-    for job in json.loads(jobs.read_text()):
-        code, file = life(job), Path(job["folder"]) / "moments.json"
-        moments = json.loads(file.read_text()) if file.exists() else {}
-        file.unlink(missing_ok=True)
-        found.append({"code": code, "moments": moments})
-    done.write_text(json.dumps(found))
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    work(*map(Path, sys.argv[1:]))
+    live(json.loads(sys.argv[1]))

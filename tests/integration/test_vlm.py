@@ -55,7 +55,7 @@ def test_real_model_behind_a_server(videos: Path, qwen: Path, tmp_path: Path) ->
     labels = LabelStore(tmp_path / "runs/cache/labels", "r").items().values()
     assert {label.status for label in labels} == {"prose"}
     assert all("hand" in label.text for label in labels)
-    # The server is gone: what it said is enough, and proof of it is that nobody is asked.
+    # The server is gone: the run needs no more than the answers that it has given before.
     said = train(tmp_path, *words(videos, *server_words, "vlm.cached_only=true", "data.workers=2"))
     assert ": 0 queried," in said
     server_words[-1] = "vlm.window.size=72"  # other pictures, other questions

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from callbacks.codebook import CodebookUpdate
 from mapo_lightning.models.rssm_world.context import FrameContext
 from mapo_lightning.models.rssm_world.encoder import normalised
-from mapo_lightning.models.rssm_world.quantizer import Quantizer
+from mapo_lightning.models.rssm_world.quantizer import CodebookUse, Quantizer
 from mapo_lightning.models.rssm_world.settings import ContextConfig, ImageConfig, QuantizerConfig
 
 
@@ -78,6 +78,25 @@ def test_dead_codes_are_revived_from_the_batch() -> None:
         use = book.update(book.batch_count, book.batch_sum, book.candidates)
     assert float(use.perplexity) >= 12.0
     assert float((torch.cdist(centres, book.codes).min(dim=1).values < 0.1).float().mean()) == 1.0
+
+
+def test_no_code_dies_and_a_vanished_context_gives_its_codes_back() -> None:
+    """Sixteen contexts, a code per clip of a batch of 16; then half of the contexts are gone."""
+    torch.manual_seed(1)
+    book = Quantizer(QuantizerConfig(codes=64), 8)
+    centres = 5 * torch.randn(16, 8)
+
+    def step(contexts: int) -> tuple[CodebookUse, torch.Tensor]:
+        rows = centres[torch.randint(contexts, (16,))]
+        book(rows + 0.01 * torch.randn(16, 8))
+        used = book.batch_count > 0
+        return book.update(book.batch_count, book.batch_sum, book.candidates), used
+
+    uses = [step(16)[0] for _ in range(2000)]
+    assert sum(float(use.perplexity) for use in uses[-100:]) / 100 >= 12.0
+    assert sum(float(use.revived) for use in uses[-100:]) == 0
+    used = torch.stack([step(8)[1] for _ in range(500)])
+    assert float(used[-100:].any(dim=0).float().mean()) >= 0.9
 
 
 def test_the_codebook_starts_from_the_first_batch() -> None:

@@ -97,7 +97,7 @@ class Quantizer(nn.Module):
         if bool(self.started):  # asked once per process: a resumed codebook stays as it is
             return
         places_MZ = rows_RZ[torch.randint(rows_RZ.shape[0], (self.cfg.codes,))]
-        # A whisper of noise parts codes that were picked from equal rows.
+        # A little noise separates codes that were picked from equal rows.
         places_MZ = places_MZ + 1e-3 * places_MZ.std() * torch.randn_like(places_MZ)
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(places_MZ, src=0)
