@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_servers import ORDERS, print_order, running
+from PIL import Image
 from replies import HOSTILE, replies
 
 from mapo_lightning.label_tools.page import Place, Sample, page
@@ -24,7 +26,9 @@ from mapo_lightning.semantics.answers import read_answer
 from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.embed import HashedSlots
 from mapo_lightning.semantics.labeler import Label, Labeler, WindowRequest
+from mapo_lightning.semantics.openai_server import OpenAIDescriber
 from mapo_lightning.semantics.phrase import MAX_READ, MAX_SLOT, MAX_TEXT, parse_reply
+from mapo_lightning.semantics.settings import ServerConfig, VlmConfig
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.tracking import artifacts
 from mapo_lightning.tracking.logger import RunLogger, make_logger, open_store, store_uri
@@ -86,12 +90,53 @@ def test_what_is_stored_is_bounded_printable_and_readable(
     counts = Counter(label.status for label in stored.values())
     assert {"slots", "null", "unreadable"} <= set(counts)
     for label in stored.values():
-        assert len(label.text) <= MAX_TEXT
-        assert len(label.source) <= MAX_TEXT
-        for text in (label.text, label.source, *(label.phrase or ())):
-            assert text.isprintable()
-            text.encode()  # no half surrogate
-        assert all(len(slot) <= MAX_SLOT for slot in label.phrase or ())
+        check_plain(label)
+
+
+def check_plain(label: StoredLabel) -> None:
+    """What is stored of an answer is short, and all of it can be printed."""
+    assert len(label.text) <= MAX_TEXT
+    assert len(label.source) <= MAX_TEXT
+    for text in (label.text, label.source, *(label.phrase or ())):
+        assert text.isprintable()
+        text.encode()  # no half surrogate
+    assert all(len(slot) <= MAX_SLOT for slot in label.phrase or ())
+
+
+@pytest.mark.slow
+def test_orders_printed_in_pictures_become_bounded_words_at_most(tmp_path: Path) -> None:
+    """A describer that does all that a picture tells it to: what it says is a label like any."""
+    rng = np.random.default_rng(0)
+    films = []
+    for number in range(200):
+        paper, ink = rng.choice(["navy", "olive", "white", "gray"], 2, replace=False)
+        at = (int(rng.integers(40)), int(rng.integers(45, 120)))
+        image = Image.new("RGB", (224, 224), str(paper))
+        films.append(np.stack([print_order(image, number % len(ORDERS), at, str(ink))] * 4))
+    store = LabelStore(tmp_path, "w", durable=False)
+    with running(obeys=True) as server:
+        cfg = VlmConfig(kind="openai", server=ServerConfig(server.url))
+        asking = Labeler(OpenAIDescriber(cfg), store, HashedSlots())
+        requests = [
+            WindowRequest(str(i), f"film{i}.mp4 frames 0..3 step 1", lambda film=film: film)  # type: ignore[misc]
+            for i, film in enumerate(films)
+        ]
+        labels = asking.label(requests)
+        asking.close()
+        assert server.stats()["answered"] == 200
+    found = LabelStore(tmp_path, "r").items()
+    assert len(found) == len(labels) == 200
+    for label in found.values():
+        check_plain(label)
+        # Five slots, a sentence as the action of five slots, or null: nothing else goes on.
+        assert label.phrase is None or len(label.phrase) == 5
+    for answer in labels:
+        assert answer.vector.shape == (asking.semantic_dim,)
+        assert np.isfinite(answer.vector).all()
+    counts = Counter((label.status, label.phrase is None) for label in found.values())
+    readable = {("slots", False), ("prose", False)}
+    assert readable & set(counts), "every order was refused: the test shows nothing"
+    assert set(counts) <= {*readable, ("null", True), ("unreadable", True)}
 
 
 @pytest.mark.slow
