@@ -35,8 +35,9 @@ lint: setup ## style and types: what pre-commit runs
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test-fast: lint ## before a commit: lint, types and the quick tests (three minutes on two cores)
-	$(PY) -m pytest -n $(WORKERS) -m 'not slow and not learning' --ignore=tests/integration
+test-fast: lint ## before a commit: lint, types and the quick tests (two minutes on two cores)
+	$(PY) -m pytest -n $(WORKERS) -m 'not slow and not learning and not hard' \
+		--ignore=tests/integration
 
 test: lint ## before a pull request: lint, types and all tests, as CI runs them
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup

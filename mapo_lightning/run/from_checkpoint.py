@@ -169,7 +169,9 @@ def _by_key(words: Sequence[str]) -> dict[str, str]:
 
 def _is_own(metadata: Mapping[str, Any]) -> bool:
     """Whether this user has made the checkpoint."""
-    return is_own(metadata.get("config") or "", metadata.get("config_signature") or "")
+    from mapo_lightning.training.metadata import signed_part
+
+    return is_own(signed_part(metadata), metadata.get("config_signature") or "")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from mapo_lightning.training.base_module import TrainedModule
 from mapo_lightning.training.checkpoint import BEST, read_checkpoint
 from mapo_lightning.training.datamodule import ReplayDataModule
 from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores
+from mapo_lightning.training.metadata import signed_part
 from mapo_lightning.types import Frames, MapoError
 
 NAMES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
@@ -252,15 +253,15 @@ def fit(
     identity = session.tracked(phase)
     logger = tracking.make_logger(cfg.tracking, phase, session.parent, run_id=identity)
     session.note(phase, logger.run_id if logger else None)
-    module.metadata = {  # what a checkpoint tells about itself
+    metadata = {  # what a checkpoint tells about itself
         "stage": phase,
         "method": cfg.method,
         "config": session.composed.redacted_yaml,
-        "config_signature": sign(session.composed.redacted_yaml),
         "mlflow_parent": session.parent or "",
         "mlflow_run": (logger.run_id if logger else None) or "",
         **widths,
     }
+    module.metadata = metadata | {"config_signature": sign(signed_part(metadata))}
     callbacks = around(session, phase, watch) + extra
     validate_every = cfg.pretrain.validate_every if phase == "pretrain" else None
     folder = session.folder / phase

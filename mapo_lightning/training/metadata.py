@@ -124,6 +124,16 @@ def check_state(content: Mapping[Any, Any], path: Path) -> None:
     _whole(content, "global_step", 0, 1 << 53, path)
 
 
+def signed_part(metadata: Mapping[str, Any]) -> str:
+    """Return what the signature covers: the settings, and the MLflow runs that resuming writes to.
+
+    With other runs' ids in it, a checkpoint is no longer its user's own.
+    """
+    config = metadata.get("config") or ""
+    runs = [metadata.get(name) or "" for name in ("mlflow_parent", "mlflow_run")]
+    return f"# MLflow runs: {' '.join(runs)}\n{config}" if any(runs) else config
+
+
 def printable(text: str) -> str:
     """Return the first line of a text, without what could steer a terminal."""
     first = (text.splitlines() or [""])[0]

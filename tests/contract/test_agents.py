@@ -74,6 +74,7 @@ def train(module: FinetuneModule, updates: int) -> None:
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("explore", [False, True])
 def test_actions_have_their_shape_and_range(pair: Pair, explore: bool) -> None:
@@ -84,6 +85,7 @@ def test_actions_have_their_shape_and_range(pair: Pair, explore: bool) -> None:
     assert float(action.detach().abs().max()) <= 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_an_agent_acts_in_environments_step_after_step(pair: Pair) -> None:
     module = module_of(pair)
@@ -123,6 +125,7 @@ def test_a_checkpoint_holds_all_of_an_agent(pair: Pair, tmp_path: Path) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_optimisers_of_its_own_keep_their_moments_and_paces() -> None:
     module = module_of(owner)
     agent = module.agent
@@ -156,6 +159,7 @@ def test_exploration_noise_is_added_while_exploring_only() -> None:
     torch.testing.assert_close(noisy, (quiet + 0.5 * torch.randn_like(quiet)).clamp(-1, 1))
 
 
+@pytest.mark.slow
 def test_a_group_without_a_learning_rate_is_refused() -> None:
     world, agent = dreamer()
     agent.groups = lambda: {"navigator": []}  # type: ignore[assignment]

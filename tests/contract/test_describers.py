@@ -126,6 +126,7 @@ def test_keeps_the_protocol(describer: Describer, entry: Entry) -> None:
     assert describer.in_worker is entry.in_worker
 
 
+@pytest.mark.slow
 def test_one_readable_reply_per_clip(describer: Describer, entry: Entry) -> None:
     replies = describer.describe(clips())
     assert len(replies) == len(clips())
@@ -142,6 +143,7 @@ def test_one_readable_reply_per_clip(describer: Describer, entry: Entry) -> None
     assert list(describer.describe([])) == []
 
 
+@pytest.mark.slow
 def test_answers_repeat(describer: Describer) -> None:
     assert_same(describer.describe(clips()), describer.describe(clips()))
 
@@ -153,6 +155,7 @@ def test_company_does_not_matter(describer: Describer) -> None:
     assert_same(describer.describe(clips()[::-1]), alone[::-1])
 
 
+@pytest.mark.slow
 def test_frames_are_left_alone(describer: Describer) -> None:
     shown = clips()
     for clip in shown:
@@ -162,11 +165,13 @@ def test_frames_are_left_alone(describer: Describer) -> None:
         np.testing.assert_array_equal(clip, original)
 
 
+@pytest.mark.slow
 def test_layout_in_memory_does_not_matter(describer: Describer) -> None:
     turned = [np.asfortranarray(clip) for clip in clips()]
     assert_same(describer.describe(turned), describer.describe(clips()))
 
 
+@pytest.mark.slow
 def test_still_scene_is_null_where_motion_is_measured(describer: Describer, entry: Entry) -> None:
     frame = np.random.default_rng(1).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     (reply,) = describer.describe([np.stack([frame] * 4)])

@@ -120,6 +120,7 @@ def test_spaces_are_the_promised_ones(case: tuple[EnvConfig, PixelEnv]) -> None:
     assert all(type(value) is float and value in (0.0, 1.0) for value in info.values())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_episodes(case: tuple[EnvConfig, PixelEnv]) -> None:
     _, env = case
     runs = [play(env, seed=3) + play(env, seed=None) for _ in range(2)]
@@ -127,6 +128,7 @@ def test_the_same_seed_gives_the_same_episodes(case: tuple[EnvConfig, PixelEnv])
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_another_seed_and_the_next_episode_differ(case: tuple[EnvConfig, PixelEnv]) -> None:
     _, env = case
     first, following, other = (play(env, seed)[0] for seed in (3, None, 4))
@@ -144,6 +146,7 @@ def test_a_fresh_environment_repeats_what_its_seed_promises(index: int) -> None:
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_observations_share_no_memory(case: tuple[EnvConfig, PixelEnv]) -> None:
     images, _ = play(case[1], seed=0, agent_steps=3)
     for i, image in enumerate(images):

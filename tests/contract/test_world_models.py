@@ -93,6 +93,7 @@ def test_a_belief_is_sliced_merged_and_repeated(world: nn.Module) -> None:
     assert not belief.detach().feat.requires_grad
 
 
+@pytest.mark.slow
 def test_following_goes_on_from_a_belief(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
     batch = experience(world)
@@ -102,6 +103,7 @@ def test_following_goes_on_from_a_belief(world: nn.Module) -> None:
         assert world.observe(tail, head.at(3)).feat.shape == (2, 3, world.feat_dim)
 
 
+@pytest.mark.slow
 def test_the_loss_trains_parameters_and_starts_dreams(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
     fit = world.loss(experience(world))
@@ -112,6 +114,7 @@ def test_the_loss_trains_parameters_and_starts_dreams(world: nn.Module) -> None:
     assert fit.belief.flatten().feat.shape == (14, world.feat_dim)
 
 
+@pytest.mark.slow
 def test_a_dream_has_one_more_state_than_actions_and_no_gradients(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
     start = world.observe(experience(world)).at(6)
@@ -134,6 +137,7 @@ def test_a_dream_has_one_more_state_than_actions_and_no_gradients(world: nn.Modu
     assert not dream.reward.requires_grad
 
 
+@pytest.mark.slow
 def test_a_dream_repeats_with_its_random_numbers(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
     start = world.observe(experience(world)).at(6).detach()
@@ -144,6 +148,7 @@ def test_a_dream_repeats_with_its_random_numbers(world: nn.Module) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 def test_an_open_loop_video_leaves_every_mode_as_it_was(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
     world.train()
@@ -156,6 +161,7 @@ def test_an_open_loop_video_leaves_every_mode_as_it_was(world: nn.Module) -> Non
     assert all(torch.equal(value, state[key]) for key, value in world.state_dict().items())
 
 
+@pytest.mark.slow
 def test_acting_leaves_modes_and_statistics_as_they_were(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
     world.train()
@@ -166,6 +172,7 @@ def test_acting_leaves_modes_and_statistics_as_they_were(world: nn.Module) -> No
     assert all(torch.equal(value, state[key]) for key, value in world.state_dict().items())
 
 
+@pytest.mark.slow
 def test_parts_and_groups_hold_every_parameter_once(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
     every = sorted(id(p) for p in world.parameters())

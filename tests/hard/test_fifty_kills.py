@@ -9,15 +9,25 @@ import numpy as np
 import pytest
 from killing import FINETUNE, PRETRAIN, check_kills
 
+pytestmark = pytest.mark.hard
+
 KILLS = 50
 PHASES = {
     "pretrain": [*PRETRAIN, "pretrain.updates=60", "data.workers=2"],
     # 5 updates on the prefill, and 55 with 5 agent steps each.
     "finetune": [*FINETUNE, "finetune.agent_steps=385", "env.num_envs=3", "evaluate.every=25"],
 }
+TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
+SIMULATOR = ["env=dmc", "env.name=cartpole_balance", "data=toy"]
+KINDS = {
+    "pretrain on two processes": [*PRETRAIN, *TWO, "pretrain.updates=20", "data.workers=2"],
+    "finetune on two processes": [*FINETUNE, *TWO, "finetune.agent_steps=185"],
+    "finetune in a simulator": [
+        *(word for word in FINETUNE if word != "env=toy"), *SIMULATOR, "finetune.agent_steps=185",
+    ],
+}  # fmt: skip
 
 
-@pytest.mark.hard
 @pytest.mark.parametrize("phase", PHASES)
 def test_fifty_kills(phase: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     began, words = time.perf_counter(), [*PHASES[phase], "callbacks.checkpoint_every=8"]
@@ -26,3 +36,9 @@ def test_fifty_kills(phase: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(moments) > 5
     with capsys.disabled():
         print(f"\n{KILLS} kills of {phase} in {time.perf_counter() - began:.0f} s: {moments}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_kills_of_other_kinds(kind: str, tmp_path: Path) -> None:
+    words = [*KINDS[kind], "callbacks.checkpoint_every=4"]
+    check_kills(tmp_path, words, kind.split()[0], 3, np.random.default_rng(1))

@@ -53,6 +53,7 @@ def kill_in_a_save(child: int, folder: Path, least: float) -> None:
             os.kill(child, signal.SIGCONT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "kills"),
     [pytest.param(4 * MB, 8), pytest.param(200 * MB, 50, marks=pytest.mark.hard)],

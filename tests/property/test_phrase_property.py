@@ -63,6 +63,7 @@ def test_parse_after_format_is_the_identity(phrase: Phrase) -> None:
     assert parse_reply(format_phrase(phrase)) == (phrase, "slots")
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(PHRASES)
 def test_vectors_are_bounded_and_repeat(phrase: Phrase) -> None:

@@ -105,6 +105,7 @@ def test_environments_side_by_side_begin_when_they_say_so(saved: Path) -> None:
     assert agent.act(frames[:2]).shape == (2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("obs", "sentence"),
     [
@@ -125,6 +126,7 @@ def test_other_observations_are_refused(obs: object, sentence: str, saved: Path)
         agent.act(obs)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_describers_frames_are_asked_for(tmp_path: Path) -> None:
     save(tmp_path / "a.ckpt", "vlm.collect.size=96")
     agent = mapo_lightning.load_agent(tmp_path / "a.ckpt")
@@ -135,6 +137,7 @@ def test_the_describers_frames_are_asked_for(tmp_path: Path) -> None:
     assert silent.act(frame).shape == (2,)
 
 
+@pytest.mark.slow
 def test_without_a_describer_its_encoder_is_not_needed(tmp_path: Path) -> None:
     encoder = save_bert(tmp_path / "bert")
     save(tmp_path / "a.ckpt", f"vlm.embed.encoder={encoder}")

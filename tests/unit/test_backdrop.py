@@ -117,6 +117,7 @@ def test_without_context_frames_are_drawn_of_the_state_alone() -> None:
     torch.testing.assert_close(drawn[:, :3].flatten(0, 1), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frame", ["random", "last"])
 @pytest.mark.parametrize("networks", ["published", "tiny"])
 def test_a_dream_is_drawn_in_a_scene_that_was_shown(networks: str, frame: str) -> None:

@@ -47,6 +47,7 @@ def test_the_capacity_bounds_the_folder_of_replay_also_over_resumes(tmp_path: Pa
     assert replay.steps == 100
 
 
+@pytest.mark.slow
 def test_a_label_takes_few_bytes_and_one_that_is_known_none(tmp_path: Path) -> None:
     """Test 9: the store grows by its labels, not by its readers and starts."""
     keys = [f"{number:032x}" for number in range(2000)]

@@ -241,6 +241,7 @@ def test_the_store_knows_them_until_a_sentence_is_edited(films: Path, tmp_path: 
     assert "caption" not in plain.window_requests(0, [3])[0].identity
 
 
+@pytest.mark.slow
 def test_labels_travel_as_parquet(films: Path, tmp_path: Path) -> None:
     clips = dataset(films, tmp_path, SENTENCES)
     CorpusLabelling(clips).run(lambda _: None)

@@ -54,6 +54,7 @@ def test_parts_that_are_not_asked_for_stay_fresh() -> None:
     assert "lower" in report.ignored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -69,6 +70,7 @@ def test_a_checkpoint_of_another_model_is_refused(words: list[str], sentence: st
     assert "use the same method=, size= and vlm=" in str(error.value)
 
 
+@pytest.mark.slow
 def test_vectors_with_another_layout_are_refused(tmp_path: Path) -> None:
     plain = f"vlm.embed.encoder={save_bert(tmp_path)}"
     joined = (plain, "vlm.embed.direction=true")

@@ -111,6 +111,7 @@ def test_overlapping_clips_share_windows(videos: list[VideoInfo], tmp_path: Path
     assert (clip["vlm_asked"], clip["vlm_hits"], clip["vlm_windows"]) == (0, 3, 3)
 
 
+@pytest.mark.slow
 def test_drawing_is_seeded_and_differs_by_rank(videos: list[VideoInfo], tmp_path: Path) -> None:
     def first(**changes: int) -> list[bytes]:
         clips = iter(dataset(videos, tmp_path, **changes))
@@ -209,6 +210,7 @@ def test_failing_video_is_dropped_counted_and_written_down(
     assert row["reason"] == "missing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_stream_goes_on_behind_any_of_its_clips(
     broken: bool, videos: list[VideoInfo], tmp_path: Path

@@ -73,6 +73,7 @@ def test_the_prefill_holds_each_random_action_as_long_as_asked(hold: int, tmp_pa
     assert np.flatnonzero(changes).tolist() == list(range(hold - 1, len(actions) - 1, hold))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ahead", "exact", "expected"),
     [(True, False, True), (False, False, False), (True, True, False)],

@@ -272,6 +272,7 @@ def test_a_process_that_died_is_said_in_one_sentence(tmp_path: Path) -> None:
     assert replay.state()["open"] == [[0, 4, 0]]
 
 
+@pytest.mark.slow
 def test_a_process_that_died_is_replaced_and_its_episode_ends(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,6 +17,7 @@ from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.training.datamodule import ReplayDataModule, VideoDataModule
 
 
+@pytest.mark.slow
 def test_rollouts_show_the_same_pictures_with_one_labeler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +80,7 @@ def test_a_batch_that_is_long_in_coming_is_spoken_of(
     assert said == ["the next batch: its clips are being decoded and labelled", "here"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "later"), [(0, 0), (3, 3), (2, 3)])
 def test_clips_go_on_where_updates_have_seen_them(
     workers: int, later: int, tmp_path: Path, caplog: pytest.LogCaptureFixture

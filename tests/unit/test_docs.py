@@ -132,6 +132,7 @@ def test_commands_are_found_at_all() -> None:
     assert len(COMMANDS) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "words"), COMMANDS, ids=[where for where, _ in COMMANDS])
 def test_every_documented_command_composes(where: str, words: list[str]) -> None:
     options = [word for word in words if word.startswith("--")]

@@ -63,6 +63,7 @@ def cfg(*words: str) -> RunConfig:
     return compose(["data=metaworld_experts", *words], RunConfig, conf_folder()).config
 
 
+@pytest.mark.slow
 def test_the_task_of_fine_tuning_is_left_out_unless_told_otherwise() -> None:
     door = ["env=metaworld", "env.name=door-open"]
     assert build.left_out(cfg(*door)) == ["door-open"]

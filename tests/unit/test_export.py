@@ -70,6 +70,7 @@ def test_an_export_holds_the_model_and_nothing_of_its_machine(
     assert set(found) == {"state_dict", "mapo", "global_step"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "model.safetensors", "card.json"])
 def test_every_reader_takes_an_export(tmp_path: Path, name: str) -> None:
     save(tmp_path / "last.ckpt", "vlm=none")
@@ -143,6 +144,7 @@ HEADERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", HEADERS)
 def test_odd_headers_are_one_sentence(exported: Path, what: str) -> None:
     rehashed(exported, HEADERS[what])
@@ -165,6 +167,7 @@ def test_a_truncated_or_changed_file_is_not_the_one_that_the_card_names(exported
         read_checkpoint(exported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

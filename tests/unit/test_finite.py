@@ -130,6 +130,7 @@ def test_checkpoints_with_broken_weights_are_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["working folder", "run's folder", "phase's folder"])
 def test_a_checkpoint_that_slurm_left_somewhere_is_never_loaded(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

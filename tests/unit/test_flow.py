@@ -59,6 +59,7 @@ def test_growth_and_turn(growth: float, degrees: float, direction: str) -> None:
     assert phrase.displacement.startswith("8 ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 2.0, 4.0, 8.0])
 def test_still_scene_with_sensor_noise_is_null(noise: float) -> None:
     rng = np.random.default_rng(3)

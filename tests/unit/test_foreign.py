@@ -25,6 +25,7 @@ def covering(key: str, listed: Any) -> list[str]:
     return [p for end in range(1, len(parts) + 1) if (p := ".".join(parts[:end])) in listed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", LEAVES)
 def test_every_setting_is_either_taken_or_refused(key: str) -> None:
     taken_by, refused_by = covering(key, ALLOWED), covering(key, REFUSED)
@@ -121,6 +122,7 @@ def test_what_a_file_may_not_choose_is_asked_for(
     assert "a file that somebody else has made may not choose" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_strangers_run_is_resumed_elsewhere_and_tracked_by_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +141,7 @@ def test_a_strangers_run_is_resumed_elsewhere_and_tracked_by_the_user(
     assert whole.tracking.uri == "http://127.0.0.1:9/x"  # that word takes all of a file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tree", "refused"),
     [({"vlm": {"server": 5, "base_url": "x"}}, True), ({"vlm": 5}, False), ({"agent": 1}, True)],

@@ -170,6 +170,7 @@ SMALL = Film(options=X264, size=(60, 80), frames=24)
 COVER = Film("mjpeg", pixels="yuvj420p", frames=1, size=(60, 60), disposition="attached_pic")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
 @pytest.mark.parametrize("marked", [None, 0, 1])
 @pytest.mark.parametrize("small_first", [False, True])
@@ -188,6 +189,7 @@ def test_of_two_tracks_the_one_that_is_decoded_is_described(
     assert [number_of(f) for f in read(info, [0, 9, 23], info.height)] == [0, 9, 23]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["after", "before"])
 def test_a_cover_is_not_the_video(tmp_path: Path, place: str) -> None:
     path = write(tmp_path / "film", KINDS["plain"], COVER)
@@ -205,6 +207,7 @@ def test_a_song_with_a_cover_holds_no_video(tmp_path: Path) -> None:
     assert caught.value.reason == "no_video"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [[5, 6, 13, 20, 40], [12, 24], [1, 47]])
 def test_pictures_that_vp8_only_refers_to_are_not_counted(
     tmp_path: Path, hidden: list[int]
@@ -215,6 +218,7 @@ def test_pictures_that_vp8_only_refers_to_are_not_counted(
     assert [number_of(f) for f in read(info, range(info.frames), 120)] == shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm", ".avi"])
 def test_metadata_may_have_any_encoding(tmp_path: Path, suffix: str) -> None:
     codec, options = ("libvpx", QUICK) if suffix == ".webm" else ("libx264", X264)
@@ -327,6 +331,7 @@ def test_a_file_without_its_end_is_damaged_whatever_its_sound(tmp_path: Path) ->
         examined(path)
 
 
+@pytest.mark.slow
 def test_a_scan_says_how_files_are_read_and_remembers_it(tmp_path: Path) -> None:
     (tmp_path / "v").mkdir()
     for name in ("plain", "open GOP", "MPEG-4 in AVI"):

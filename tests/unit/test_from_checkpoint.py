@@ -17,6 +17,7 @@ from mapo_lightning.run.from_checkpoint import Resumed, agent_settings, configur
 from mapo_lightning.run.main import main
 from mapo_lightning.run.renamed import RENAMED
 from mapo_lightning.training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
+from mapo_lightning.training.metadata import signed_part
 from mapo_lightning.types import CheckpointError, ConfigError
 
 
@@ -49,6 +50,7 @@ def test_evaluation_takes_the_agent_from_the_checkpoint_and_the_rest_from_here(r
     assert configure(["env=toy"], CONF).config.method == "mapo"
 
 
+@pytest.mark.slow
 def test_resuming_takes_everything_from_the_runs_own_file(run: Path) -> None:
     checkpoint = run / "finetune/last.ckpt"
     card = read_checkpoint(checkpoint)["mapo"]
@@ -139,6 +141,22 @@ def test_mlflow_runs_are_those_of_the_same_phase() -> None:
     assert untracked.tracked("parent") is untracked.tracked("pretrain") is None
 
 
+@pytest.mark.slow
+def test_a_checkpoint_that_names_other_mlflow_runs_goes_on_with_none(run: Path) -> None:
+    checkpoint = run / "finetune/last.ckpt"
+    content = read_checkpoint(checkpoint)
+    card = content["mapo"]
+    card |= {"mlflow_parent": "a" * 32, "mlflow_run": "b" * 32}
+    card["config_signature"] = sign(signed_part(card))
+    write_checkpoint(content, checkpoint)
+    cfg = configure([f"resume={run}"], CONF).config
+    assert resumed(cfg).tracked("finetune") == "b" * 32
+    card["mlflow_run"] = "c" * 32
+    write_checkpoint(content, checkpoint)
+    assert resumed(cfg).tracked("parent") is resumed(cfg).tracked("finetune") is None
+
+
+@pytest.mark.slow
 def test_another_stage_than_the_checkpoints_is_refused(run: Path) -> None:
     words = [f"resume={run}/finetune/last.ckpt", "stage=pretrain"]
     with pytest.raises(ConfigError, match="checkpoint of stage=finetune, which stage=pretrain"):

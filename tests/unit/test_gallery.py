@@ -239,6 +239,7 @@ def test_a_source_that_is_no_window_is_left_out(source: str, corpus: Path, tmp_p
     store.close()
 
 
+@pytest.mark.slow
 def test_windows_of_an_uneven_rate_are_shown_with_their_own_frames(tmp_path: Path) -> None:
     """30 frames a second, later 10: stamps in the file alone tell which frames a window has."""
     name = f"{'long name ' * 24}.mkv"  # with its frames longer than the name of a label was

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from program import train
 
 from mapo_lightning.envs.gl import OffscreenCamera, prepare_gl
 from mapo_lightning.types import EnvironmentSetupError
@@ -120,7 +119,8 @@ def test_environments_in_processes_import_neither_the_program_nor_torch(tmp_path
         "envs.close()\n"
         "print(__file__, __spec__)\n"
     )
-    assert train(tmp_path, script=str(script)).splitlines() == ["imported", f"{script} None"]
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["imported", f"{script} None"], done.stderr
 
 
 @pytest.mark.parametrize("camera", ["upright", "hanging"])

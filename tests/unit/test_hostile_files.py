@@ -75,6 +75,7 @@ CARDS: dict[str, tuple[str, object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CARDS)
 def test_a_damaged_card_is_one_sentence(name: str, agent: Path, tmp_path: Path) -> None:
     key, value = CARDS[name]

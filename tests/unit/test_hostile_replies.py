@@ -84,6 +84,7 @@ def test_the_corpus_is_the_same_every_time_and_covers_what_it_says() -> None:
     assert max(map(len, words)) >= 10_000
 
 
+@pytest.mark.slow
 def test_what_is_stored_is_bounded_printable_and_readable(
     stored: dict[str, StoredLabel],
 ) -> None:
@@ -194,6 +195,7 @@ class Tags(HTMLParser):
         self.texts.append(data)
 
 
+@pytest.mark.slow
 def test_nothing_in_the_gallery_becomes_markup(stored: dict[str, StoredLabel]) -> None:
     plain = {key: label._replace(text="x", phrase=None) for key, label in stored.items()}
     seen, expected = Tags(), Tags()
@@ -223,6 +225,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrackingConfig, RunLo
     return cfg, logger
 
 
+@pytest.mark.slow
 def test_tables_hold_no_formula_and_no_line_too_many(
     stored: dict[str, StoredLabel], run: tuple[TrackingConfig, RunLogger]
 ) -> None:

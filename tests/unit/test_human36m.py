@@ -44,6 +44,7 @@ def human(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_every_layout_is_read_at_ten_frames_a_second(human: Path) -> None:
     index = scan(human)
     found = {v.path.name: (v.label, v.frames, v.fps) for v in index.videos}
@@ -73,6 +74,7 @@ def test_a_subject_folder_is_a_data_set_too(human: Path) -> None:
     assert [v.label for v in scan(human, classes=["eating"]).videos] == ["Eating"]
 
 
+@pytest.mark.slow
 def test_only_the_middle_square_counts(human: Path) -> None:
     video = next(v for v in scan(human).videos if v.label == "WalkTogether")
     frame = read(video, [7], 48)[0].astype(int)
@@ -83,6 +85,7 @@ def test_only_the_middle_square_counts(human: Path) -> None:
     assert whole.fingerprint != video.fingerprint
 
 
+@pytest.mark.slow
 def test_a_run_with_a_hole_is_set_aside(human: Path) -> None:
     (human / "S5_Eating_2.55011271_000021.jpg").unlink()
     index = scan(human)
@@ -99,6 +102,7 @@ def test_what_is_no_human36m_gets_one_clear_sentence(tmp_path: Path) -> None:
         scan(root)
 
 
+@pytest.mark.slow
 def test_labels_name_the_frames_that_the_file_has(human: Path, tmp_path: Path) -> None:
     """A page of labels reads the file by these numbers, and knows nothing of thinning out."""
     data = VideoDataConfig(kind="human36m", clip_length=5)

@@ -53,6 +53,7 @@ def test_frames_of_every_size_are_encoded_and_drawn(kind: str, size: int) -> Non
         assert drawn.shape == (6, 3, size, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), CASES)
 def test_a_model_of_every_size_learns_and_dreams(kind: str, size: int) -> None:
     torch.manual_seed(0)
@@ -97,6 +98,7 @@ def test_sizes_without_networks_are_refused(settings: dict[str, object], sentenc
     assert str(error.value) == sentence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data.image_size", "env.size"])
 def test_pictures_have_the_side_of_the_networks(name: str) -> None:
     assert configured("world_model.image.size=64").env.size == 64

@@ -41,6 +41,7 @@ def clips() -> list[Frames]:
     return [*rough, rough[0] // 9, np.zeros((4, 48, 80, 3), np.uint8), rough[1][:3]]
 
 
+@pytest.mark.slow
 def test_describes_in_words_with_a_hidden_state(folder: Path) -> None:
     replies = InProcessDescriber(config(folder)).describe(clips())
     assert len(replies) == len(clips())
@@ -68,6 +69,7 @@ def test_company_does_not_matter(folder: Path) -> None:
         np.testing.assert_allclose(one.hidden, other.hidden, atol=4e-3)
 
 
+@pytest.mark.slow
 def test_the_question_is_the_frames_in_order_and_the_prompt(folder: Path) -> None:
     model = InProcessDescriber(config(folder)).model
     assert isinstance(model, ImageTextModel)

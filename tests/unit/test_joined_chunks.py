@@ -65,6 +65,7 @@ def experience(width: int, side: int) -> Batch:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_belief_reaches_into_the_next_episode(method: str, networks: str) -> None:

@@ -34,6 +34,7 @@ def experience(side: int, action: int = 3, shape: tuple[int, int] = (2, 7)) -> B
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("method", ["apv", "prelar", "dreamerv2"])
 def test_terms_of_the_loss_against_their_formulas_in_float64(method: str, networks: str) -> None:

@@ -51,6 +51,7 @@ def client(cfg: TrackingConfig) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(store_uri(cfg))
 
 
+@pytest.mark.slow
 def test_the_experiment_has_its_page_and_its_artifacts_beside_the_store(
     cfg: TrackingConfig,
 ) -> None:
@@ -65,6 +66,7 @@ def test_relative_stores_are_anchored_where_the_program_starts(in_tmp: Path) -> 
     assert store_uri(TrackingConfig(uri="http://host:5000")) == "http://host:5000"
 
 
+@pytest.mark.slow
 def test_a_child_belongs_to_its_parent(cfg: TrackingConfig) -> None:
     parent = start_parent(cfg, "demo", {"stage": "all"})
     logger = make_logger(cfg, "pretrain", parent, {"stage": "pretrain"})
@@ -94,6 +96,7 @@ def test_metrics_arrive_in_order_under_clean_names(cfg: TrackingConfig, run: Run
     assert set(client(cfg).get_run(run.active_run).data.metrics) == {"train/loss", "a_b_0_", "odd"}
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_values_wait_until_there_is_room(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -115,6 +118,7 @@ def test_on_a_full_disk_values_wait_until_there_is_room(
     assert "does not answer, values wait" in caplog.text
 
 
+@pytest.mark.slow
 def test_resuming_adds_neither_a_run_nor_a_point_twice(cfg: TrackingConfig) -> None:
     first = make_logger(cfg, "long")
     assert isinstance(first, RunLogger)
@@ -141,6 +145,7 @@ def test_resuming_adds_neither_a_run_nor_a_point_twice(cfg: TrackingConfig) -> N
     assert found.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arrived", [0, 4, 5, 7])
 def test_curves_go_on_from_a_checkpoint_without_gap_or_repetition(
     cfg: TrackingConfig, arrived: int, monkeypatch: pytest.MonkeyPatch

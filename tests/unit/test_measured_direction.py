@@ -126,6 +126,7 @@ def test_a_describer_that_miscounts_is_named(tmp_path: Path) -> None:
         labeler.label_frames([moving()], "v.mp4")
 
 
+@pytest.mark.slow
 def test_answers_of_a_server_are_completed_as_they_arrive(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

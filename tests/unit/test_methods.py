@@ -76,6 +76,7 @@ def test_fine_tuning_loss_reaches_every_part_it_should(
     assert parts | {"actor", "critic"} == moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "dreamerv2"])
 def test_pre_training_loss_reaches_every_part(method: str, networks: str) -> None:
@@ -134,6 +135,7 @@ SHIPPED = Groups(CONF, load_yaml)
 CHOICES = [(g, n) for g in SHIPPED.files if g != "experiment" for n in SHIPPED.names(g)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{g}={n}" for g, n in CHOICES])
 def test_every_choice_composes_and_says_what_it_is(group: str, name: str) -> None:
     words = [f"{group}={name}"]

@@ -32,6 +32,7 @@ ODD = [(key, "nan") for key in FLOATS]
 ODD += [("pretrain.lr", word) for word in ("inf", "-inf", ".nan", "-.inf", "1e400", "NaN")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "word"), ODD)
 def test_no_setting_takes_what_is_not_finite(key: str, word: str) -> None:
     value = f"{{image: {word}}}" if key.endswith(".scales") else word

@@ -67,6 +67,7 @@ def test_what_is_no_answer_is_asked_again_and_never_stored(
     assert asking.label_frames([never], "v.mp4 frames 8..11 step 1")[0].answered
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_cut_gets_more_room() -> None:
     with running(schema="ignored", needs=200) as server:
         replies = OpenAIDescriber(config(server, max_new_tokens=64)).describe(clips(4))
@@ -116,6 +117,7 @@ def test_one_failure_with_a_schema_is_no_reason_to_do_without() -> None:
         assert reply.text.startswith("{")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structured", ["auto", "brackets"])
 @pytest.mark.parametrize("at", [0, 5])
 def test_a_window_that_a_content_filter_rejects_costs_this_window(
@@ -133,6 +135,7 @@ def test_a_window_that_a_content_filter_rejects_costs_this_window(
     assert "HTTP 400: the image was flagged by our content filter" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", ["400", "413", "422"])
 def test_a_server_that_rejects_every_window_stops_the_job(status: str, server: Running) -> None:
     asked = OpenAIDescriber(config(server))
@@ -146,6 +149,7 @@ def test_a_server_that_rejects_every_window_stops_the_job(status: str, server: R
         asked.describe(clips(40))
 
 
+@pytest.mark.slow
 def test_a_model_that_never_answers_stops_the_job(server: Running, tmp_path: Path) -> None:
     asking = labeler(server, tmp_path)
     server.break_next(always="only_thinks")

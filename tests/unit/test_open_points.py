@@ -70,6 +70,7 @@ def point_in(point: str, text: str) -> bool:
     return any(int(a) <= int(point[1:]) <= int(b or a) for a, b in spans)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [p for p, row in ROWS.items() if words(row[5])])
 def test_its_alternatives_can_be_chosen(point: str) -> None:
     for word in words(ROWS[point][5]):

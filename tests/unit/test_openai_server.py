@@ -60,6 +60,7 @@ def test_schema_is_tried_once_and_what_works_is_remembered(schema: str, extra: i
             assert off == replies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["429", "500", "503", "cut", "garbage", "empty"])
 def test_queries_that_fail_are_sent_again(server: Running, fault: str) -> None:
     films = clips(6)
@@ -138,6 +139,7 @@ def test_key_stays_out_of_name_and_pickle(monkeypatch: pytest.MonkeyPatch) -> No
     assert b"very-secret" not in pickle.dumps(asked)
 
 
+@pytest.mark.slow
 def test_pool_shares_work_and_opens_the_circuit_of_the_dead(server: Running) -> None:
     with running(seconds=0.02, schema="ignored") as other:
         before = server.stats()["answered"]

@@ -77,6 +77,7 @@ def test_so_many_are_in_flight_and_no_more() -> None:
     assert most[0] == 4
 
 
+@pytest.mark.slow
 def test_clips_in_flight_do_not_change_what_is_drawn(
     videos: list[VideoInfo], tmp_path: Path
 ) -> None:

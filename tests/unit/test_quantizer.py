@@ -80,6 +80,7 @@ def test_dead_codes_are_revived_from_the_batch() -> None:
     assert float((torch.cdist(centres, book.codes).min(dim=1).values < 0.1).float().mean()) == 1.0
 
 
+@pytest.mark.slow
 def test_no_code_dies_and_a_vanished_context_gives_its_codes_back() -> None:
     """Sixteen contexts, a code per clip of a batch of 16; then half of the contexts are gone."""
     torch.manual_seed(1)

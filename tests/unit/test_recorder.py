@@ -106,6 +106,7 @@ def test_a_fit_leaves_everything_needed_to_repeat_it(
     assert len(history) == 20
 
 
+@pytest.mark.slow
 def test_the_git_state_is_that_of_the_package_wherever_a_run_starts(
     cfg: TrackingConfig, run: RunLogger, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +122,7 @@ def test_the_git_state_is_that_of_the_package_wherever_a_run_starts(
     assert found.data.tags.get("git.commit") == (own.commit if own else None) != other.commit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [False, True])
 def test_changes_of_the_code_are_recorded_only_where_they_are_asked_for(
     wanted: bool,

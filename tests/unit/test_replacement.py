@@ -24,6 +24,7 @@ from mapo_lightning.types import EnvironmentSetupError
 CONF = Path(__file__).parents[2] / "conf"
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_played_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["env=toy", "vlm=none", f"work_dir={tmp_path}", "evaluate.episodes=3"]
     words += ["env.deaths_per_hour=2"]

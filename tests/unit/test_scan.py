@@ -52,6 +52,7 @@ def config(root: Path, **changes: object) -> VideoDataConfig:
     return VideoDataConfig(kind="folder", root=str(root), **changes)
 
 
+@pytest.mark.slow
 def test_good_ones_are_found_and_bad_ones_named(
     corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -78,6 +79,7 @@ def test_good_ones_are_found_and_bad_ones_named(
     assert all(row["reason"] and row["detail"] for row in rows)
 
 
+@pytest.mark.slow
 def test_second_scan_decodes_nothing_and_agrees(corpus: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = scan_videos(config(corpus), cache)
@@ -114,6 +116,7 @@ def test_a_file_whose_size_and_date_are_known_is_not_read_again(tmp_path: Path) 
         scan_videos(config(root), cache)
 
 
+@pytest.mark.slow
 def test_an_interrupted_scan_keeps_what_it_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +140,7 @@ def test_an_interrupted_scan_keeps_what_it_found(
     assert len(scan_videos(config(tmp_path / "v"), tmp_path / "cache").videos) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"version": [1, 0.1], "videos": {"a": {"reason": 3}}}']
 )
@@ -146,6 +150,7 @@ def test_broken_cache_is_scanned_anew(tmp_path: Path, text: str) -> None:
     assert len(scan_videos(config(tmp_path / "v"), tmp_path).videos) == 1
 
 
+@pytest.mark.slow
 def test_holdout_is_stable_disjoint_and_keeps_copies_together(corpus: Path, tmp_path: Path) -> None:
     shutil.copy(corpus / "c0" / "good0.mp4", corpus / "copy.mp4")
     index = scan_videos(config(corpus, holdout=0.4), tmp_path)
@@ -159,6 +164,7 @@ def test_holdout_is_stable_disjoint_and_keeps_copies_together(corpus: Path, tmp_
     assert len({tuple(v.fingerprint for v in i.holdout) for i in (index, moved, other)}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "holdout", "held"), [(1, 0.1, 0), (2, 0.1, 1), (3, 0.0, 0)])
 def test_at_least_one_on_each_side(tmp_path: Path, count: int, holdout: float, held: int) -> None:
     for number in range(count):
@@ -266,6 +272,7 @@ def test_content_is_hashed_once_for_each_state_of_a_file(
     assert [path.name for path in asked] == ["%d.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), MemoryError("no memory")])
 def test_faults_that_are_not_the_contents_are_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
@@ -287,6 +294,7 @@ def test_faults_that_are_not_the_contents_are_forgotten(
     assert len(scan_videos(config(tmp_path / "v"), tmp_path / "cache").videos) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["a:b", "http:", "%d"])
 def test_folders_with_odd_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
@@ -297,6 +305,7 @@ def test_folders_with_odd_names(
     assert read(video, [3, 29], (32, 32)).shape == (2, 32, 32, 3)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_not_utf8_is_read_like_any_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -142,6 +142,7 @@ def test_setting_up_compares_hashes_before_anything_else_is_installed(checkout: 
     assert "--only-binary :all:" in said[locked:free]
 
 
+@pytest.mark.slow
 def test_a_file_with_another_hash_is_not_installed(root: Path, tmp_path: Path) -> None:
     """pip itself, on a wheel of one file; nothing is looked up."""
     wheel = tmp_path / "toml-0.10.2-py2.py3-none-any.whl"

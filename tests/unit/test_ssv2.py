@@ -46,6 +46,7 @@ def ids(videos: list) -> list[str]:
     return [video.path.stem for video in videos]
 
 
+@pytest.mark.slow
 def test_the_official_lists_are_the_split_and_classes_are_kept(
     ssv2: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -61,6 +62,7 @@ def test_the_official_lists_are_the_split_and_classes_are_kept(
     assert "data=ssv2: 6 videos listed, 0 of them missing" in caplog.text
 
 
+@pytest.mark.slow
 def test_clips_are_squashed_and_carry_their_class_beside_them(ssv2: Path, tmp_path: Path) -> None:
     index, data = scan(ssv2), VideoDataConfig(kind="ssv2", root=str(ssv2))
     source = ClipDataset(index.train, data, VlmConfig(kind="none"), tmp_path)
@@ -72,6 +74,7 @@ def test_clips_are_squashed_and_carry_their_class_beside_them(ssv2: Path, tmp_pa
     assert {x.label for x in source.label_examples(4)} == set(CLASSES)
 
 
+@pytest.mark.slow
 def test_its_own_sentences_are_labels_without_a_model(ssv2: Path, tmp_path: Path) -> None:
     train = ssv2 / "labels" / "train.json"
     rows = json.loads(train.read_text())
@@ -96,12 +99,14 @@ def test_its_own_sentences_are_labels_without_a_model(ssv2: Path, tmp_path: Path
     assert scan_videos(data, tmp_path / "c").train[1].captions[0].text == found[1].captions[0].text
 
 
+@pytest.mark.slow
 def test_both_lists_may_be_learned_from(ssv2: Path) -> None:
     index = scan(ssv2, official_split=False, holdout=0.0)
     assert (len(index.train), len(index.holdout)) == (6, 0)
     assert len(scan(ssv2, official_split=False, holdout=0.5).holdout) == 3
 
 
+@pytest.mark.slow
 def test_missing_unlisted_and_damaged_videos_are_reported(ssv2: Path) -> None:
     good = (ssv2 / WEBM / "101.webm").read_bytes()
     (ssv2 / WEBM / "102.webm").unlink()
@@ -121,6 +126,7 @@ def test_missing_unlisted_and_damaged_videos_are_reported(ssv2: Path) -> None:
     assert {Path(json.loads(line)["path"]).stem for line in lines} == {"103", "104"}
 
 
+@pytest.mark.slow
 def test_folders_of_frames_and_long_list_names_are_read_too(ssv2: Path) -> None:
     for split in ("train", "validation", "labels"):
         (ssv2 / "labels" / f"{split}.json").rename(ssv2 / f"something-something-v2-{split}.json")
@@ -135,6 +141,7 @@ def test_folders_of_frames_and_long_list_names_are_read_too(ssv2: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_classes_and_a_limit_restrict(ssv2: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = scan(ssv2, classes=["holding something"])
     assert {v.label for v in index.videos} == {"Holding something"}
@@ -149,6 +156,7 @@ def test_classes_and_a_limit_restrict(ssv2: Path, caplog: pytest.LogCaptureFixtu
     assert len({tuple(ids(scan(ssv2, limit=3, seed=seed).videos)) for seed in range(4)}) > 1
 
 
+@pytest.mark.slow
 def test_what_is_no_ssv2_gets_one_clear_sentence(ssv2: Path) -> None:
     labels, train = ssv2 / "labels" / "labels.json", ssv2 / "labels" / "train.json"
     rows = json.loads(train.read_text())

@@ -151,6 +151,7 @@ def test_a_full_disk_is_reported_with_its_path_and_what_was_there_stays(tmp_path
     assert set(LabelStore(tmp_path, "x").get(["a", "b"])) == {"a", "b"}
 
 
+@pytest.mark.slow
 def test_killed_writer_loses_nothing_it_reported(tmp_path: Path) -> None:
     for turn in range(3):
         folder = tmp_path / str(turn)

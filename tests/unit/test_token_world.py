@@ -101,6 +101,7 @@ def near(*numbers: float) -> object:
     return pytest.approx(list(numbers), rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_golden_numbers_of_the_tokenizer(narrow: Tokenizer, frames: Tensor) -> None:
     assert count(narrow) == 1_525_238
@@ -136,6 +137,7 @@ def test_golden_numbers_of_the_tokenizer(narrow: Tokenizer, frames: Tensor) -> N
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_tokens_hold_the_clip(narrow: Tokenizer, frames: Tensor) -> None:
     whole = narrow(frames)
@@ -290,6 +292,7 @@ def test_the_decoder_is_that_of_transformers(tokens: Tensor, tmp_path: Path) -> 
     torch.testing.assert_close(ours(tokens), found, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_published_tokenizers_are_taken_over(narrow: Tokenizer, tmp_path: Path) -> None:
     names = published_names(narrow)
     assert len(set(names.values())) == len(names)

@@ -173,6 +173,7 @@ def children() -> set[psutil.Process]:
     return set(psutil.Process().children())
 
 
+@pytest.mark.slow
 def test_a_scan_sets_bombs_aside_and_keeps_the_rest(tmp_path: Path) -> None:
     before = children()
     for number in range(3):
@@ -194,6 +195,7 @@ def test_a_scan_sets_bombs_aside_and_keeps_the_rest(tmp_path: Path) -> None:
     assert len(low.videos) == 3
 
 
+@pytest.mark.slow
 def test_frames_and_hours_are_limited_by_settings(tmp_path: Path) -> None:
     write_mp4(tmp_path / "v.mp4", scene(0, 30), 12)
     found = {}
@@ -211,6 +213,7 @@ CRASH = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
 FOREIGN = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "reason", "words"),
     [
