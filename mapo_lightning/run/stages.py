@@ -279,11 +279,13 @@ def fit(
 def around(session: Session, phase: str, watch: dict[str, str]) -> list[L.Callback]:
     """The callbacks that both phases have, in their order."""
     cfg = session.cfg
+    # Every resume says these anew: they would stand among the parameters that it changes.
+    params = {k: v for k, v in session.composed.flat.items() if k not in ("resume", "run_dir")}
     callbacks: list[L.Callback] = [
         Resume(),
         MLflowRecorder(
             session.composed.redacted_yaml,
-            session.composed.flat,
+            params,
             every=cfg.trainer.log_every,
             system_metrics=cfg.tracking.system_metrics,
             git_diff=cfg.tracking.git_diff,

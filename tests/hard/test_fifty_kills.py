@@ -18,7 +18,7 @@ PHASES = {
     "finetune": [*FINETUNE, "finetune.agent_steps=385", "env.num_envs=3", "evaluate.every=25"],
 }
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
-SIMULATOR = ["env=dmc", "env.name=cartpole_balance", "data=toy"]
+SIMULATOR = ["env=dmc", "env.name=cartpole_balance", "data=toy", "env.time_limit=60"]
 KINDS = {
     "pretrain on two processes": [*PRETRAIN, *TWO, "pretrain.updates=20", "data.workers=2"],
     "finetune on two processes": [*FINETUNE, *TWO, "finetune.agent_steps=185"],
