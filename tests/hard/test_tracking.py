@@ -40,27 +40,32 @@ def test_a_whole_training_outlives_a_crash_of_the_server(tmp_path: Path) -> None
     with mlflow_server(tmp_path) as server:
         client = mlflow.MlflowClient(server.uri)
         words = [*FINETUNE, "tracking.enabled=true", f"tracking.uri={server.uri}", "run_dir=run"]
-        words += ["finetune.agent_steps=3110", "callbacks.checkpoint_every=20"]
+        words += ["finetune.agent_steps=6110", "callbacks.checkpoint_every=20"]
         last = tmp_path / "run/finetune/last.ckpt"
+        with_it: list[float] = []
+        without: list[float] = []
         with (tmp_path / "said.txt").open("w") as said:
             process = start(tmp_path, TRAIN, *words, said=said)
             try:
                 wait_for(lambda: last.exists(), process)
-                before = saves(last, process, 8)
-                server.kill()
-                without = saves(last, process, 12)
-                server.start()
+                for _ in range(3):
+                    with_it += saves(last, process, 6)
+                    server.kill()
+                    without += saves(last, process, 6)
+                    server.start()
                 process.wait(900)
             finally:
                 end(process)
         assert process.returncode == 0, (tmp_path / "said.txt").read_text()
-        pace = [f"{statistics.median(found):.2f}" for found in (before, without)]
-        print(f"\nseconds per 20 updates: {pace[0]} with the server, {pace[1]} without it")
+        pace = [statistics.median(found) for found in (with_it, without)]
+        print(
+            "\nseconds per 20 updates, median of 18: {:.2f} with, {:.2f} without it".format(*pace)
+        )
         steps = curve(client, "train/actor")
-    assert len(steps) == 602  # one of every update
+    assert len(steps) == 1202  # one of every update
     # The first update that acts begins where the prefill has ended.
     tail = [step for step in steps if step > 220]
-    assert (len(tail), len(set(tail))) == (599, 599)
+    assert (len(tail), len(set(tail))) == (1199, 1199)
 
 
 def wait_for(true: object, process: Forked | subprocess.Popen[str]) -> None:
