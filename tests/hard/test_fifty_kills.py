@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from killing import FINETUNE, PRETRAIN, check_kills
+import torch
+from killing import FINETUNE, PRETRAIN, check_kills, lives
+
+from mapo_lightning.training.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.hard
 
@@ -42,3 +45,25 @@ def test_fifty_kills(phase: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_three_kills_of_other_kinds(kind: str, tmp_path: Path) -> None:
     words = [*KINDS[kind], "callbacks.checkpoint_every=4"]
     check_kills(tmp_path, words, kind.split()[0], 3, np.random.default_rng(1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of CUDA")
+@pytest.mark.parametrize("phase", PHASES)
+def test_on_a_gpu_a_resumed_training_ends_near_one_left_alone(phase: str, tmp_path: Path) -> None:
+    """In bfloat16: sums there have no fixed order, so weights may differ by a thousandth."""
+    words = [*PHASES[phase], "callbacks.checkpoint_every=8", f"work_dir={tmp_path}/work"]
+    words += ["run_dir=run", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed"]
+    words += ["trainer.deterministic=false"]
+    whole: dict[str, object] = {"folder": f"{tmp_path}/whole", "words": words}
+    (first,) = lives([whole])
+    kill = int(0.6 * first["moments"]["count"])
+    again = {"folder": f"{tmp_path}/again", "words": ["resume=run"]}
+    killed, ended = lives([{**again, "words": words, "kill": kill}, again])
+    assert (first["code"], killed["code"], ended["code"]) == (0, -9, 0)
+    one, two = (
+        read_checkpoint(tmp_path / name / "run" / phase / "last.ckpt")["state_dict"]
+        for name in ("whole", "again")
+    )
+    away = sum(float((one[k].double() - two[k].double()).square().sum()) for k in one)
+    size = sum(float(one[k].double().square().sum()) for k in one)
+    assert (away / size) ** 0.5 <= 1e-3
