@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from mapo_lightning.models.settings import ObjectiveConfig
+from mapo_lightning.models.token_world.settings import (
+    TokenizerConfig,
+    TokenWorldConfig,
+    TransformerConfig,
+)
+from mapo_lightning.models.token_world.world_model import TokenWorldModel
+
 NETWORKS = ("published", "tiny")
 
 
@@ -17,3 +25,17 @@ def image(networks: str, method: str = "mapo") -> str:
         return "world_model.image={kind: cnn, size: 32, channels: [4]}"
     kind = "cnn" if method == "dreamerv2" else "resnet"
     return f"world_model.image={{kind: {kind}, size: 64, channels: [4, 8, 16], layers: 1}}"
+
+
+def token_world(action_dim: int | None, **words: object) -> TokenWorldModel:
+    """A token world model of 32 pixels, small: 5 tokens for a frame after the context."""
+    tokenizer = TokenizerConfig(
+        size=32, channels=[8, 32, 32], blocks=1, groups=8, latent=8, context_codes=32,
+        future_codes=32,
+    )  # fmt: skip
+    transformer = TransformerConfig(layers=2, width=32, heads=4, mlp=64, positions=200)
+    cfg = TokenWorldConfig(tokenizer, transformer, **words)  # type: ignore[arg-type]
+    names = [] if cfg.learn == "transformer" else ["context", "future", "codes"]
+    names += [] if cfg.learn == "tokenizer" else ["tokens"]
+    names += ["reward"] if action_dim is not None and cfg.learn != "tokenizer" else []
+    return TokenWorldModel(cfg, ObjectiveConfig(dict.fromkeys(names, 1.0)), action_dim)

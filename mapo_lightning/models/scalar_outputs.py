@@ -78,6 +78,11 @@ class TwoHot:
         return -torch.lerp(log_low, log_high, share)
 
 
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) ln(1 + |x|): squeezes large numbers of either sign (arXiv:2301.04104, eq. 9)."""
+    return x.sign() * torch.log1p(x.abs())
+
+
 def symexp(x: Tensor) -> Tensor:
     """sign(x) (e^|x| - 1), the inverse of sign(x) ln(1 + |x|)."""
     return x.sign() * torch.expm1(x.abs())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import NETWORKS, image
+from networks import NETWORKS, image, token_world
 from torch import Tensor, nn
 
 from mapo_lightning.config.compose import compose
@@ -16,6 +16,7 @@ from mapo_lightning.models.agents.dreamer import DreamerAgent
 from mapo_lightning.models.agents.settings import AgentConfig
 from mapo_lightning.models.interfaces import Belief, DifferentiableWorldModel, WorldModel
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
+from mapo_lightning.models.token_world.world_model import TokenWorldModel
 from mapo_lightning.run.build import build_finetune
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import semantic_dim
@@ -44,6 +45,7 @@ MAKERS |= {
     f"{method} plain": partial(rssm_world, method, "tiny", "world_model.recurrence=plain")
     for method in ("mapo", "prelar")
 }
+MAKERS["token world"] = partial(token_world, ACTIONS)
 MAKERS["copy last frame"] = CopyLastFrame
 
 
@@ -55,6 +57,8 @@ def world(request: pytest.FixtureRequest) -> nn.Module:
 
 def side_of(world: nn.Module) -> int:
     """Side of the frames that a world model was made for; one of another kind takes any."""
+    if isinstance(world, TokenWorldModel):
+        return world.cfg.tokenizer.size
     return world.cfg.image.size if isinstance(world, RSSMWorldModel) else 64
 
 
@@ -187,7 +191,8 @@ def test_gradients_reach_the_actions_or_the_agent_that_needs_them_is_refused(kin
     world = MAKERS[kind]()
     assert isinstance(world, WorldModel)
     if not isinstance(world, DifferentiableWorldModel):
-        with pytest.raises(ConfigError, match="gradients through dreams, which CopyLastFrame"):
+        name = type(world).__name__
+        with pytest.raises(ConfigError, match=f"gradients through dreams, which {name}"):
             DreamerAgent(AgentConfig(), world, ACTIONS, 1, 4)
         return
     start = world.observe(experience(world)).at(6).detach()

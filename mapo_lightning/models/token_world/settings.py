@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mapo_lightning.types import ConfigError, check_at_least
 
@@ -86,3 +87,48 @@ class TransformerConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass
+class TokenWorldConfig:
+    """The token world model (facts 7.5, 7.6)."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    learn: Literal["tokenizer", "transformer", "both"] = "both"
+    """What a batch teaches: pre-training has a phase for each, control learns both."""
+    tokenizer_every: int = 4
+    """Where both learn, the tokenizer does in one of so many updates."""
+    tokenizer_frames: int = 5
+    """Future frames of a clip, drawn at random, that one update of the tokenizer looks at."""
+    stacked: int = 3
+    """Frames that a belief holds; the last of them are a dream's context."""
+    temperature: float = 1.0
+    """Of the tokens that are drawn in a dream; 0 takes the likeliest."""
+    top: int = 100
+    """Only so many of the likeliest tokens are drawn from."""
+    late_reward: bool = False
+    """Learn the reward that comes one step later, as the released code does."""
+    blind_policy: bool = False
+    """Show pictures in a dream to the policy divided by 255 twice, as the released code does."""
+    dream_dropout: bool = False
+    """Drop attention weights in dreams too, as the released code does."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, tokenizer_every=1, tokenizer_frames=1, top=1)
+        if self.stacked < self.tokenizer.context_frames:
+            raise ConfigError(
+                f"stacked must be at least context_frames={self.tokenizer.context_frames}, so that "
+                f"a dream has its context, got {self.stacked}"
+            )
+        if self.temperature < 0.0:
+            raise ConfigError(f"temperature must not be negative, got {self.temperature}")
+        room = self.transformer.positions - self.tokenizer.context_frames * (
+            self.tokenizer.context_tokens + 1
+        )
+        if room < self.tokenizer.future_tokens + 1:
+            raise ConfigError(
+                f"positions must hold the context and one frame, "
+                f"{self.transformer.positions - room + self.tokenizer.future_tokens + 1} tokens, "
+                f"got {self.transformer.positions}"
+            )
