@@ -153,8 +153,8 @@ class AgentLoss(NamedTuple):
 class Agent(Protocol):
     """Learns to act; every implementation is an ``nn.Module``.
 
-    An agent may leave `groups` and `losses` empty and step optimisers of its own in `after_update`,
-    at its own pace; their state then goes into its ``get_extra_state``.
+    An agent may leave `groups` and `losses` empty and step optimisers of its own, in `losses` or in
+    `after_update`, at its own pace; their state then goes into its ``get_extra_state``.
     """
 
     @property

@@ -78,6 +78,7 @@ def experience(world: nn.Module, batch: int = 2, time: int = 7) -> Batch:
         "action": torch.rand(batch, time, ACTIONS) * 2 - 1,
         "reward": torch.rand(batch, time),
         "is_terminal": torch.zeros(batch, time, dtype=torch.bool),
+        "is_last": torch.zeros(batch, time, dtype=torch.bool),
     }
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mapo_lightning.models.settings import ScalarKind
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import ConfigError, check_at_least
 
 
 @dataclass
@@ -63,3 +63,69 @@ class AgentConfig:
             raise ConfigError(f"target_every must be at least 1, got {self.target_every}")
         if not 0.0 < self.target_rate <= 1.0:
             raise ConfigError(f"target_rate must lie in (0, 1], got {self.target_rate}")
+
+
+@dataclass
+class MBPOConfig:
+    """DrQ-v2 on real and imagined experience, half and half (facts 7.6).
+
+    Numbers of updates are those of the world model: published, one per five agent steps.
+    """
+
+    updates: int = 10
+    """Updates of the agent per update of the world model: two per agent step."""
+    hold: int = 1000
+    """First updates of the world model, in which the agent only acts."""
+    batch: int = 256
+    """Transitions per update, half of them imagined."""
+    n_step: int = 3
+    """Rewards that a target sums before it trusts the critics."""
+    discount: float = 0.99
+    """γ per agent step."""
+    rate: float = 1e-4
+    """Learning rate of Adam, for actor and critics."""
+    weight_decay: float = 1e-6
+    """Of Adam."""
+    target_rate: float = 0.01
+    """How far the slow critics go towards the critics after each update."""
+    hidden: int = 1024
+    """Width of the hidden layers."""
+    shift: int = 4
+    """Pixels by which a picture is moved at most, at random, while learning."""
+    noise_start: float = 1.0
+    """Standard deviation of the noise on actions at first."""
+    noise_end: float = 0.1
+    """... and in the end."""
+    noise_steps: int = 100_000
+    """Agent steps from one to the other."""
+    noise_limit: float = 0.3
+    """Largest noise while learning; acting has no limit."""
+    dreams: int = 32
+    """Dreams of a round, from states of the batch."""
+    horizon: int = 10
+    """Steps of a dream."""
+    dream_every: int = 20
+    """Updates of the world model between two rounds."""
+    first_rounds: int = 20
+    """Rounds at once, with random actions, when the agent begins to learn."""
+    kept: int = 100_000
+    """Dreams that are kept; the oldest go first."""
+    store_dreams: bool = True
+    """Put them into checkpoints, so that a resumed run goes on as if never stopped."""
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            self, updates=1, hold=0, batch=2, n_step=1, hidden=1, shift=0, noise_steps=1, dreams=1,
+            dream_every=1, first_rounds=1, kept=1,
+        )  # fmt: skip
+        if self.horizon < self.n_step:
+            raise ConfigError(
+                f"horizon must be at least n_step={self.n_step}, so that a dream holds a "
+                f"transition, got {self.horizon}"
+            )
+        for name in ("discount", "target_rate"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("rate", "weight_decay", "noise_start", "noise_end", "noise_limit"):
+            if getattr(self, name) < 0.0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")

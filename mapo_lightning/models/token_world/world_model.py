@@ -198,10 +198,10 @@ class TokenWorldModel(nn.Module):
         return {"tokenizer": self.tokenizer, "predictor": self.predictor}
 
     def groups(self) -> Mapping[str, list[nn.Parameter]]:
-        """``tokenizer`` and ``transformer``."""
+        """``lower``: the tokenizer. ``model``: the transformer."""
         return {
-            "tokenizer": list(self.tokenizer.parameters()),
-            "transformer": list(self.predictor.parameters()),
+            "lower": list(self.tokenizer.parameters()),
+            "model": list(self.predictor.parameters()),
         }
 
     def evaluating(self) -> AbstractContextManager[None]:
