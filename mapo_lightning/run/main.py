@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         if job.rank() == 0:
             sys.stderr.write(f"{stopped}\n")
-        return 0 if stopped.agreed and job.launched_here() else stopped.code
+        # A launcher may kill the others once one process has ended with a code: the first process
+        # speaks for all, when MLflow has what it should have.
+        return 0 if stopped.agreed and job.rank() > 0 else stopped.code
     except KeyboardInterrupt:
         return 130
     return 0

@@ -104,6 +104,10 @@ def test_the_other_scripts_are_whole_and_the_vlm_server_says_where_it_is(
         assert trained.read_text() == f"0 seed=2 env=toy vlm.server.base_url={url}\n"
         assert (tmp_path / "requeued").read_text() == f"requeue {job}_2\n"
         trained.unlink()
+        # As the program does: the first process ends last, and its code is that of all.
+        others = 'until [ "$(wc -l < trained)" = 4 ]; do sleep 0.1; done; sleep 0.5; exit 75'
+        leave = f'if [ "$SLURM_PROCID" = 0 ]; then {others}; fi'
+        slurm.add("mapo-train", f'echo "$SLURM_PROCID $@" >> trained; {leave}')
         (job,) = slurm.submit(tmp_path, "mapo-ddp.sbatch", "env=toy")
         assert slurm.wait(job) == 75
         words = "trainer=ddp trainer.devices=4 trainer.num_nodes=1 env=toy"

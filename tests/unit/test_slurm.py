@@ -12,6 +12,8 @@ import pytest
 from slurm import Slurm, fake_slurm
 
 from mapo_lightning.run import job
+from mapo_lightning.run import main as program
+from mapo_lightning.stopping import Stopped
 
 pytestmark = pytest.mark.slow
 
@@ -127,3 +129,30 @@ def test_a_run_asks_slurm_to_start_it_again(
     with caplog.at_level(logging.ERROR):
         job.requeue()
     assert "no such job; submit the job again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("environment", "agreed", "code"),
+    [
+        ({}, True, 75),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True, 75),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, True, 0),
+        ({"RANK": "1", "LOCAL_RANK": "0"}, True, 0),
+        ({"LOCAL_RANK": "1"}, True, 0),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, False, 75),  # it alone was told
+    ],
+)
+def test_of_processes_that_stop_together_the_first_says_so(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], agreed: bool, code: int
+) -> None:
+    """So that `srun --kill-on-bad-exit` does not kill it while it still has files to hand over."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def stop(_: object) -> None:
+        raise Stopped(signal.SIGUSR1, "after update 3", agreed=agreed)
+
+    monkeypatch.setattr(program, "run", stop)
+    assert program.main([]) == code
