@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "train.py")
 TOLD = str(ROOT / "mapo_lightning" / "told.py")
 PATIENCE = 900  # seconds after which a program counts as hanging, on a busy machine too
-SMALL = ["trainer=debug", "env=toy", "world_model.image.channels=[4]"]
+SMALL = ["trainer=debug", "env=toy", "world_model.image.channels=[4]", "demo.clips_per_scene=8"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # The folder of a run that another test started in this process.
 ENVIRONMENT.pop("MAPO_RUN_DIR", None)

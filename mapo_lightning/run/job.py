@@ -54,15 +54,6 @@ def world_size() -> int:
     return int(next((os.environ[name] for name in names if os.environ.get(name)), "1"))
 
 
-def launched_here() -> bool:
-    """Whether Lightning in another process of this machine has started this one.
-
-    That process kills all others, and itself, when one of them ends with another code than zero.
-    """
-    outside = ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS")
-    return int(os.environ.get("LOCAL_RANK", "0")) > 0 and not any(n in os.environ for n in outside)
-
-
 def requeue() -> None:
     """Ask SLURM to start this job again; a failure is logged."""
     job = os.environ.get("SLURM_JOB_ID")

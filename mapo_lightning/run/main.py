@@ -27,19 +27,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DivergedError as error:
         if job.rank() == 0:
             sys.stderr.write(f"error: {error}\n")
-        return 0 if job.launched_here() else 2
+        return _of_all(2)
     except MapoError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except Stopped as stopped:
         if job.rank() == 0:
             sys.stderr.write(f"{stopped}\n")
-        # A launcher may kill the others once one process has ended with a code: the first process
-        # speaks for all, when MLflow has what it should have.
-        return 0 if stopped.agreed and job.rank() > 0 else stopped.code
+        return _of_all(stopped.code) if stopped.agreed else stopped.code
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _of_all(code: int) -> int:
+    """Exit code of this process where all end at the same point.
+
+    A launcher may kill the others once one process has ended with a code. So the first process
+    speaks for all: it has MLflow to close.
+    """
+    return 0 if job.rank() > 0 else code
 
 
 def run(words: Sequence[str]) -> None:

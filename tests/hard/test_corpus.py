@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 from program import SMALL, train
+from scenes import damage, write_sound
 
 from mapo_lightning.data.clips import ClipDataset
 from mapo_lightning.data.scan import scan_videos
@@ -47,17 +48,6 @@ def uneven(path: Path, seed: int) -> None:
         container.mux(stream.encode())
 
 
-def sound(path: Path, seed: int) -> None:
-    """An mp4 file that holds only a tone."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        tone = np.sin(np.arange(16000) / (10 + seed)).astype(np.float32)[None]
-        frame = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
 def write_corpus(root: Path) -> set[str]:
     """Write the files; returns the names of the damaged ones."""
     root.mkdir()
@@ -70,7 +60,7 @@ def write_corpus(root: Path) -> set[str]:
         if kind == "empty":
             path.write_bytes(b"")
         elif kind == "sound":
-            sound(path, number)
+            write_sound(path, number)
         elif kind == "uneven":
             uneven(path, number)
         else:
@@ -78,10 +68,7 @@ def write_corpus(root: Path) -> set[str]:
             if kind == "cut":
                 path.write_bytes(whole[: len(whole) // 2])
             elif kind == "noise":
-                middle = slice(int(0.4 * len(whole)), int(0.8 * len(whole)))
-                spoilt = bytearray(whole)
-                spoilt[middle] = np.random.default_rng(number).bytes(len(spoilt[middle]))
-                path.write_bytes(bytes(spoilt))
+                damage(path, whole, 0.4, 0.8)
         if kind not in ("good", "uneven"):
             bad.add(path.name)
     return bad

@@ -105,8 +105,11 @@ def test_the_other_scripts_are_whole_and_the_vlm_server_says_where_it_is(
         assert (tmp_path / "requeued").read_text() == f"requeue {job}_2\n"
         trained.unlink()
         # As the program does: the first process ends last, and its code is that of all.
-        others = 'until [ "$(wc -l < trained)" = 4 ]; do sleep 0.1; done; sleep 0.5; exit 75'
-        leave = f'if [ "$SLURM_PROCID" = 0 ]; then {others}; fi'
+        pids = '"$FAKE_SLURM/$SLURM_JOB_ID"/step-0-[123].pid'
+        others = f'until [ "$(awk 1 {pids} 2>/dev/null | wc -l)" = 3 ]; do sleep 0.05; done; '
+        runs = 'grep -q "^State:.[RSD]" /proc/$pid/status 2>/dev/null'
+        others += f"for pid in $(awk 1 {pids}); do while {runs}; do sleep 0.05; done; done"
+        leave = f'if [ "$SLURM_PROCID" = 0 ]; then {others}; exit 75; fi'
         slurm.add("mapo-train", f'echo "$SLURM_PROCID $@" >> trained; {leave}')
         (job,) = slurm.submit(tmp_path, "mapo-ddp.sbatch", "env=toy")
         assert slurm.wait(job) == 75

@@ -143,7 +143,7 @@ def test_real_transitions_are_of_one_time() -> None:
         learner._real(belief, batch, 50)
 
 
-def test_dreamt_transitions_are_of_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dreamt_transitions_are_of_one_time() -> None:
     learner, world, batch = agent(), token_world(A), experience(4)
     belief = stacked(batch["obs"], batch["is_first"], 3)
     learner._dream(world, belief, at_random=True)
@@ -155,7 +155,8 @@ def test_dreamt_transitions_are_of_one_time(monkeypatch: pytest.MonkeyPatch) -> 
     index = torch.arange(8).expand(4, -1)
     film = index[..., None, None, None].expand(-1, -1, 32, 32, 3).to(torch.uint8)
     action = ((index[:, 3:, None] / 100).expand(-1, -1, A)).float()
-    learner.dreams = [dreams._replace(film=film, action=action, reward=index[:, 2:].float())]
+    learner.dreams = []
+    learner._keep(film, action, index[:, 2:].float())
     check_times(learner._dreamt(50))
 
 

@@ -14,6 +14,7 @@ from slurm import Slurm, fake_slurm
 from mapo_lightning.run import job
 from mapo_lightning.run import main as program
 from mapo_lightning.stopping import Stopped
+from mapo_lightning.types import DivergedError
 
 pytestmark = pytest.mark.slow
 
@@ -156,3 +157,9 @@ def test_of_processes_that_stop_together_the_first_says_so(
 
     monkeypatch.setattr(program, "run", stop)
     assert program.main([]) == code
+
+    def diverge(_: object) -> None:
+        raise DivergedError("image is NaN in update 3")  # on all of them
+
+    monkeypatch.setattr(program, "run", diverge)
+    assert program.main([]) == (2 if job.rank() == 0 else 0)

@@ -51,7 +51,7 @@ class MBPOAgent(nn.Module):
         if not isinstance(world_model, TokenWorldModel):
             raise ConfigError(
                 f"this agent learns from dreamt pictures, which {type(world_model).__name__} does "
-                "not give: choose agent=dreamerv2, or method=ivideogpt"
+                "not give: choose agent=dreamerv2"
             )
         self.cfg, self.action_dim = cfg, action_dim
         self.size, self.stacked = world_model.cfg.tokenizer.size, world_model.cfg.stacked
@@ -127,8 +127,14 @@ class MBPOAgent(nn.Module):
         assert dream.frames is not None
         assert dream.action is not None
         film = torch.cat([start.frames[:, :-1], dream.frames.movedim(0, 1)], dim=1)
-        found = _Dreams(film, dream.action.movedim(0, 1), dream.reward.T)
-        self.dreams.append(_Dreams(*(part.cpu() for part in found)))
+        self._keep(film, dream.action.movedim(0, 1), dream.reward.T)
+
+    def _keep(self, film: Tensor, action: Tensor, reward: Tensor) -> None:
+        """Keep a round: pictures (N, S + I, H, W, 3), actions (N, I, A), rewards (N, I + 1)."""
+        never = torch.zeros_like(reward, dtype=torch.bool)
+        found = n_steps(reward, never, never, self.cfg.n_step, self.cfg.discount)
+        parts = film, action, found.reward, found.discount
+        self.dreams.append(_Dreams(*(part.cpu() for part in parts)))
         del self.dreams[: -max(1, self.cfg.kept // self.cfg.dreams)]
 
     def _drawn(self, belief: StackedFrames, batch: Batch) -> Transitions:
@@ -171,7 +177,7 @@ class MBPOAgent(nn.Module):
         begin = torch.randint(self.cfg.horizon - self.cfg.n_step + 1, (count,))
         row = torch.randint(self.cfg.dreams, (count,))
         steps = [
-            self.dreams[n].transition(int(r), int(t), self.stacked, self.cfg)
+            self.dreams[n].transition(int(r), int(t), self.stacked, self.cfg.n_step)
             for n, r, t in zip(number.tolist(), row, begin, strict=True)
         ]
         return Transitions(*(torch.stack(list(part)) for part in zip(*steps, strict=True)))
@@ -223,17 +229,17 @@ class _Dreams(NamedTuple):
 
     film: Tensor  # (N, S + I, H, W, 3) uint8: what was seen, then what was dreamt
     action: Tensor  # (N, I, A)
-    reward: Tensor  # (N, I + 1)
+    reward: Tensor  # (N, I + 1) of the n steps from each state
+    discount: Tensor  # (N, I + 1) of what comes after them
 
-    def transition(self, row: int, begin: int, stacked: int, cfg: MBPOConfig) -> Sequence[Tensor]:
+    def transition(self, row: int, begin: int, stacked: int, steps: int) -> Sequence[Tensor]:
         """The fields of `Transitions` for one step."""
-        end = begin + cfg.n_step
-        weights = cfg.discount ** torch.arange(cfg.n_step, dtype=torch.float32)
+        end = begin + steps
         return (
             self.film[row, begin : begin + stacked],
             self.action[row, begin],
-            (weights * self.reward[row, begin + 1 : end + 1]).sum(),
-            torch.tensor(cfg.discount**cfg.n_step),
+            self.reward[row, begin],
+            self.discount[row, begin],
             self.film[row, end : end + stacked],
         )
 

@@ -26,6 +26,9 @@ from mapo_lightning.models.token_world.settings import TokenWorldConfig
 from mapo_lightning.models.token_world.tokenizer import Tokenizer
 from mapo_lightning.types import Batch
 
+_DRAWING = ("context", "future", "codes")
+"""Loss terms of the tokenizer."""
+
 
 class TokenWorldModel(nn.Module):
     """Tokenizer and transformer.
@@ -58,7 +61,7 @@ class TokenWorldModel(nn.Module):
 
     def _terms(self) -> list[str]:
         """Names of the loss terms."""
-        names = [] if self.cfg.learn == "transformer" else ["context", "future", "codes"]
+        names = [] if self.cfg.learn == "transformer" else [*_DRAWING]
         if self.cfg.learn != "tokenizer":
             names += ["tokens"]
             names += [] if self.predictor.transformer.reward is None else ["reward"]
@@ -107,7 +110,7 @@ class TokenWorldModel(nn.Module):
     def _nothing(self) -> dict[str, Tensor]:
         """The same terms of an update in which the tokenizer does not learn."""
         zero = self.predictor.transformer.head.weight.new_zeros(())
-        return dict.fromkeys(("context", "future", "codes"), zero)
+        return dict.fromkeys(_DRAWING, zero)
 
     def _predicting(self, frames: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Terms of the transformer."""

@@ -92,11 +92,11 @@ def still(rng: np.random.Generator, noise: float, frames: int = 4) -> Frames:
     return np.stack([_shot(rng, scene, noise) for _ in range(frames)])
 
 
-def write_sound(path: Path) -> None:
-    """Write an mp4 file that holds only sound."""
+def write_sound(path: Path, seed: int = 0) -> None:
+    """Write an mp4 file that holds only sound, of another pitch for another seed."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
-        tone = np.sin(np.arange(16000) / 10).astype(np.float32)[None]
+        tone = np.sin(np.arange(16000) / (10 + seed)).astype(np.float32)[None]
         frame = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
