@@ -36,10 +36,14 @@ class ImaginationRollout(L.Callback):
         seen: Frames that the model is shown.
         clips: Clips side by side in the video.
         fps: Frames per second of the video.
+        name: Of the video and of the metrics.
     """
 
-    def __init__(self, every: int, seen: int = 5, clips: int = 6, fps: int = 8) -> None:
+    def __init__(
+        self, every: int, seen: int = 5, clips: int = 6, fps: int = 8, name: str = "rollout"
+    ) -> None:
         self.every, self.seen, self.clips, self.fps = every, seen, clips, fps
+        self.name = name
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
@@ -74,11 +78,11 @@ class ImaginationRollout(L.Callback):
         truth = batch["obs"].float() / 255.0
         frames = getattr(pl_module, "env_frames", None)
         step = trainer.global_step if frames is None else frames
-        trainer.logger.log_metrics(drift(truth, dream, self.seen), step)
-        recorder.log_video(trainer, "rollout", strip(truth, dream, self.seen), self.fps, step)
+        trainer.logger.log_metrics(drift(truth, dream, self.seen, self.name), step)
+        recorder.log_video(trainer, self.name, strip(truth, dream, self.seen), self.fps, step)
 
 
-def drift(truth: Tensor, dream: Tensor, seen: int) -> dict[str, float]:
+def drift(truth: Tensor, dream: Tensor, seen: int, name: str = "rollout") -> dict[str, float]:
     """PSNR (dB) and SSIM of the dream at each horizon, for frames (B, T, H, W, 3) in [0, 1].
 
     ``rollout/psnr_still_*`` is what repeating the last shown frame would score: a dream that does
@@ -92,11 +96,11 @@ def drift(truth: Tensor, dream: Tensor, seen: int) -> dict[str, float]:
             break
         real, dreamt = (x[:, t].permute(0, 3, 1, 2) for x in (truth, dream))
         psnr = peak_signal_noise_ratio(dreamt, real, data_range=1.0)
-        metrics[f"rollout/psnr_{horizon}"] = float(psnr)
+        metrics[f"{name}/psnr_{horizon}"] = float(psnr)
         ssim = structural_similarity_index_measure(dreamt, real, data_range=1.0)
         assert isinstance(ssim, Tensor)
-        metrics[f"rollout/ssim_{horizon}"] = float(ssim)
-        metrics[f"rollout/psnr_still_{horizon}"] = float(
+        metrics[f"{name}/ssim_{horizon}"] = float(ssim)
+        metrics[f"{name}/psnr_still_{horizon}"] = float(
             peak_signal_noise_ratio(still, real, data_range=1.0)
         )
     return metrics

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mapo_lightning.models.settings import ObjectiveConfig
 from mapo_lightning.models.token_world.settings import (
     TokenizerConfig,
     TokenWorldConfig,
     TransformerConfig,
 )
-from mapo_lightning.models.token_world.world_model import TokenWorldModel
+from mapo_lightning.models.token_world.world_model import Phase, TokenWorldModel
 
 NETWORKS = ("published", "tiny")
+METHODS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf/method").glob("*.yaml"))
+TOKEN_METHODS = [method for method in METHODS if method.startswith("ivideogpt")]
+"""Methods whose world model is of tokens; it has networks of its own, for one size of pictures."""
+RSSM_METHODS = [method for method in METHODS if method not in TOKEN_METHODS]
 
 
 def image(networks: str, method: str = "mapo") -> str:
@@ -27,15 +33,19 @@ def image(networks: str, method: str = "mapo") -> str:
     return f"world_model.image={{kind: {kind}, size: 64, channels: [4, 8, 16], layers: 1}}"
 
 
-def token_world(action_dim: int | None, **words: object) -> TokenWorldModel:
+def token_world(
+    action_dim: int | None, learn: Phase = "both", semantic_dim: int = 0, **words: object
+) -> TokenWorldModel:
     """A token world model of 32 pixels, small: 5 tokens for a frame after the context."""
     tokenizer = TokenizerConfig(
         size=32, channels=[8, 32, 32], blocks=1, groups=8, latent=8, context_codes=32,
         future_codes=32,
     )  # fmt: skip
     transformer = TransformerConfig(layers=2, width=32, heads=4, mlp=64, positions=200)
-    cfg = TokenWorldConfig(tokenizer, transformer, **words)  # type: ignore[arg-type]
-    names = [] if cfg.learn == "transformer" else ["context", "future", "codes"]
-    names += [] if cfg.learn == "tokenizer" else ["tokens"]
-    names += ["reward"] if action_dim is not None and cfg.learn != "tokenizer" else []
-    return TokenWorldModel(cfg, ObjectiveConfig(dict.fromkeys(names, 1.0)), action_dim)
+    cfg = TokenWorldConfig(tokenizer, transformer, **{"lpips": False} | words)  # type: ignore[arg-type]
+    names = [] if learn == "transformer" else ["context", "future", "codes"]
+    names += [] if learn == "tokenizer" else ["tokens"]
+    names += ["reward"] if action_dim is not None and learn != "tokenizer" else []
+    names += ["phrase"] if cfg.phrases and learn != "tokenizer" else []
+    scales = ObjectiveConfig(dict.fromkeys(names, 1.0))
+    return TokenWorldModel(cfg, scales, action_dim, learn, semantic_dim)

@@ -118,7 +118,7 @@ class WorldModel(Protocol):
         ...
 
     def groups(self) -> Mapping[str, list[nn.Parameter]]:
-        """All parameters by optimiser group; the names are those of the learning rates."""
+        """All that learns, by optimiser group; the names are those of the learning rates."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -64,8 +64,7 @@ def load_agent(
     except (RuntimeError, AssertionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"device='{device}' cannot be used ({reason}); try 'cpu'") from error
-    source = cfg.world_model.source.kind if cfg.world_model.lower is not None else "none"
-    if source != "semantic":
+    if not cfg.acts_on_phrases:
         cfg.vlm = VlmConfig(kind="none", window=cfg.vlm.window, collect=cfg.vlm.collect)
     log_servers(cfg.vlm)
     return Agent(cfg, module.eval(), int(metadata["action_dim"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,21 +24,27 @@ from mapo_lightning.envs.live_labels import LiveLabeler
 from mapo_lightning.envs.replacement import Deaths
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.models.agents.dreamer import DreamerAgent
-from mapo_lightning.models.interfaces import WorldModel
+from mapo_lightning.models.agents.mbpo import MBPOAgent
+from mapo_lightning.models.interfaces import Agent, WorldModel
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
+from mapo_lightning.models.settings import ObjectiveConfig
+from mapo_lightning.models.token_world.perceptual import PerceptualDistance
+from mapo_lightning.models.token_world.published import is_published, load_folder
+from mapo_lightning.models.token_world.world_model import Phase, TokenWorldModel
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.describer import CaptionReader, NullDescriber
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.training.checkpoint import (
+    EXTRA,
     LoadReport,
     check_fit,
     load_pretrained,
     read_checkpoint,
 )
 from mapo_lightning.training.compile import compile_parts
-from mapo_lightning.training.datamodule import VideoDataModule
+from mapo_lightning.training.datamodule import ReplayDataModule, VideoDataModule
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.finite import refuse_broken_weights
 from mapo_lightning.training.metadata import printable
@@ -75,8 +81,12 @@ def left_out(cfg: RunConfig) -> list[str] | None:
     return [task] if task in {scene.name for scene in demo_scenes(cfg)} else []
 
 
-def build_videos(cfg: RunConfig) -> VideoDataModule:
+def build_videos(cfg: RunConfig, phase: str = "pretrain") -> VideoDataModule:
     """Clips and their labels; the label store and the scan are shared by all runs.
+
+    Args:
+        cfg: The run.
+        phase: Of learning from videos. The tokenizer's needs no labels and gets none.
 
     Raises:
         ConfigError: No folder of videos is given.
@@ -90,7 +100,10 @@ def build_videos(cfg: RunConfig) -> VideoDataModule:
     name = f"{Path(cfg.data.root).name}-{corpus.hexdigest()}"
     work = Path(cfg.work_dir).absolute()
     data = replace(cfg.data, leave_out=left_out(cfg))
-    return VideoDataModule(data, shared_store(cfg), cfg.pretrain.batch_size, work / name, cfg.seed)
+    vlm = shared_store(cfg)
+    if phase == "tokenizer":
+        vlm = VlmConfig(kind="none", hidden_dim=semantic_dim(cfg.vlm), window=vlm.window)
+    return VideoDataModule(data, vlm, cfg.phase(phase).batch_size, work / name, cfg.seed)
 
 
 def build_labelling(cfg: RunConfig, rank: int, world: int) -> CorpusLabelling:
@@ -109,38 +122,75 @@ def shared_store(cfg: RunConfig) -> VlmConfig:
     return replace(cfg.vlm, store=str(Path(cfg.work_dir).absolute() / cfg.vlm.store))
 
 
-def build_pretrain(cfg: RunConfig) -> PretrainModule:
-    """World model without upper dynamics."""
+def build_pretrain(cfg: RunConfig, phase: str = "pretrain") -> PretrainModule:
+    """World model of a phase of learning from videos."""
+    settings = cfg.phase(phase)
+    if cfg.tokens:
+        learn: Phase = "tokenizer" if phase == "tokenizer" else "transformer"
+        return PretrainModule(_token_world(cfg, settings.objective, None, learn), settings)
     world_model = RSSMWorldModel(
-        cfg.world_model, cfg.pretrain.objective, semantic_dim(cfg.vlm), action_dim=None
+        cfg.world_model, settings.objective, semantic_dim(cfg.vlm), action_dim=None
     )
     if cfg.trainer.compile:
         compile_parts(world_model.parts())
-    return PretrainModule(world_model, cfg.pretrain)
+    return PretrainModule(world_model, settings)
+
+
+def _token_world(
+    cfg: RunConfig, objective: ObjectiveConfig, action_dim: int | None, learn: Phase
+) -> TokenWorldModel:
+    """IVideoGPT's world model; a method names the scales of all terms, those left out too."""
+    chosen, scales = cfg.token_world, dict(objective.scales)
+    left_out = {"lpips": chosen.lpips, "phrase": chosen.phrases}
+    for name in (name for name, wanted in left_out.items() if not wanted):
+        scales.pop(name, None)
+    looks = None
+    if chosen.lpips and chosen.vgg and learn != "transformer":
+        looks = PerceptualDistance(Path(chosen.vgg))
+    width = semantic_dim(cfg.vlm)
+    return TokenWorldModel(
+        chosen, replace(objective, scales=scales), action_dim, learn, width, looks
+    )
 
 
 def build_finetune(
     cfg: RunConfig, action_dim: int, init_from: Path | None
 ) -> tuple[FinetuneModule, LoadReport | None]:
     """Stacked world model and agent; the lower half from a checkpoint if one is given."""
-    world_model = RSSMWorldModel(
-        cfg.world_model, cfg.finetune.objective, semantic_dim(cfg.vlm), action_dim
-    )
-    agent = DreamerAgent(
-        cfg.agent,
-        world_model,
-        action_dim,
-        cfg.world_model.head_layers,
-        cfg.world_model.head_units,
-        cfg.world_model.head_style,
-    )
+    world_model, agent = _learners(cfg, action_dim)
     _check_names(cfg, world_model)
-    report = None
-    if init_from is not None:
-        report = load_pretrained(world_model, read_checkpoint(init_from), cfg.finetune.load)
+    report = hand_over(world_model, init_from, cfg.finetune.load) if init_from else None
     if cfg.trainer.compile:
         compile_parts(world_model.parts())
     return FinetuneModule(world_model, agent, cfg.finetune), report
+
+
+def _learners(cfg: RunConfig, action_dim: int) -> tuple[WorldModel, Agent]:
+    """World model and agent of fine-tuning, fresh."""
+    objective = cfg.finetune.objective
+    if cfg.tokens:
+        world = _token_world(cfg, objective, action_dim, "both")
+        return world, MBPOAgent(cfg.agent.mbpo, world, action_dim, cfg.finetune.prefill)
+    model = cfg.world_model
+    world_model = RSSMWorldModel(model, objective, semantic_dim(cfg.vlm), action_dim)
+    layers, units, style = model.head_layers, model.head_units, model.head_style
+    return world_model, DreamerAgent(cfg.agent, world_model, action_dim, layers, units, style)
+
+
+def hand_over(world_model: WorldModel, path: Path, parts: Sequence[str]) -> LoadReport:
+    """Take over named parts of a checkpoint, or the published weights of iVideoGPT.
+
+    Raises:
+        CheckpointError: They do not fit.
+    """
+    if is_published(path):
+        if not isinstance(world_model, TokenWorldModel):
+            raise CheckpointError(
+                f"'{path}' holds the published weights of iVideoGPT: add method=ivideogpt"
+            )
+        loaded = load_folder(world_model, path)
+        return LoadReport(loaded, tuple(x for x in world_model.parts() if x not in loaded), ())
+    return load_pretrained(world_model, read_checkpoint(path), parts)
 
 
 def _check_names(cfg: RunConfig, world_model: WorldModel) -> None:
@@ -166,8 +216,16 @@ def load_finetuned(cfg: RunConfig, path: Path) -> tuple[FinetuneModule, Mapping[
     check_networks(lambda bare: build_finetune(bare, width, None)[0], cfg, content, path)
     refuse_broken_weights(content["state_dict"], f"'{path}'")
     module, _ = build_finetune(cfg, width, None)
-    module.load_state_dict(content["state_dict"])
+    # What is no tensor serves learning only. The rest was found to be exactly that of the model.
+    weights = {k: x for k, x in content["state_dict"].items() if not k.endswith(EXTRA)}
+    module.load_state_dict(weights, strict=False)
     return module, metadata
+
+
+def build_chunks(cfg: RunConfig, replay: Replay, seed: int) -> ReplayDataModule:
+    """Chunks of replay; those of a token world lie in one episode each."""
+    tune = cfg.finetune
+    return ReplayDataModule(replay, tune.batch_size, tune.chunk_length, seed, joined=not cfg.tokens)
 
 
 def check_networks(

@@ -11,11 +11,13 @@ from mapo_lightning.data.settings import LabelConfig, ReplayConfig, VideoDataCon
 from mapo_lightning.envs.settings import DemoConfig, EnvConfig
 from mapo_lightning.models.agents.settings import AgentConfig
 from mapo_lightning.models.rssm_world.settings import WorldModelConfig
+from mapo_lightning.models.token_world.settings import TokenWorldConfig
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.tracking.settings import TrackingConfig
 from mapo_lightning.training.settings import (
     EvaluateConfig,
     FinetuneConfig,
+    PhaseConfig,
     PretrainConfig,
     TrainerConfig,
 )
@@ -57,7 +59,9 @@ class RunConfig:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     """Experience."""
     world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
-    """Plugs and sizes."""
+    """Plugs and sizes of the RSSM world model, and which world model there is."""
+    token_world: TokenWorldConfig = field(default_factory=TokenWorldConfig)
+    """iVideoGPT's world model; read with world_model.kind=tokens."""
     agent: AgentConfig = field(default_factory=AgentConfig)
     """Behaviour learning."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -74,6 +78,36 @@ class RunConfig:
     """MLflow."""
 
     @property
+    def tokens(self) -> bool:
+        """Whether the world model is iVideoGPT's."""
+        return self.world_model.kind == "tokens"
+
+    @property
+    def reads_phrases(self) -> bool:
+        """Whether the world model learns from phrases."""
+        if self.tokens:
+            return self.token_world.phrases
+        return self.world_model.lower is not None and self.world_model.source.kind == "semantic"
+
+    @property
+    def acts_on_phrases(self) -> bool:
+        """Whether the agent's beliefs depend on phrases: iVideoGPT's agent sees frames only."""
+        return self.reads_phrases and not self.tokens
+
+    @property
+    def pretraining(self) -> tuple[str, ...]:
+        """Phases of learning from videos, in their order; none for a method without."""
+        if self.tokens:
+            return ("tokenizer", "pretrain")
+        return ("pretrain",) if self.world_model.lower is not None else ()
+
+    def phase(self, name: str) -> PhaseConfig:
+        """Settings of a phase of learning from videos."""
+        if not self.tokens:
+            return self.pretrain
+        return self.pretrain.tokenizer if name == "tokenizer" else self.pretrain.transformer
+
+    @property
     def about(self) -> dict[str, Any]:
         """What its evaluations are of."""
         task = f"{self.env.kind}/{self.env.name}"
@@ -88,6 +122,7 @@ class RunConfig:
                 f"finetune.chunk_length must be at least world_model.bonus.window, got "
                 f"{self.finetune.chunk_length} and {window}"
             )
+        self._check_pair()
         if self.stage == "evaluate" and not self.checkpoint:
             raise ConfigError("stage=evaluate needs checkpoint=PATH of a fine-tuned agent")
         if self.checkpoint and self.stage != "evaluate":
@@ -101,13 +136,50 @@ class RunConfig:
                 "read it; add stage=finetune, or leave it out"
             )
         size = self.world_model.image.size
-        for name, value in (("data.image_size", self.data.image_size), ("env.size", self.env.size)):
+        sizes = {"data.image_size": self.data.image_size, "env.size": self.env.size}
+        if self.tokens:
+            sizes["token_world.tokenizer.size"] = self.token_world.tokenizer.size
+        for name, value in sizes.items():
             if value != size:
                 raise ConfigError(
                     f"{name} must be world_model.image.size, the side that the networks have: "
                     f"got {value} and {size}; set world_model.image.size only, which the others "
                     "follow; where the settings come from a checkpoint, leave out size= too"
                 )
+
+    def _check_pair(self) -> None:
+        """See that world model and agent fit, and that chunks and clips are long enough."""
+        if self.tokens != (self.agent.kind == "mbpo"):
+            raise ConfigError(
+                f"world_model.kind={self.world_model.kind} goes with "
+                f"agent={'mbpo' if self.tokens else 'dreamerv2'}, got agent.kind={self.agent.kind}"
+            )
+        if not self.tokens:
+            return
+        self.token_world.check_room()
+        shown, steps = self.token_world.tokenizer.context_frames, self.agent.mbpo.n_step
+        if self.finetune.chunk_length < max(shown, steps) + 1:
+            raise ConfigError(
+                f"finetune.chunk_length must be at least {max(shown, steps) + 1}: the "
+                f"{shown} frames of the context and one more, and {steps} steps of one episode; "
+                f"got {self.finetune.chunk_length}"
+            )
+        if self.data.clip_length <= shown:
+            raise ConfigError(
+                f"data.clip_length must be above token_world.tokenizer.context_frames={shown}, "
+                f"got {self.data.clip_length}"
+            )
+        if self.token_world.lpips and not self.token_world.vgg and self._learns_to_draw:
+            raise ConfigError(
+                "token_world.lpips needs VGG16, and nothing is downloaded: give torchvision's "
+                "vgg16-397923af.pth with token_world.vgg=FILE, or leave LPIPS out with "
+                "token_world.lpips=false, which is not as published"
+            )
+
+    @property
+    def _learns_to_draw(self) -> bool:
+        """Whether this run trains a tokenizer; resuming does only where it trained one before."""
+        return self.stage in ("all", "pretrain", "finetune")
 
 
 def conf_folder() -> Path:

@@ -67,6 +67,7 @@ ALLOWED: Mapping[str, float] = {
     "env.render_quality": 0,
     "env.time_limit": _MANY,
     "replay": _MANY,
+    "world_model.kind": 0,
     "world_model.recurrence": 0,
     "world_model.image": _WIDE,
     "world_model.image.layers": _DEEP,
@@ -83,10 +84,37 @@ ALLOWED: Mapping[str, float] = {
     "world_model.aux_reward": 0,
     "world_model.discount_head": 0,
     "world_model.bonus": _WIDE,
+    "token_world.tokenizer": _WIDE,
+    "token_world.tokenizer.context_frames": _DEEP,
+    "token_world.tokenizer.blocks": _DEEP,
+    "token_world.transformer": _WIDE,
+    "token_world.transformer.layers": _DEEP,
+    "token_world.error": 0,
+    "token_world.lpips": 0,
+    "token_world.pretrain_frames": _WIDE,
+    "token_world.tokenizer_frames": _WIDE,
+    "token_world.tokenizer_every": _MANY,
+    "token_world.rate": 1,
+    "token_world.clips": _WIDE,
+    "token_world.codes_in_clip": 0,
+    "token_world.phrases": 0,
+    "token_world.phrase_dropout": 1,
+    "token_world.stacked": _DEEP,
+    "token_world.temperature": _WIDE,
+    "token_world.top": _WIDE,
+    "token_world.late_reward": 0,
+    "token_world.blind_policy": 0,
+    "token_world.dream_dropout": 0,
     "agent": _WIDE,
+    "agent.mbpo.hold": _MANY,
+    "agent.mbpo.noise_steps": _MANY,
+    "agent.mbpo.kept": _MANY,
     "pretrain": _WIDE,
-    "pretrain.updates": _MANY,
-    "pretrain.validate_every": _MANY,
+    **{
+        f"pretrain.{phase}{name}": _MANY
+        for phase in ("", "tokenizer.", "transformer.")
+        for name in ("updates", "warmup", "validate_every")
+    },
     "finetune": _WIDE,
     "finetune.agent_steps": _MANY,
     "finetune.prefill": _MANY,
@@ -126,6 +154,7 @@ REFUSED: Mapping[str, str] = {
     "vlm.server": "addresses, and how they are queried",
     "vlm.embed.encoder": "what is loaded",
     "vlm.embed.revision": "what is loaded",
+    "token_world.vgg": "a file",
     "label": "which part of a corpus is labelled",
     "env.num_envs": "processes of this machine",
     "env.deaths_per_hour": "processes of this machine",
@@ -257,7 +286,12 @@ def _check_describer(
     kind = source.get("kind", "semantic") if isinstance(source, dict) else "semantic"
     if describer_is_off(words):
         return
-    if kind != "semantic" or model.get("lower", {}) is None:  # no phrase reaches these networks
+    world = settings.get("token_world")
+    if model.get("kind") == "tokens":
+        silent = not (isinstance(world, dict) and world.get("phrases"))
+    else:
+        silent = kind != "semantic" or model.get("lower", {}) is None
+    if silent:  # no phrase reaches these networks
         kept["vlm"] = {"kind": "none"}
         return
     chosen = {"vlm", "vlm.kind"} & set(words)

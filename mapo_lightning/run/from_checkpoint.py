@@ -31,7 +31,7 @@ class Resumed(NamedTuple):
 
     path: Path = Path()
     phase: str = ""
-    """pretrain, finetune, or empty."""
+    """tokenizer, pretrain, finetune, or empty."""
     updates: int = 0
     """Optimiser updates made so far."""
     metadata: Mapping[str, Any] = MappingProxyType({})
@@ -120,10 +120,11 @@ def resumed(cfg: RunConfig) -> Resumed:
     path = Path(cfg.resume)
     content = _read(path)
     phase = content["mapo"]["stage"]
-    if cfg.stage not in ("all", phase):
+    stage = _stage_of(phase)
+    if cfg.stage not in ("all", stage):
         advice = "init_from= starts fine-tuning from it" if phase == "pretrain" else "leave it out"
         raise ConfigError(
-            f"'{path}' is a checkpoint of stage={phase}, which stage={cfg.stage} cannot resume; "
+            f"'{path}' is a checkpoint of stage={stage}, which stage={cfg.stage} cannot resume; "
             f"{advice if cfg.stage == 'finetune' else 'leave out stage='}"
         )
     # The MLflow runs of somebody else's checkpoint are not ours to go on with.
@@ -142,13 +143,18 @@ def _run_of(path: Path, words: Mapping[str, str]) -> Base:
         # The file holds secrets that the checkpoint hides.
         base, start["run_dir"] = _current(load_yaml(saved)), str(folder)
     else:
-        base = _settings(path, metadata, words, metadata["stage"] == "pretrain")
+        base = _settings(path, metadata, words, metadata["stage"] != "finetune")
         if saved.is_file():
             log.info("'%s' is not as your run has saved it, and is not read", saved)
         if not _is_own(metadata):
-            start["stage"] = metadata["stage"]
+            start["stage"] = _stage_of(metadata["stage"])
     _fit_silence(base, content, words)
     return f"the settings of '{path}'", base | start
+
+
+def _stage_of(phase: str) -> str:
+    """The value of stage= that a phase belongs to."""
+    return "pretrain" if phase == "tokenizer" else phase
 
 
 def _fit_silence(

@@ -17,6 +17,7 @@ from torch import nn
 
 from mapo_lightning.data.scan import list_videos
 from mapo_lightning.envs.factory import probed_action_dim
+from mapo_lightning.models.token_world.published import is_published
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
@@ -42,6 +43,11 @@ def check_run(cfg: RunConfig) -> None:
     _check_unused(cfg, earlier)
     check_store(cfg.tracking)
     if cfg.trainer.capture:
+        if cfg.tokens:
+            raise ConfigError(
+                "trainer.capture=true records one optimiser update per batch, and with "
+                "world_model.kind=tokens the agent makes updates of its own: leave it out"
+            )
         if cfg.finetune.agent_updates > 1 and "finetune" in phases:
             raise ConfigError(
                 "trainer.capture=true records one optimiser update per batch, but "
@@ -52,7 +58,7 @@ def check_run(cfg: RunConfig) -> None:
         check_hardware(cfg.trainer)
     elif cfg.stage == "evaluate":
         best_device(cfg.trainer.accelerator)
-    if "pretrain" in phases or cfg.stage == "label":
+    if {"tokenizer", "pretrain"} & set(phases) or cfg.stage == "label":
         _check_videos(cfg)
     _check_describer(cfg)
     if cfg.stage == "label":
@@ -66,11 +72,17 @@ def check_run(cfg: RunConfig) -> None:
 
 
 def phases_of(cfg: RunConfig, earlier: Resumed) -> tuple[str, ...]:
-    """Trainings that lie before this run."""
+    """Trainings that lie before this run, in their order."""
+    if cfg.stage not in ("all", "pretrain", "finetune"):
+        return ()
+    phases = ("finetune",) if cfg.stage == "finetune" else cfg.pretraining
     if cfg.stage == "all":
-        first = cfg.world_model.lower is not None and earlier.phase != "finetune"
-        return ("pretrain", "finetune") if first else ("finetune",)
-    return (cfg.stage,) if cfg.stage in ("pretrain", "finetune") else ()
+        phases = (*phases, "finetune")
+    elif not phases:
+        raise ConfigError(
+            f"method={cfg.method} learns from scratch: there is nothing to pre-train on videos"
+        )
+    return phases[phases.index(earlier.phase) :] if earlier.phase in phases else phases
 
 
 def _check_folders(cfg: RunConfig) -> None:
@@ -144,8 +156,9 @@ def _check_models(
     modules: dict[str, nn.Module] = {}
     if cfg.stage == "evaluate":
         _check_agent(cfg, Path(cfg.checkpoint or ""), action_dim)
-    if "pretrain" in phases:
-        modules["pretrain"] = build.build_pretrain(cfg)
+    for phase in phases:
+        if phase != "finetune":
+            modules[phase] = build.build_pretrain(cfg, phase)
     if "finetune" in phases:
         assert action_dim is not None
         finetuned, _ = build.build_finetune(cfg, action_dim, None)
@@ -153,6 +166,9 @@ def _check_models(
     if earlier.phase in modules:
         check_fit(modules[earlier.phase], read_checkpoint(earlier.path, mapped=True), earlier.path)
     if "finetune" in phases and earlier.phase != "finetune":
+        if cfg.init_from is not None and is_published(Path(cfg.init_from)):
+            build.hand_over(finetuned.world_model, Path(cfg.init_from), cfg.finetune.load)
+            return
         start = _handed_over(cfg, modules.get("pretrain"))
         if start is not None:
             load_pretrained(finetuned.world_model, start, cfg.finetune.load)

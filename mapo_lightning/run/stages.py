@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import lightning as L
 import torch
@@ -43,12 +42,17 @@ from mapo_lightning.tracking import logger as tracking
 from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.base_module import TrainedModule
 from mapo_lightning.training.checkpoint import BEST, read_checkpoint
-from mapo_lightning.training.datamodule import ReplayDataModule
 from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores
 from mapo_lightning.training.metadata import signed_part
 from mapo_lightning.types import Frames, MapoError
 
-NAMES = {"pretrain": "pre-training", "finetune": "fine-tuning"}
+NAMES = {
+    "tokenizer": "pre-training of the tokenizer",
+    "pretrain": "pre-training",
+    "finetune": "fine-tuning",
+}
+WATCHED = {"tokenizer": "train/future", "pretrain": "train/tokens"}
+"""What the progress bar of iVideoGPT's phases shows."""
 log = logging.getLogger("mapo")
 
 
@@ -57,7 +61,7 @@ def train_all(session: Session) -> None:
     checkpoint = None
     if session.resumed.phase == "finetune":
         log.info("pre-training was finished before; fine-tuning continues")
-    elif session.cfg.world_model.lower is not None:
+    elif session.cfg.pretraining:
         checkpoint = pretrain(session)
     else:
         log.info("%s learns from scratch: there is nothing to pre-train.", session.cfg.method)
@@ -65,13 +69,29 @@ def train_all(session: Session) -> None:
 
 
 def pretrain(session: Session) -> Path:
-    """Stage 1; returns the last checkpoint."""
-    cfg = session.cfg
-    if session.resumed.finished("pretrain", cfg.pretrain.updates):
-        end_curves(session, "pretrain")
+    """Stage 1, phase by phase; returns the last checkpoint."""
+    phases, resumed = session.cfg.pretraining, session.resumed
+    checkpoint = None
+    for phase in phases[phases.index(resumed.phase) :] if resumed.phase in phases else phases:
+        checkpoint = learn_videos(session, phase, checkpoint)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def learn_videos(session: Session, phase: str, start: Path | None) -> Path:
+    """One phase of learning from videos; returns its last checkpoint.
+
+    Args:
+        session: Of the run.
+        phase: One of ``cfg.pretraining``.
+        start: Last checkpoint of the phase before, whose parts are taken over.
+    """
+    cfg, updates = session.cfg, session.cfg.phase(phase).updates
+    if session.resumed.finished(phase, updates):
+        end_curves(session, phase)
         return session.resumed.path
     render_demo(cfg)
-    data = build.build_videos(cfg)
+    data = build.build_videos(cfg, phase)
     data.setup("fit")
     assert data.index is not None
     log.info(
@@ -81,18 +101,26 @@ def pretrain(session: Session) -> Path:
         len(data.index.quarantined),
         data.root / "quarantine.jsonl",
     )
-    module = build.build_pretrain(cfg)
+    module = build.build_pretrain(cfg, phase)
+    if start is not None:
+        log.info("from %s: %s", start, build.hand_over(module.world_model, start, ["tokenizer"]))
+    watch = {"loss": WATCHED[phase]} if cfg.tokens else {"image": "train/image"}
+    every, last = cfg.callbacks.rollout_every, session.folder / phase / "last.ckpt"
+    if phase == "tokenizer":  # no labels, no dreams
+        drawn: list[L.Callback] = [ImaginationRollout(every, name="reconstruction")]
+        fit(session, phase, module, data, updates, drawn, watch)
+        return last
     labels = LabelReport(cfg.callbacks)
-    extra: list[L.Callback] = [labels, ImaginationRollout(cfg.callbacks.rollout_every)]
-    told = ToldUntold(cfg.callbacks.told) if cfg.world_model.source.kind == "semantic" else None
+    extra: list[L.Callback] = [labels, ImaginationRollout(every)]
+    told = ToldUntold(cfg.callbacks.told) if cfg.reads_phrases else None
     if told is not None:
         extra.append(told)
-    fit(session, "pretrain", module, data, cfg.pretrain.updates, extra, {"image": "train/image"})
+    fit(session, phase, module, data, updates, extra, watch)
     log.info("%s", labels)
     if told is not None and told.report is not None:
-        save_report(told.report, session.folder / "pretrain")
+        save_report(told.report, session.folder / phase)
         log.info("%s", told.report.sentence())
-    return session.folder / "pretrain" / "last.ckpt"
+    return last
 
 
 def render_demo(cfg: RunConfig) -> None:
@@ -163,7 +191,7 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     collect = CollectExperience(stage.collector, cfg.env.frames_per_step, seed)
     extra = [collect, ImaginationRollout(cfg.callbacks.rollout_every), evaluation]
     watch = {"return": "collect/return", "reward": "train/imagined_reward"}
-    data = ReplayDataModule(stage.replay, cfg.finetune.batch_size, cfg.finetune.chunk_length, seed)
+    data = build.build_chunks(cfg, stage.replay, seed)
     try:
         fit(session, "finetune", module, data, updates, extra, watch, action_dim=stage.action_dim)
     except BaseException:
@@ -237,7 +265,7 @@ def play_episodes(
 
 def fit(
     session: Session,
-    phase: Literal["pretrain", "finetune"],
+    phase: str,
     module: TrainedModule,
     data: L.LightningDataModule,
     updates: int,
@@ -263,7 +291,7 @@ def fit(
     }
     module.metadata = metadata | {"config_signature": sign(signed_part(metadata))}
     callbacks = around(session, phase, watch) + extra
-    validate_every = cfg.pretrain.validate_every if phase == "pretrain" else None
+    validate_every = None if phase == "finetune" else cfg.phase(phase).validate_every
     folder = session.folder / phase
     trainer = build_trainer(cfg, updates, folder, callbacks, logger, validate_every)
     try:

@@ -70,7 +70,7 @@ def _measure(cfg: RunConfig, path: Path) -> ToldReport:
     from mapo_lightning.training.checkpoint import read_checkpoint
     from mapo_lightning.training.told import measure_held_out
 
-    if cfg.world_model.source.kind != "semantic":
+    if not cfg.reads_phrases:
         raise ConfigError(
             f"'{path}' was pre-trained with method={cfg.method}, whose dreams no phrase drives"
         )

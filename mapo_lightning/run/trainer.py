@@ -185,8 +185,12 @@ def build_trainer(
     validate_every: int | None = None,
 ) -> L.Trainer:
     """Lightning's Trainer for one stage of ``updates`` optimiser updates."""
+    hardware = _hardware(cfg.trainer)
+    if cfg.tokens and cfg.trainer.processes > 1:
+        # The tokenizer learns in some updates only, and the agent steps optimisers of its own.
+        hardware["strategy"] = "ddp_find_unused_parameters_true"
     return L.Trainer(
-        **_hardware(cfg.trainer),
+        **hardware,
         deterministic=cfg.trainer.deterministic,
         max_steps=updates,
         log_every_n_steps=cfg.trainer.log_every,

@@ -87,7 +87,7 @@ def _like(stored: Any, like: Any, device: torch.device) -> Any:
     """Undo `_plain` after the pattern of another belief."""
     if isinstance(like, tuple):
         return type(like)(*(_like(x, y, device) for x, y in zip(stored, like, strict=True)))
-    return None if stored is None else stored.to(device)
+    return stored.to(device) if isinstance(stored, Tensor) else stored
 
 
 def greedy(module: FinetuneModule) -> Callable[[int], Policy]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,18 +24,42 @@ from mapo_lightning.types import Batch, DivergedError
 
 
 def named_adam(
-    groups: Mapping[str, tuple[Iterable[nn.Parameter], float]], cfg: OptimizerConfig
+    groups: Mapping[str, tuple[Iterable[nn.Parameter], float]],
+    cfg: OptimizerConfig,
+    model: nn.Module,
 ) -> torch.optim.Adam:
-    """One fused Adam with a named group per part: name -> (parameters, learning rate)."""
+    """One fused Adam with a named group per part: name -> (parameters, learning rate).
+
+    With ``cfg.decoupled``, the parameters of a part that do not decay follow in a second group of
+    the same name.
+
+    Args:
+        groups: The parts.
+        cfg: Adam's numbers.
+        model: Module that holds them all.
+    """
     listed = [
         {"name": name, "params": list(params), "lr": lr} for name, (params, lr) in groups.items()
     ]
-    return torch.optim.Adam(
+    kind: type[torch.optim.Adam] = torch.optim.Adam
+    if cfg.decoupled:
+        kind = torch.optim.AdamW
+        listed = [part for group in listed for part in _by_decay(group, cfg.weight_decay, model)]
+    return kind(
         [group for group in listed if group["params"]],
         eps=cfg.eps,
         weight_decay=cfg.weight_decay,
         fused=True,
     )
+
+
+def _by_decay(group: dict[str, Any], decay: float, model: nn.Module) -> list[dict[str, Any]]:
+    """Split a group: weights of products and convolutions decay, all else does not."""
+    products = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    decaying = {id(m.weight) for m in products}
+    shares = [p for p in group["params"] if id(p) in decaying]
+    others = [p for p in group["params"] if id(p) not in decaying]
+    return [group | {"params": shares}, group | {"params": others, "weight_decay": 0.0}]
 
 
 class TrainedModule(L.LightningModule):
@@ -46,6 +71,8 @@ class TrainedModule(L.LightningModule):
         env_frames: Simulator frames seen so far, over all ranks: the x-axis of every curve of
             fine-tuning. None in pre-training, where the x-axis counts updates.
         curve_step: Position of this update on the x-axis of the curves.
+        clipped_along: Name of a group -> parameters that it does not have, but whose gradients
+            count, and shrink, when its own are clipped.
     """
 
     def __init__(self, optimizer: OptimizerConfig) -> None:
@@ -55,6 +82,7 @@ class TrainedModule(L.LightningModule):
         self.env_frames: int | None = None
         self.curve_step = 0
         self.captured: Captured | None = None
+        self.clipped_along: Mapping[str, list[nn.Parameter]] = {}
         self._watch = FiniteWatch()
         self._scalars: dict[str, Tensor] = {}  # of the update under way, until they are watched
 
@@ -128,8 +156,14 @@ class TrainedModule(L.LightningModule):
             log_now(self, norms)
 
     def _clip(self, groups: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-        norm, clip = self.optimizer_cfg.max_grad_norm, nn.utils.clip_grad_norm_
-        norms = {g["name"]: clip(g["params"], norm, foreach=True) for g in groups}
+        together: dict[str, list[nn.Parameter]] = {}
+        for group in groups:
+            together.setdefault(group["name"], []).extend(group["params"])
+        for name, others in self.clipped_along.items():
+            together[name] = together.get(name, []) + others
+        # To clip at an infinite norm measures it and leaves it as it is.
+        norm, clip = self.optimizer_cfg.max_grad_norm or math.inf, nn.utils.clip_grad_norm_
+        norms = {name: clip(params, norm, foreach=True) for name, params in together.items()}
         return _named("grad_norm", norms)
 
     def _watch_update(self, norms: dict[str, Tensor]) -> None:

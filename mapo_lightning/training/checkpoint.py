@@ -20,6 +20,7 @@ from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.training.export import is_export, read_export
 from mapo_lightning.training.finite import refuse_broken_weights
 from mapo_lightning.training.metadata import (
+    STAGES,
     check_archive,
     check_metadata,
     check_state,
@@ -119,7 +120,8 @@ def _loaded(path: Path, mapped: bool) -> dict[str, Any]:
 
 def semantic_dim_of(content: Mapping[str, Any]) -> int | None:
     """Width V of the semantic vectors that a checkpoint's networks take; None if they take none."""
-    weight = content["state_dict"].get("world_model.source.project.weight")
+    names = "world_model.source.project.weight", "world_model.predictor.phrases.put.weight"
+    weight = next((w for n in names if (w := content["state_dict"].get(n)) is not None), None)
     return int(weight.shape[1]) if weight is not None and weight.ndim == 2 else None
 
 
@@ -129,7 +131,7 @@ def newest_checkpoint(folder: Path) -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    for phase in ("finetune", "pretrain"):
+    for phase in reversed(STAGES):
         files = sorted((folder / phase).glob("*.ckpt"), key=lambda file: -file.stat().st_mtime_ns)
         for path in files:
             try:
@@ -177,12 +179,7 @@ def load_pretrained(
             "init_from= takes a checkpoint of pre-training, and this one was made by fine-tuning; "
             "resume= continues it, stage=evaluate checkpoint= evaluates its agent"
         )
-    stored: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in checkpoint["state_dict"].items():
-        head, _, rest = key.partition(".")
-        if head == "world_model":
-            part, _, name = rest.partition(".")
-            stored.setdefault(part, {})[name] = tensor
+    stored = _by_part(world_model, checkpoint["state_dict"])
     children = {name: part for name, part in world_model.parts().items() if any(part.state_dict())}
     wanted = [name for name in parts if name in children]
     made_by = checkpoint["mapo"].get("method", "another method")
@@ -196,6 +193,25 @@ def load_pretrained(
         tuple(name for name in children if name not in wanted),
         tuple(name for name in stored if name not in wanted),
     )
+
+
+def _by_part(world_model: WorldModel, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Sort a checkpoint's tensors by part; those of no part of the new model by their first name.
+
+    The state of a whole world model, such as its count of updates, belongs to no part.
+    """
+    assert isinstance(world_model, nn.Module)
+    places = {id(module): name for name, module in world_model.named_modules()}
+    prefixes = {f"{places[id(part)]}.": name for name, part in world_model.parts().items()}
+    stored: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        head, _, rest = key.partition(".")
+        if head != "world_model" or rest == EXTRA:
+            continue
+        prefix = next((p for p in prefixes if rest.startswith(p)), "")
+        part, name = (prefixes[prefix], rest[len(prefix) :]) if prefix else rest.split(".", 1)
+        stored.setdefault(part, {})[name] = tensor
+    return stored
 
 
 def _check_part(

@@ -219,6 +219,7 @@ class _Chunks(IterableDataset[Batch]):
         length: Entries of a chunk.
         rng: Source of the draws.
         ahead: The first batch, which an earlier process has drawn; None draws it too.
+        joined: Join short episodes to chunks; otherwise only longer ones are drawn from.
     """
 
     def __init__(
@@ -228,15 +229,18 @@ class _Chunks(IterableDataset[Batch]):
         length: int,
         rng: np.random.Generator,
         ahead: Batch | None = None,
+        joined: bool = True,
     ) -> None:
         self.replay, self.batch_size, self.length = replay, batch_size, length
-        self.rng, self.newest = rng, ahead
+        self.rng, self.newest, self.joined = rng, ahead, joined
 
     def __iter__(self) -> Iterator[Batch]:
         if self.newest is not None:
             yield self.newest
         while True:
-            self.newest = chunk_batch(self.replay, self.rng, self.batch_size, self.length)
+            self.newest = chunk_batch(
+                self.replay, self.rng, self.batch_size, self.length, joined=self.joined
+            )
             yield self.newest
 
 
@@ -270,11 +274,21 @@ class ReplayDataModule(L.LightningDataModule):
     Lightning fetches one batch ahead. So the chunks of the next update were drawn before the last
     experience was written, from episodes that may be gone since: a checkpoint holds these chunks
     of every rank themselves, beside the state of the generator that draws all later ones.
+
+    Args:
+        replay: Drawn from.
+        batch_size: Chunks of a batch.
+        length: Entries of a chunk.
+        seed: Of the draws.
+        joined: Join short episodes to chunks; otherwise every chunk lies in one episode.
     """
 
-    def __init__(self, replay: Replay, batch_size: int, length: int, seed: int) -> None:
+    def __init__(
+        self, replay: Replay, batch_size: int, length: int, seed: int, *, joined: bool = True
+    ) -> None:
         super().__init__()
         self.replay, self.batch_size, self.length, self.seed = replay, batch_size, length, seed
+        self.joined = joined
         self.rng = np.random.default_rng(seed)
         """Draws the chunks; its state is part of a checkpoint."""
         self._chunks: _Chunks | None = None
@@ -282,7 +296,9 @@ class ReplayDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Endless batches; the trainer stops after its budget of updates."""
-        self._chunks = _Chunks(self.replay, self.batch_size, self.length, self.rng, self._ahead)
+        self._chunks = _Chunks(
+            self.replay, self.batch_size, self.length, self.rng, self._ahead, self.joined
+        )
         return DataLoader(self._chunks, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mapo_lightning.files import atomic_write
+from mapo_lightning.training.metadata import STAGES
 from mapo_lightning.types import CheckpointError
 
 TENSORS, CARD, README = "model.safetensors", "card.json", "README.md"
@@ -94,7 +95,9 @@ def write_export(
         CheckpointError: The folder is not empty or cannot be written, or the checkpoint holds more
             than tensors.
     """
-    state, metadata = content["state_dict"], content["mapo"]
+    metadata = content["mapo"]
+    # Optimisers and the like, which go on learning and play no part in acting.
+    state = {k: x for k, x in content["state_dict"].items() if not k.endswith("_extra_state")}
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other:
         raise CheckpointError(
@@ -187,7 +190,7 @@ def _read_card(path: Path) -> dict[str, Any]:
             f"'{path}' is a card of version {version!a:.20}, and this package reads version "
             f"{VERSION}; use the version of the package that made it"
         )
-    wanted = {**_KEYS, **({} if card.get("stage") == "pretrain" else _OF_AN_AGENT)}
+    wanted = {**_KEYS, **({} if card.get("stage") in STAGES[:-1] else _OF_AN_AGENT)}
     odd = sorted(set(card) ^ set(wanted))
     if odd:
         how = "has no entry" if odd[0] in wanted else "has an unknown entry"
@@ -195,7 +198,7 @@ def _read_card(path: Path) -> dict[str, Any]:
     for name, kind in wanted.items():
         if type(card[name]) is not kind:
             raise CheckpointError(f"'{path}' is damaged: {name} must be of type {kind.__name__}")
-    if card["stage"] not in ("pretrain", "finetune") or len(card["method"]) > 100:
+    if card["stage"] not in STAGES or len(card["method"]) > 100:
         raise CheckpointError(f"'{path}' is damaged: there is no such stage or method")
     if card["stage"] == "finetune" and not (card["action_dim"] >= 1 and card["env_frames"] >= 0):
         raise CheckpointError(f"'{path}' is damaged: action_dim or env_frames is negative")

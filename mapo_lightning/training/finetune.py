@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mapo_lightning.models.blocks import mean_over_ranks
 from mapo_lightning.models.interfaces import Agent, Fit, WorldModel
+from mapo_lightning.models.token_world.world_model import TokenWorldModel
 from mapo_lightning.training.base_module import TrainedModule, named_adam
 from mapo_lightning.training.settings import FinetuneConfig
 from mapo_lightning.types import Batch, ConfigError
@@ -36,6 +37,8 @@ class FinetuneModule(TrainedModule):
         super().__init__(cfg.optimizer)
         self.world_model, self.agent, self.cfg = world_model, agent, cfg
         self.env_frames = 0
+        if isinstance(world_model, TokenWorldModel):
+            self.clipped_along = world_model.clipped_along()
         parts = world_model.parts()
         if unknown := sorted(set(cfg.freeze) - set(parts)):
             raise ConfigError(
@@ -107,7 +110,9 @@ class FinetuneModule(TrainedModule):
         groups = {**self.world_model.groups(), **self.agent.groups()}
         rates, holds = self.cfg.rates, {"lower": self.cfg.hold_lower, "actor": self.cfg.hold_actor}
         optimizer = named_adam(
-            {name: (params, rates[name]) for name, params in groups.items()}, self.optimizer_cfg
+            {name: (params, rates[name]) for name, params in groups.items()},
+            self.optimizer_cfg,
+            self,
         )
         if not any(holds.values()):
             return optimizer

@@ -27,15 +27,25 @@ class FiniteWatch:
 
     def __init__(self) -> None:
         self.begun = 0
+        self._made = 0
         self._names: tuple[str, ...] = ()
         self._count = self._finite = torch.zeros(0)
 
     def add(self, scalars: Mapping[str, Tensor]) -> None:
-        """Count one update; always the same names. Four kernels, which a graph may record."""
+        """Count one update. Four kernels, which a graph may record while the names are the same.
+
+        Where the names change, as when an agent begins to learn, counting starts afresh.
+
+        Raises:
+            DivergedError: They change, and what was counted so far was not finite; on all ranks.
+        """
         values = torch.stack([value.detach() for value in scalars.values()])
-        if not self._names:
+        if self._names != tuple(scalars):
+            self.check()
+            self.begun, self._made = self.begun + self._made, 0
             self._names = tuple(scalars)
             self._count, self._finite = torch.zeros_like(values), torch.zeros_like(values)
+        self._made += 1
         self._count.add_(values, alpha=0)  # adds zero, or NaN, which stays
         self._count.add_(1)
         torch.fmax(self._finite, self._count, out=self._finite)  # passes over NaN

@@ -19,7 +19,8 @@ from torch import Tensor
 from mapo_lightning.ownership import MAX_SETTINGS
 from mapo_lightning.types import CheckpointError
 
-STAGES = ("pretrain", "finetune")
+STAGES = ("tokenizer", "pretrain", "finetune")
+"""Trainings that a checkpoint may be of, in their order."""
 MAX_ACTION_DIM = 10_000
 """Largest width of an action."""
 _NAME = re.compile(r"[\w.+\- ]{1,100}")  # of a method

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.training.base_module import TrainedModule, named_adam
-from mapo_lightning.training.settings import PretrainConfig
+from mapo_lightning.training.settings import PhaseConfig
 from mapo_lightning.types import Batch
 
 
 class PretrainModule(TrainedModule):
-    """World model without upper dynamics, trained on clips and their semantic actions."""
+    """World model of one phase, trained on clips and their semantic actions."""
 
-    def __init__(self, world_model: WorldModel, cfg: PretrainConfig) -> None:
+    def __init__(self, world_model: WorldModel, cfg: PhaseConfig) -> None:
         super().__init__(cfg.optimizer)
         self.world_model, self.cfg = world_model, cfg
 
@@ -40,8 +42,15 @@ class PretrainModule(TrainedModule):
             sync_dist=True,
         )
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam over the whole world model."""
-        return named_adam(
-            {"world_model": (self.world_model.parameters(), self.cfg.lr)}, self.optimizer_cfg
-        )
+    def configure_optimizers(self) -> Any:
+        """Adam over all of the world model that learns, with the phase's learning rate."""
+        learning = (p for p in self.world_model.parameters() if p.requires_grad)
+        groups = {"world_model": (learning, self.cfg.lr)}
+        optimizer = named_adam(groups, self.optimizer_cfg, self)
+        if not self.cfg.warmup and self.cfg.schedule == "constant":
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.cfg.rate)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

@@ -19,28 +19,36 @@ class OptimizerConfig:
     weight_decay: float = 1e-6
     """L2 penalty inside Adam, as in the PyTorch ports. Deviation: adam-l2. APV and DreamerV2 in
     TensorFlow shrink all weights by this factor instead, whatever the learning rate."""
+    decoupled: bool = False
+    """Take the weight decay out of the gradient, times the learning rate (AdamW, as iVideoGPT
+    has it), and spare biases, norms and embeddings."""
     max_grad_norm: float = 100.0
-    """Global norm to which the gradient of each group is clipped."""
+    """Global norm to which the gradient of each group is clipped; 0: not clipped."""
 
     def __post_init__(self) -> None:
-        positive = (0.0 < x < math.inf for x in (self.eps, self.max_grad_norm))
-        if not (all(positive) and 0.0 <= self.weight_decay < math.inf):
-            raise ConfigError(
-                "eps and max_grad_norm must be positive and finite, weight_decay not negative, got "
-                f"{self.eps}, {self.max_grad_norm} and {self.weight_decay}"
-            )
+        if not 0.0 < self.eps < math.inf:
+            raise ConfigError(f"eps must be positive and finite, got {self.eps}")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{name} must be finite and not negative, got {getattr(self, name)}"
+                )
 
 
 @dataclass
-class PretrainConfig:
-    """Pre-training on videos (facts 5, O27, O28)."""
+class PhaseConfig:
+    """One phase of learning from videos (facts 5, 7.5, O27, O28)."""
 
     updates: int = 600_000
     """Optimiser updates: 600,000 for a first result, 1,200,000 for parity (O27)."""
     batch_size: int = 16
     """Clips per update and rank (O28)."""
     lr: float = 3e-4
-    """Learning rate, constant (O28)."""
+    """Learning rate (O28)."""
+    warmup: int = 0
+    """First updates, in which the learning rate rises from zero in a straight line."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What the learning rate does after that: stay, or fall to zero at the last update."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Adam's other numbers."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -49,12 +57,51 @@ class PretrainConfig:
     """Updates between passes over the held-out clips."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, updates=1, batch_size=1, validate_every=1)
+        check_at_least(self, updates=1, batch_size=1, validate_every=1, warmup=0)
         if not 0.0 < self.lr < math.inf:
             raise ConfigError(f"lr must be positive and finite, got {self.lr}")
 
+    def rate(self, update: int) -> float:
+        """Factor of the learning rate at an update, counted from zero."""
+        if update < self.warmup:
+            return update / self.warmup
+        if self.schedule == "constant":
+            return 1.0
+        done = (update - self.warmup) / max(1, self.updates - self.warmup)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
-HANDED_OVER = ("encoder", "context", "source", "lower", "decoder")
+
+def _tokenizer_phase() -> PhaseConfig:
+    """iVideoGPT's, for 64 pixels (facts 7.5)."""
+    return PhaseConfig(
+        updates=500_000, lr=5e-4, warmup=500,
+        optimizer=OptimizerConfig(eps=1e-8, weight_decay=0.0, max_grad_norm=1.0),
+        objective=ObjectiveConfig({"context": 1.0, "future": 1.0, "codes": 1.0, "lpips": 1.0}),
+    )  # fmt: skip
+
+
+def _transformer_phase() -> PhaseConfig:
+    """iVideoGPT's, with the term that ivideogpt_semantic adds (facts 7.5)."""
+    return PhaseConfig(
+        updates=1_000_000, lr=1e-4, warmup=5000, schedule="cosine",
+        optimizer=OptimizerConfig(eps=1e-8, weight_decay=0.01, decoupled=True, max_grad_norm=0.0),
+        objective=ObjectiveConfig({"tokens": 1.0, "phrase": 1.0}),
+    )  # fmt: skip
+
+
+@dataclass
+class PretrainConfig(PhaseConfig):
+    """Pre-training on videos: of RSSM world models in one phase, of iVideoGPT's in two."""
+
+    tokenizer: PhaseConfig = field(default_factory=_tokenizer_phase)
+    """iVideoGPT's first phase; read with world_model.kind=tokens, as the next one."""
+    transformer: PhaseConfig = field(default_factory=_transformer_phase)
+    """iVideoGPT's second phase, in place of the keys beside it."""
+
+
+HANDED_OVER = (
+    "encoder", "context", "source", "lower", "decoder", "tokenizer", "transformer", "phrases",
+)  # fmt: skip
 """Parts that fine-tuning takes over from pre-training, as far as a method has them (O23)."""
 
 

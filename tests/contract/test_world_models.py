@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import NETWORKS, image, token_world
+from networks import NETWORKS, RSSM_METHODS, image, token_world
 from torch import Tensor, nn
 
 from mapo_lightning.config.compose import compose
@@ -24,7 +24,6 @@ from mapo_lightning.types import Batch, ConfigError
 from tests.contract.throwaways import CopyLastFrame
 
 CONF = Path(__file__).parents[2] / "conf"
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 ACTIONS = 3
 
 
@@ -38,7 +37,7 @@ def rssm_world(method: str, networks: str = "tiny", *words: str) -> nn.Module:
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     f"{method} {networks}": partial(rssm_world, method, networks)
-    for method in METHODS
+    for method in RSSM_METHODS
     for networks in NETWORKS
 }
 MAKERS |= {
@@ -46,6 +45,9 @@ MAKERS |= {
     for method in ("mapo", "prelar")
 }
 MAKERS["token world"] = partial(token_world, ACTIONS)
+MAKERS["token world with phrases"] = lambda: token_world(
+    ACTIONS, semantic_dim=semantic_width(), phrases=True
+)
 MAKERS["copy last frame"] = CopyLastFrame
 
 
@@ -53,6 +55,10 @@ MAKERS["copy last frame"] = CopyLastFrame
 def world(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
     return MAKERS[request.param]()
+
+
+def semantic_width() -> int:
+    return semantic_dim(compose(["env=toy"], RunConfig, CONF).config.vlm)
 
 
 def side_of(world: nn.Module) -> int:
@@ -68,7 +74,7 @@ def experience(world: nn.Module, batch: int = 2, time: int = 7) -> Batch:
     side = side_of(world)
     first = torch.zeros(batch, time, dtype=torch.bool)
     first[:, 0] = True
-    width = semantic_dim(compose(["env=toy"], RunConfig, CONF).config.vlm)
+    width = semantic_width()
     return {
         "obs": torch.randint(0, 256, (batch, time, side, side, 3), dtype=torch.uint8),
         "semantic": torch.randn(batch, time, width),
@@ -180,8 +186,9 @@ def test_acting_leaves_modes_and_statistics_as_they_were(world: nn.Module) -> No
 @pytest.mark.slow
 def test_parts_and_groups_hold_every_parameter_once(world: nn.Module) -> None:
     assert isinstance(world, WorldModel)
+    learning = sorted(id(p) for p in world.parameters() if p.requires_grad)
+    assert sorted(id(p) for ps in world.groups().values() for p in ps) == learning
     every = sorted(id(p) for p in world.parameters())
-    assert sorted(id(p) for ps in world.groups().values() for p in ps) == every
     assert sorted(id(p) for part in world.parts().values() for p in part.parameters()) == every
 
 

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 from miniatures import write_ssv2
-from networks import image
+from networks import METHODS, TOKEN_METHODS, image
 from program import ROOT, SMALL, TOLD, TRAIN, end, start, train
 
 from mapo_lightning.data.video import probe_video
 from mapo_lightning.training.checkpoint import read_checkpoint
-
-METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +36,22 @@ def test_every_method_runs_all_stages(method: str, toy_videos: Path, tmp_path: P
     assert "random" in said
     if method == "dreamerv2":
         assert "nothing to pre-train" in said
+    elif method in TOKEN_METHODS:
+        assert "loaded tokenizer; fresh transformer" in said
+        assert "fresh control" in said
+        steps = {
+            p: read_checkpoint(tmp_path / f"run/{p}/last.ckpt") for p in ("tokenizer", "pretrain")
+        }
+        assert [(c["mapo"]["stage"], c["global_step"]) for c in steps.values()] == [
+            ("tokenizer", 4), ("pretrain", 4),
+        ]  # fmt: skip
+        drawn = [
+            "world_model.tokenizer.context_codes.codes",
+            "world_model.tokenizer.patch_in.weight",
+        ]
+        for name in drawn:  # the transformer's phase leaves the tokenizer alone
+            one, two = (c["state_dict"][name] for c in steps.values())
+            assert bool((one == two).all()), name
     else:
         new = "source" if method.startswith("prelar") else "upper"
         assert f"fresh {new}, heads" in said

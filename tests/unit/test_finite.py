@@ -60,7 +60,7 @@ class Line(TrainedModule):
         return total, {"square": total.detach(), "other": torch.ones(())}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return named_adam({"line": (self.parameters(), 0.1)}, self.optimizer_cfg)
+        return named_adam({"line": (self.parameters(), 0.1)}, self.optimizer_cfg, self)
 
 
 class Inputs(torch.utils.data.IterableDataset[Batch]):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import NETWORKS, image
+from networks import NETWORKS, RSSM_METHODS, image
 from replay_entries import entry, make
 
 from mapo_lightning.config.compose import compose
@@ -30,7 +30,6 @@ from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.types import Batch
 
 CONF = Path(__file__).parents[2] / "conf"
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 BONUS = ["world_model.bonus.beta=1.0", "world_model.bonus.queue=64"]
 JOIN = 4
 """Entries of the first episode of `experience`; six of the second follow."""
@@ -67,7 +66,7 @@ def experience(width: int, side: int) -> Batch:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("networks", NETWORKS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RSSM_METHODS)
 def test_no_belief_reaches_into_the_next_episode(method: str, networks: str) -> None:
     module, batch = finetuning(method, networks)
     world = module.world_model.eval()
@@ -87,7 +86,7 @@ def test_no_belief_reaches_into_the_next_episode(method: str, networks: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("networks", NETWORKS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RSSM_METHODS)
 def test_every_method_learns_from_joined_chunks(method: str, networks: str) -> None:
     module, batch = finetuning(method, networks)
     total, log = module.losses(batch)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import NETWORKS
+from networks import NETWORKS, RSSM_METHODS, TOKEN_METHODS
 
 from mapo_lightning.run.build import build_finetune, build_pretrain
-from tests.unit.test_methods import METHODS, small, synthetic
+from tests.unit.test_methods import configured, small, synthetic
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def started(module: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("recurrence", ["fused", "plain"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RSSM_METHODS)
 def test_a_fine_tuning_step_stays_on_its_device(
     method: str, recurrence: str, networks: str
 ) -> None:
@@ -41,7 +41,7 @@ def test_a_fine_tuning_step_stays_on_its_device(
 
 
 @pytest.mark.parametrize("networks", NETWORKS)
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "dreamerv2"])
+@pytest.mark.parametrize("method", [m for m in RSSM_METHODS if m != "dreamerv2"])
 def test_a_pre_training_step_stays_on_its_device(method: str, networks: str) -> None:
     cfg = small(method, networks, "env=toy")
     batch = {key: value.to("meta") for key, value in synthetic(cfg, 2).items()}
@@ -50,3 +50,16 @@ def test_a_pre_training_step_stays_on_its_device(method: str, networks: str) -> 
     total, _ = module.losses(batch)
     total.backward()
     assert total.device.type == "meta"
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+def test_updates_of_a_token_world_stay_on_their_device(method: str) -> None:
+    """The agent is left out: what it draws from, it looks up on the host."""
+    cfg = configured(f"method={method}", "env=toy")
+    batch = {key: value.to("meta") for key, value in synthetic(cfg, 2, steps=12).items()}
+    worlds = [build_pretrain(cfg, phase).world_model for phase in cfg.pretraining]
+    for world in [*worlds, build_finetune(cfg, 2, None)[0].world_model]:
+        assert isinstance(world, torch.nn.Module)
+        fit = world.to("meta").loss(batch)
+        fit.total.backward()
+        assert {fit.total.device.type, *(x.device.type for x in fit.log.values())} == {"meta"}

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import NETWORKS, image
+from networks import NETWORKS, RSSM_METHODS, TOKEN_METHODS, image
 
 from mapo_lightning.config.compose import compose, load_yaml
 from mapo_lightning.config.groups import Groups
+from mapo_lightning.models.token_world.world_model import TokenWorldModel
 from mapo_lightning.run.build import build_finetune, build_pretrain
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import semantic_dim
 from mapo_lightning.types import Batch
 
 CONF = Path(__file__).parents[2] / "conf"
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 ENVS = ["toy", "dmc/walker_run", "metaworld/door-open"]
 SMALL = ["world_model.bonus.neighbours=4"]
 
@@ -50,7 +50,7 @@ def synthetic(cfg: RunConfig, action_dim: int, batch: int = 2, steps: int = 7) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("networks", NETWORKS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RSSM_METHODS)
 @pytest.mark.parametrize("env", ENVS)
 def test_fine_tuning_loss_reaches_every_part_it_should(
     method: str, env: str, networks: str
@@ -78,7 +78,7 @@ def test_fine_tuning_loss_reaches_every_part_it_should(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("networks", NETWORKS)
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "dreamerv2"])
+@pytest.mark.parametrize("method", [m for m in RSSM_METHODS if m != "dreamerv2"])
 def test_pre_training_loss_reaches_every_part(method: str, networks: str) -> None:
     torch.manual_seed(0)
     cfg = small(method, networks)
@@ -91,6 +91,48 @@ def test_pre_training_loss_reaches_every_part(method: str, networks: str) -> Non
     assert torch.isfinite(fit.total)
     assert [n for n, p in module.named_parameters() if p.grad is None] == []
     assert "reward" not in fit.log
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+def test_every_phase_of_a_token_method_reaches_its_parts(method: str) -> None:
+    torch.manual_seed(0)
+    cfg = configured(f"method={method}", "env=toy")
+    batch = synthetic(cfg, 2, steps=9)
+    for key in ("action", "reward", "is_terminal"):
+        del batch[key]
+    for phase, expected in (("tokenizer", {"tokenizer"}), ("pretrain", {"predictor"})):
+        module = build_pretrain(cfg, phase)
+        module.losses(batch)[0].backward()
+        moved = {n.split(".")[1] for n, p in module.named_parameters() if p.grad is not None}
+        assert moved == expected
+        assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+    module, _ = build_finetune(cfg, 2, None)
+    assert isinstance(module.world_model, TokenWorldModel)
+    said = module.world_model.cfg
+    published = [said.late_reward, said.blind_policy, said.dream_dropout, said.codes_in_clip]
+    assert published == [method == "ivideogpt"] * 4
+    assert said.phrases == ("semantic" in method)
+    module.losses(synthetic(cfg, 2, steps=12))[0].backward()
+    found = {n for n, part in module.world_model.parts().items() if _moved(part)}
+    assert found == {"tokenizer", "transformer", "control", *["phrases"] * said.phrases}
+
+
+def _moved(part: torch.nn.Module) -> bool:
+    return any(p.grad is not None and bool(p.grad.any()) for p in part.parameters())
+
+
+def test_the_published_sizes_of_ivideogpt() -> None:
+    with torch.device("meta"):
+        cfg = configured("method=ivideogpt_fixed", "size=paper", "env=dmc/walker_run",
+                         "token_world.lpips=false")  # fmt: skip
+        module, _ = build_finetune(cfg, 4, None)
+    parts = module.world_model.parts()
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    assert counts == {"tokenizer": 114_159_174, "transformer": 138_434_304, "control": 3840 + 769}
+    assert module.world_model.predictor.layout.length(10) == 683
+    groups = {g["name"]: g["lr"] for g in module.configure_optimizers().param_groups}
+    assert groups == {"lower": 1e-4, "model": 1e-4}
+    assert (module.agent.cfg.updates, cfg.finetune.train_every) == (10, 5)
 
 
 def test_the_actor_loss_leaves_world_model_and_critics_alone() -> None:
@@ -106,7 +148,7 @@ def test_the_actor_loss_leaves_world_model_and_critics_alone() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("networks", NETWORKS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RSSM_METHODS)
 def test_dreams_have_the_shape_of_the_truth(method: str, networks: str) -> None:
     cfg = small(method, networks, "env=toy")
     module, _ = build_finetune(cfg, 2, None)
@@ -141,6 +183,8 @@ def test_every_choice_composes_and_says_what_it_is(group: str, name: str) -> Non
     words = [f"{group}={name}"]
     if words == ["vlm=openai_server"]:
         words.append("vlm.server.base_url=http://127.0.0.1:8000/v1")
+    if words == ["agent=mbpo"]:
+        words.append("method=ivideogpt")
     cfg = configured(*words)
     assert cfg.finetune.updates(1) > 0
     file, _, variant = name.partition("/")

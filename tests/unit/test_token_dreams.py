@@ -12,12 +12,12 @@ from torch import Tensor
 from mapo_lightning.models.interfaces import Belief
 from mapo_lightning.models.scalar_outputs import symexp, symlog
 from mapo_lightning.models.token_world.belief import StackedFrames, stacked
+from mapo_lightning.models.token_world.frame_predictor import Told
 from mapo_lightning.models.token_world.settings import (
     TokenizerConfig,
     TokenWorldConfig,
-    TransformerConfig,
 )
-from mapo_lightning.models.token_world.world_model import TokenWorldModel
+from mapo_lightning.models.token_world.world_model import Phase, TokenWorldModel
 from mapo_lightning.types import Batch, ConfigError
 
 A = 2
@@ -39,8 +39,9 @@ def experience(time: int, batch: int = 2) -> Batch:
 def driven(world: TokenWorldModel) -> TokenWorldModel:
     """With actions that change something: at first their weights are zero."""
     torch.manual_seed(3)
-    assert world.predictor.transformer.action is not None
-    torch.nn.init.normal_(world.predictor.transformer.action.weight)
+    assert world.predictor is not None
+    assert world.predictor.control is not None
+    torch.nn.init.normal_(world.predictor.control.action.weight)
     return world
 
 
@@ -76,14 +77,14 @@ def test_an_action_drives_the_frame_that_it_leads_to() -> None:
     world = driven(token_world(A)).eval()
     batch = experience(6)
     tokens, _ = world.tokenizer.tokenize(batch["obs"].movedim(-1, 2).float() / 255)
-    taken = torch.nn.functional.pad(batch["action"][:, 1:], (0, 0, 0, 1))
+    assert world.predictor is not None
     layout = world.predictor.layout
     mark = layout.first_mark + 2 * (layout.future_tokens + 1)  # before frame 4
     assert int(tokens[0, mark]) == layout.future_follows
-    before = world.predictor(tokens, taken).logits
+    before = world.predictor(tokens, batch["action"][:, 2:]).logits
     other = batch["action"].clone()
     other[:, 4] += 1.0
-    after = world.predictor(tokens, torch.nn.functional.pad(other[:, 1:], (0, 0, 0, 1))).logits
+    after = world.predictor(tokens, other[:, 2:]).logits
     changed = (before - after).abs().amax(dim=(0, 2)) > 1e-6
     assert not changed[:mark].any()
     assert changed[mark]
@@ -100,11 +101,11 @@ def test_an_action_drives_the_frame_that_it_leads_to() -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_rewards_are_learned_where_they_are_received(late: bool) -> None:
-    world = token_world(A, late_reward=late, learn="transformer").eval()
+    world = token_world(A, late_reward=late).eval()
     batch = experience(6)
     tokens, _ = world.tokenizer.tokenize(batch["obs"].movedim(-1, 2).float() / 255)
-    taken = torch.nn.functional.pad(batch["action"][:, 1:], (0, 0, 0, 1))
-    said = world.predictor(tokens, taken).reward
+    assert world.predictor is not None
+    said = world.predictor(tokens, batch["action"][:, 2:]).reward
     assert said is not None
     right = symlog(batch["reward"])
     expected = (
@@ -124,6 +125,7 @@ def test_the_tokenizer_learns_in_every_fourth_update() -> None:
         world.loss(batch).total.backward()
         grad = world.tokenizer.before_codes.weight.grad
         learned.append(grad is not None and bool(grad.any()))
+        assert world.predictor is not None
         assert world.predictor.transformer.head.weight.grad is not None
     assert learned == [True, False, False, False, True]
     assert world.tokenizer.future_codes.codes.grad is None
@@ -137,12 +139,20 @@ def test_the_tokenizer_learns_in_every_fourth_update() -> None:
 
 def test_phases_of_pre_training_learn_what_they_should() -> None:
     batch = {key: value for key, value in experience(8).items() if key in ("obs", "is_first")}
-    for learn, part in (("tokenizer", "tokenizer"), ("transformer", "predictor")):
-        world = token_world(None, learn=learn)
+    phases: tuple[Phase, ...] = ("tokenizer", "transformer")
+    for learn in phases:
+        world = token_world(None, learn)
         world.loss(batch).total.backward()
         for name, module in world.parts().items():
             moved = any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
-            assert moved == (name == part), (learn, name)
+            assert moved == (name == learn), (learn, name)
+        learning = {id(p) for group in world.groups().values() for p in group}
+        assert learning == {id(p) for p in world.parameters() if p.requires_grad}
+    # Nothing predicts in the tokenizer's phase: a film is its frames, drawn from their own tokens.
+    world = token_world(None, "tokenizer").eval()
+    drawn = world.tokenizer(batch["obs"].movedim(-1, 2).float() / 255)
+    expected = torch.cat([drawn.context, drawn.future], dim=1).clamp(0, 1).movedim(2, -1)
+    torch.testing.assert_close(world.open_loop(batch, seen=5), expected)
 
 
 def test_a_dream_is_the_open_loop_of_the_same_actions() -> None:
@@ -180,9 +190,10 @@ def test_a_dream_goes_on_where_positions_end() -> None:
 
 def test_rewards_of_a_dream_are_in_units_of_the_environment() -> None:
     world = token_world(A, temperature=0.0)
-    assert world.predictor.transformer.reward is not None
-    torch.nn.init.zeros_(world.predictor.transformer.reward.weight)
-    torch.nn.init.constant_(world.predictor.transformer.reward.bias, -2.0)
+    assert world.predictor is not None
+    assert world.predictor.control is not None
+    torch.nn.init.zeros_(world.predictor.control.reward.weight)
+    torch.nn.init.constant_(world.predictor.control.reward.bias, -2.0)
     dream = world.imagine(world.observe(experience(3)).at(2), constant(torch.zeros(2, 3, A)), 3)
     assert dream.reward[0].tolist() == [0.0, 0.0]
     torch.testing.assert_close(dream.reward[1:], symexp(torch.full((3, 2), -2.0)))
@@ -211,7 +222,159 @@ def test_what_the_released_code_does_in_dreams_can_be_asked_for() -> None:
 def test_codes_stay_as_they_are_in_control() -> None:
     frozen = {name for name, p in token_world(A).named_parameters() if not p.requires_grad}
     assert frozen == {"tokenizer.context_codes.codes", "tokenizer.future_codes.codes"}
-    assert all(p.requires_grad for p in token_world(None).parameters())
+    assert all(p.requires_grad for p in token_world(None, "tokenizer").parameters())
+    learning = {name for name, p in token_world(None, "transformer").named_parameters()
+                if p.requires_grad}  # fmt: skip
+    assert {name.partition(".")[0] for name in learning} == {"predictor"}
+
+
+def test_an_update_learns_from_as_many_clips_as_it_should() -> None:
+    batch = experience(6, batch=5)
+    world, whole = token_world(A, clips=2).eval(), token_world(A, clips=16).eval()
+    whole.load_state_dict(world.state_dict())
+    first = {key: value[:2] for key, value in batch.items()}
+    found = world.loss(batch)
+    assert found.log["tokens"] == whole.loss(first).log["tokens"]
+    assert found.log["tokens"] != whole.loss(batch).log["tokens"]
+    assert isinstance(found.belief, StackedFrames)
+    assert found.belief.frames.shape[:2] == (5, 6)  # the agent learns from all
+
+
+def test_gradients_of_frozen_codes_add_up_where_the_released_code_counts_them() -> None:
+    world, mended = token_world(A, codes_in_clip=True), token_world(A)
+    batch = experience(6)
+    for _ in range(2):
+        for x in world.groups()["lower"]:
+            x.grad = None
+        world.updates = 0
+        torch.manual_seed(0)
+        world.loss(batch).total.backward()
+    counted = world.clipped_along()["lower"]
+    assert [x is y for x, y in zip(counted, world._codes, strict=True)] == [True, True]
+    grad = world.tokenizer.future_codes.codes.grad
+    assert grad is not None
+    once = torch.autograd.grad(_again(world, batch), world.tokenizer.future_codes.codes)[0]
+    torch.testing.assert_close(grad, 2 * once)
+    held = {id(x) for group in world.groups().values() for x in group}
+    assert not any(id(x) in held for x in counted)  # no optimiser moves them
+    assert mended.clipped_along() == {}
+
+
+def _again(world: TokenWorldModel, batch: Batch) -> Tensor:
+    world.updates = 0
+    torch.manual_seed(0)
+    return world.loss(batch).total
+
+
+V = 6
+
+
+def told_batch(time: int = 8) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    known = torch.rand(2, time, generator=generator) > 0.3
+    return experience(time) | {
+        "semantic": torch.randn(2, time, V, generator=generator) * known[..., None],
+        "has_semantic": known,
+    }
+
+
+def speaking(action_dim: int | None, learn: Phase, **words: object) -> TokenWorldModel:
+    """With phrases that change something: at first their weights are zero."""
+    torch.manual_seed(4)
+    world = token_world(action_dim, learn, V, phrases=True, **words)
+    assert world.predictor is not None
+    assert world.predictor.phrases is not None
+    torch.nn.init.normal_(world.predictor.phrases.put.weight)
+    return world
+
+
+def test_a_phrase_drives_the_frame_that_it_leads_to() -> None:
+    batch = told_batch()
+    batch["has_semantic"][:] = True
+    world = speaking(None, "transformer").eval()
+    assert world.predictor is not None
+    tokens, _ = world.tokenizer.tokenize(batch["obs"].movedim(-1, 2).float() / 255)
+    layout, shown = world.predictor.layout, batch["semantic"][:, 2:]
+    known = torch.ones(2, 6, dtype=torch.bool)
+    before = world.predictor(tokens, None, Told(shown, known)).logits
+    other = shown.clone()
+    other[:, 3] += 1.0
+    after = world.predictor(tokens, None, Told(other, known)).logits
+    slot = layout.first_mark + 3 * (layout.future_tokens + 1)
+    assert torch.equal(before[:, :slot], after[:, :slot])
+    assert not torch.equal(before[:, slot], after[:, slot])
+    # Where there is none, the slot is what pre-training without phrases leaves there.
+    nothing = world.predictor(tokens, None, Told(shown, ~known)).logits
+    assert torch.equal(nothing, world.predictor(tokens).logits)
+    # A fresh one changes nothing either, whatever is said.
+    assert world.predictor.phrases is not None
+    torch.nn.init.zeros_(world.predictor.phrases.put.weight)
+    assert torch.equal(world.predictor(tokens, None, Told(shown, known)).logits, nothing)
+
+
+def test_the_guess_of_a_phrase_is_made_before_it_is_told() -> None:
+    world, batch = speaking(A, "both").eval(), told_batch()
+    assert world.predictor is not None
+    assert world.predictor.phrases is not None
+    assert world.predictor.control is not None
+    assert world.predictor.control.intend is not None
+    torch.nn.init.normal_(world.predictor.control.intend.weight)
+    tokens, _ = world.tokenizer.tokenize(batch["obs"].movedim(-1, 2).float() / 255)
+    action, told = (
+        batch["action"][:, 2:],
+        Told(batch["semantic"][:, 2:], batch["has_semantic"][:, 2:]),
+    )
+    first = world.predictor(tokens, action, told).semantic
+    later = told._replace(semantic=told.semantic + 1.0, known=torch.ones_like(told.known))
+    other = world.predictor(tokens, action, later).semantic
+    assert first is not None
+    assert other is not None
+    assert torch.equal(first[:, 0], other[:, 0])
+    assert not torch.equal(first[:, 1], other[:, 1])  # what was told before is known by then
+    moved = action.clone()
+    moved[:, 0] += 1.0
+    driven = world.predictor(tokens, moved, told).semantic
+    assert driven is not None
+    assert not torch.equal(first[:, 0], driven[:, 0])
+    away = (first - told.semantic).square().sum(-1)
+    expected = away[told.known].mean()
+    torch.testing.assert_close(world.loss(batch).log["phrase"], expected)
+
+
+def test_phrases_are_left_out_while_learning_only() -> None:
+    batch = told_batch()
+    for share, same in ((0.0, True), (1.0, False)):
+        world = speaking(None, "transformer", phrase_dropout=share)
+        world.cfg.transformer.dropout = 0.0
+        assert world.predictor is not None
+        for layer in world.predictor.transformer.layers:
+            layer.dropout = 0.0
+        learning, judged = world.train().loss(batch).log, world.eval().loss(batch).log
+        assert torch.equal(learning["tokens"], judged["tokens"]) == same
+    untold = world.eval().loss(batch | {"has_semantic": torch.zeros(2, 8, dtype=torch.bool)})
+    torch.testing.assert_close(untold.log["tokens"], learning["tokens"])
+    assert float(untold.log["phrase"]) == 0.0
+
+
+def test_a_dream_follows_its_phrases_or_guesses_them() -> None:
+    batch = told_batch()
+    batch["has_semantic"][:] = True
+    world = speaking(None, "transformer", temperature=0.0)
+    told = world.open_loop(batch, seen=3)
+    untold = world.open_loop(batch | {"has_semantic": ~batch["has_semantic"]}, seen=3)
+    assert torch.equal(told[:, :3], untold[:, :3])
+    assert not torch.equal(told[:, 3:], untold[:, 3:])
+    # In control nobody tells what will happen: the guess takes the phrase's place.
+    world = speaking(A, "both", temperature=0.0)
+    assert world.predictor is not None
+    assert world.predictor.phrases is not None
+    start = world.observe(batch).at(4)
+    actions = constant(batch["action"][:, 5:])
+    dreams = [world.imagine(start, actions, 3).feat]
+    with torch.no_grad():
+        world.predictor.phrases.say.bias += 3.0  # another guess
+    dreams.append(world.imagine(start, actions, 3).feat)
+    assert not torch.equal(*dreams)
 
 
 def test_a_belief_of_another_model_is_refused() -> None:
@@ -229,7 +392,6 @@ def test_a_belief_of_another_model_is_refused() -> None:
     [
         ({"stacked": 1}, "stacked must be at least context_frames=2"),
         ({"temperature": -1.0}, "temperature must not be negative"),
-        ({"transformer": TransformerConfig(positions=530)}, "positions must hold the context and"),
         ({"top": 0}, "top must be at least 1"),
     ],
 )

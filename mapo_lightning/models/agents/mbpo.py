@@ -29,7 +29,7 @@ from mapo_lightning.models.blocks import mean_over_ranks
 from mapo_lightning.models.interfaces import AgentLoss, Belief, Fit, WorldModel
 from mapo_lightning.models.token_world.belief import StackedFrames
 from mapo_lightning.models.token_world.world_model import TokenWorldModel
-from mapo_lightning.types import Batch, ConfigError
+from mapo_lightning.types import Batch, CheckpointError, ConfigError
 
 
 class MBPOAgent(nn.Module):
@@ -41,12 +41,15 @@ class MBPOAgent(nn.Module):
         cfg: Behaviour learning.
         world_model: The model to dream in; one that dreams in pictures.
         action_dim: Width A of an action.
+        steps: Agent steps made before it acts, for the schedule of its noise.
 
     Raises:
         ConfigError: The world model does not dream in pictures.
     """
 
-    def __init__(self, cfg: MBPOConfig, world_model: WorldModel, action_dim: int) -> None:
+    def __init__(
+        self, cfg: MBPOConfig, world_model: WorldModel, action_dim: int, steps: int = 0
+    ) -> None:
         super().__init__()
         if not isinstance(world_model, TokenWorldModel):
             raise ConfigError(
@@ -66,7 +69,7 @@ class MBPOAgent(nn.Module):
         rate, decay = cfg.rate, cfg.weight_decay
         self.critic_optimizer = torch.optim.Adam(seeing, rate, weight_decay=decay)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), rate, weight_decay=decay)
-        self.steps = self.updates = 0
+        self.steps, self.updates = steps, 0
         self.dreams: list[_Dreams] = []
 
     @property
@@ -217,11 +220,21 @@ class MBPOAgent(nn.Module):
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take them up again."""
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
-        self.steps, self.updates = int(state["steps"]), int(state["updates"])
-        self.dreams = [_Dreams(*one) for one in state["dreams"]]
+        """Take them up again.
+
+        Raises:
+            CheckpointError: They are not what `get_extra_state` gives.
+        """
+        try:
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+            self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+            self.steps, self.updates = int(state["steps"]), int(state["updates"])
+            self.dreams = [_Dreams(*one) for one in state["dreams"]]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"the agent's own state in this checkpoint is damaged ({error!r:.100}): take an "
+                "earlier one from the same folder"
+            ) from error
 
 
 class _Dreams(NamedTuple):

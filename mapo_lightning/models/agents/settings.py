@@ -2,67 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mapo_lightning.models.settings import ScalarKind
 from mapo_lightning.types import ConfigError, check_at_least
-
-
-@dataclass
-class AgentConfig:
-    """Behaviour learning (facts 4)."""
-
-    kind: Literal["dreamer"] = "dreamer"
-    """Dreamer's actor-critic, which learns inside the dream only. Its other settings are those of
-    DreamerV2; agent=dreamerv3 changes them to those of DreamerV3."""
-    horizon: int = 15
-    """Number of imagined steps from every replayed state."""
-    discount: float = 0.99
-    """γ per agent step."""
-    lam: float = 0.95
-    """λ of the critic's target."""
-    entropy: float = 1e-4
-    """Weight η of the policy's entropy in eq. (5), per nat."""
-    explore_noise: float = 0.0
-    """Standard deviation of normal noise added to actions while collecting, in units of the action
-    range [-1, 1]; the published systems rely on the policy's own samples."""
-    greedy: Literal["mode", "mean"] = "mode"
-    """Action in evaluation: the policy's mode, as published, or its mean. The mode of a policy that
-    is still wide often lies at the edge of the range."""
-    critic: ScalarKind = "normal"
-    """How the critic says a value: as the mean of a unit normal, or by weights of 255 fixed values
-    on a symlog scale, as in DreamerV3."""
-    target_every: int = 100
-    """Updates between two steps of the slow critic towards the critic."""
-    target_rate: float = 1.0
-    """How far it goes each time, in (0, 1]: 1 copies the critic; DreamerV3 goes 0.02 of the way
-    after every update."""
-    bootstrap: Literal["slow", "fast"] = "slow"
-    """Whose values the targets use: the slow critic's, or the critic's own (DreamerV3)."""
-    slow_weight: float = 0.0
-    """Weight of the term that holds the critic to the slow critic's values: 1 in DreamerV3."""
-    normalise: Literal["none", "percentile"] = "none"
-    """percentile: divide what the actor gains by the range of its imagined returns, from the 5th to
-    the 95th percentile, if that is above 1 (DreamerV3). The entropy's weight then means the same
-    in every task."""
-    gradient: Literal["dynamics", "reinforce"] = "dynamics"
-    """How the actor learns of a return: by gradients through the dream, as published for
-    continuous actions, or by the likelihood of its actions (DreamerV3)."""
-
-    def __post_init__(self) -> None:
-        if self.horizon < 2:
-            raise ConfigError(f"horizon must be at least 2, got {self.horizon}")
-        for name in ("discount", "lam"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("entropy", "explore_noise", "slow_weight"):
-            if getattr(self, name) < 0.0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.target_every < 1:
-            raise ConfigError(f"target_every must be at least 1, got {self.target_every}")
-        if not 0.0 < self.target_rate <= 1.0:
-            raise ConfigError(f"target_rate must lie in (0, 1], got {self.target_rate}")
 
 
 @dataclass
@@ -129,3 +73,63 @@ class MBPOConfig:
         for name in ("rate", "weight_decay", "noise_start", "noise_end", "noise_limit"):
             if getattr(self, name) < 0.0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass
+class AgentConfig:
+    """Behaviour learning (facts 4)."""
+
+    kind: Literal["dreamer", "mbpo"] = "dreamer"
+    """dreamer: Dreamer's actor-critic, which learns inside the dream only. Its settings below are
+    those of DreamerV2; agent=dreamerv3 changes them to those of DreamerV3. mbpo: DrQ-v2, which
+    learns from real and dreamt pictures; its settings are in agent.mbpo."""
+    horizon: int = 15
+    """Number of imagined steps from every replayed state."""
+    discount: float = 0.99
+    """γ per agent step."""
+    lam: float = 0.95
+    """λ of the critic's target."""
+    entropy: float = 1e-4
+    """Weight η of the policy's entropy in eq. (5), per nat."""
+    explore_noise: float = 0.0
+    """Standard deviation of normal noise added to actions while collecting, in units of the action
+    range [-1, 1]; the published systems rely on the policy's own samples."""
+    greedy: Literal["mode", "mean"] = "mode"
+    """Action in evaluation: the policy's mode, as published, or its mean. The mode of a policy that
+    is still wide often lies at the edge of the range."""
+    critic: ScalarKind = "normal"
+    """How the critic says a value: as the mean of a unit normal, or by weights of 255 fixed values
+    on a symlog scale, as in DreamerV3."""
+    target_every: int = 100
+    """Updates between two steps of the slow critic towards the critic."""
+    target_rate: float = 1.0
+    """How far it goes each time, in (0, 1]: 1 copies the critic; DreamerV3 goes 0.02 of the way
+    after every update."""
+    bootstrap: Literal["slow", "fast"] = "slow"
+    """Whose values the targets use: the slow critic's, or the critic's own (DreamerV3)."""
+    slow_weight: float = 0.0
+    """Weight of the term that holds the critic to the slow critic's values: 1 in DreamerV3."""
+    normalise: Literal["none", "percentile"] = "none"
+    """percentile: divide what the actor gains by the range of its imagined returns, from the 5th to
+    the 95th percentile, if that is above 1 (DreamerV3). The entropy's weight then means the same
+    in every task."""
+    gradient: Literal["dynamics", "reinforce"] = "dynamics"
+    """How the actor learns of a return: by gradients through the dream, as published for
+    continuous actions, or by the likelihood of its actions (DreamerV3)."""
+
+    mbpo: MBPOConfig = field(default_factory=MBPOConfig)
+    """DrQ-v2 on real and imagined experience."""
+
+    def __post_init__(self) -> None:
+        if self.horizon < 2:
+            raise ConfigError(f"horizon must be at least 2, got {self.horizon}")
+        for name in ("discount", "lam"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("entropy", "explore_noise", "slow_weight"):
+            if getattr(self, name) < 0.0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.target_every < 1:
+            raise ConfigError(f"target_every must be at least 1, got {self.target_every}")
+        if not 0.0 < self.target_rate <= 1.0:
+            raise ConfigError(f"target_rate must lie in (0, 1], got {self.target_rate}")

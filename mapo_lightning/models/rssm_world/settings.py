@@ -194,6 +194,10 @@ class BonusConfig:
 class WorldModelConfig:
     """The plugs and sizes of the world model (docs/methods.md has the table)."""
 
+    kind: Literal["rssm", "tokens"] = "rssm"
+    """rssm: recurrent state-space models, which the keys below are of. tokens: iVideoGPT's
+    transformer over the tokens of frames, which has its settings in token_world; of the keys below
+    it reads image.size only."""
     recurrence: Literal["fused", "plain"] = "fused"
     """How the state-space models run: with a backward pass through time written by hand, or as the
     plain loop that specifies it. The results are equal within rounding."""

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapo_lightning.models.token_world.tokenizer import Tokenizer
 from mapo_lightning.models.token_world.transformer import TokenTransformer
+from mapo_lightning.models.token_world.world_model import TokenWorldModel
 from mapo_lightning.types import CheckpointError
 
 # Applied one after the other to our name of a tensor.
@@ -59,14 +63,43 @@ _TRANSFORMER = (
 )
 
 
-def published_names(model: Tokenizer | TokenTransformer) -> dict[str, str]:
-    """Our name of every tensor -> its name in the published file.
+TOKENIZER, TRANSFORMER = "tokenizer", "transformer"
+"""Folders of the published weights."""
+_FILES = {
+    TOKENIZER: "diffusion_pytorch_model.safetensors",
+    TRANSFORMER: "model.safetensors",
+}
 
-    The action's and the reward's layers are ours alone: the published weights know no actions.
+
+def is_published(path: Path) -> bool:
+    """Whether a path is a folder of published weights, laid out as on the hub."""
+    return all((path / folder / file).is_file() for folder, file in _FILES.items())
+
+
+def load_folder(world_model: TokenWorldModel, path: Path) -> tuple[str, ...]:
+    """Fill tokenizer and transformer from a folder of published weights; returns their names.
+
+    Raises:
+        CheckpointError: A file is damaged, or holds another model.
     """
+    parts = world_model.parts()
+    loaded = tuple(name for name in _FILES if name in parts)
+    for name in loaded:
+        part, file = parts[name], path / name / _FILES[name]
+        assert isinstance(part, Tokenizer | TokenTransformer)
+        try:
+            stored = load_file(file)
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"'{file}' cannot be read ({reason}): copy it again") from error
+        load_published(part, stored, str(file))
+    return loaded
+
+
+def published_names(model: Tokenizer | TokenTransformer) -> dict[str, str]:
+    """Our name of every tensor -> its name in the published file."""
     if isinstance(model, TokenTransformer):
-        ours = [n for n in model.state_dict() if not n.startswith(("action.", "reward."))]
-        return {name: _renamed(name, _TRANSFORMER) for name in ours}
+        return {name: _renamed(name, _TRANSFORMER) for name in model.state_dict()}
     crossed = list(model.future_encoder.cross)  # ours are called by level, theirs are counted
     names = {}
     for name in model.state_dict():
@@ -85,7 +118,7 @@ def load_published(
     """Fill a model with published weights.
 
     Args:
-        model: Of the published sizes; layers for actions and rewards stay as they are.
+        model: Of the published sizes.
         stored: What is in the published file.
         origin: Its name, for messages.
 
@@ -95,7 +128,7 @@ def load_published(
     names = published_names(model)
     _check(model, names, stored, origin)
     found = {ours: stored[theirs] for ours, theirs in names.items()}
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(found)
 
 
 def _check(

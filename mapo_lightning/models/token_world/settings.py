@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -95,12 +96,35 @@ class TokenWorldConfig:
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    learn: Literal["tokenizer", "transformer", "both"] = "both"
-    """What a batch teaches: pre-training has a phase for each, control learns both."""
-    tokenizer_every: int = 4
-    """Where both learn, the tokenizer does in one of so many updates."""
+    error: Literal["absolute", "squared"] = "absolute"
+    """How the tokenizer's pictures are compared with the truth: by the mean absolute error, as
+    published, or by ten times the mean squared error. Without `lpips`, small things that move are
+    not drawn for the sake of the former: a grey picture is right in most places."""
+    lpips: bool = True
+    """Train the tokenizer with LPIPS too, which needs `vgg`; without it, it draws blurred textures.
+    A deviation where it is off (facts 7.5)."""
+    vgg: str = ""
+    """File with VGG16's weights, torchvision's ``vgg16-397923af.pth``; nothing is downloaded."""
+    pretrain_frames: int = 6
+    """Frames of a clip after its context, drawn at random, that one update of the tokenizer looks
+    at in pre-training."""
     tokenizer_frames: int = 5
-    """Future frames of a clip, drawn at random, that one update of the tokenizer looks at."""
+    """The same in fine-tuning."""
+    tokenizer_every: int = 4
+    """In fine-tuning, the tokenizer learns in one of so many updates."""
+    rate: float = 1e-4
+    """Learning rate of tokenizer and transformer in fine-tuning, which method=ivideogpt gives to
+    finetune.lr_model and finetune.lr_lower."""
+    clips: int = 16
+    """In fine-tuning, chunks of a batch that this model learns from; the agent gets all."""
+    codes_in_clip: bool = False
+    """Count the gradients of the frozen codes when those of the tokenizer are clipped, and never
+    clear them, as the released code does."""
+    phrases: bool = False
+    """Put the phrase of the way to each frame into the slot that pre-training leaves empty, and
+    learn to guess it for dreams. Ours, not iVideoGPT's."""
+    phrase_dropout: float = 0.2
+    """Share of phrases that are left out while learning, in [0, 1]."""
     stacked: int = 3
     """Frames that a belief holds; the last of them are a dream's context."""
     temperature: float = 1.0
@@ -115,7 +139,12 @@ class TokenWorldConfig:
     """Drop attention weights in dreams too, as the released code does."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, tokenizer_every=1, tokenizer_frames=1, top=1)
+        check_at_least(self, tokenizer_every=1, tokenizer_frames=1, pretrain_frames=1)
+        check_at_least(self, clips=1, top=1)
+        if not 0.0 < self.rate < math.inf:
+            raise ConfigError(f"rate must be positive and finite, got {self.rate}")
+        if not 0.0 <= self.phrase_dropout <= 1.0:
+            raise ConfigError(f"phrase_dropout must lie in [0, 1], got {self.phrase_dropout}")
         if self.stacked < self.tokenizer.context_frames:
             raise ConfigError(
                 f"stacked must be at least context_frames={self.tokenizer.context_frames}, so that "
@@ -123,12 +152,19 @@ class TokenWorldConfig:
             )
         if self.temperature < 0.0:
             raise ConfigError(f"temperature must not be negative, got {self.temperature}")
+
+    def check_room(self) -> None:
+        """See that sequences fit: the tokenizer's size follows that of all pictures.
+
+        Raises:
+            ConfigError: There are too few positions.
+        """
         room = self.transformer.positions - self.tokenizer.context_frames * (
             self.tokenizer.context_tokens + 1
         )
         if room < self.tokenizer.future_tokens + 1:
             raise ConfigError(
-                f"positions must hold the context and one frame, "
+                f"token_world.transformer.positions must hold the context and one frame, "
                 f"{self.transformer.positions - room + self.tokenizer.future_tokens + 1} tokens, "
                 f"got {self.transformer.positions}"
             )

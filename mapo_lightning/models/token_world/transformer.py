@@ -1,6 +1,6 @@
-"""A causal transformer over tokens, with actions put in and rewards read out.
+"""A causal transformer over tokens.
 
-Shapes: B sequences, L tokens, D width, H heads, V vocabulary, A action, T future frames.
+Shapes: B sequences, L tokens, D width, H heads, V vocabulary.
 
 Source: LLaMA, arXiv:2302.13971; iVideoGPT, arXiv:2405.15223; facts 7.5, 7.6.
 """
@@ -89,12 +89,11 @@ class TokenTransformer(nn.Module):
     Args:
         cfg: Sizes.
         vocabulary: Number V of tokens.
-        action_dim: Width A of an action; None: no actions and no rewards, as in pre-training.
     """
 
     rotation: Tensor
 
-    def __init__(self, cfg: TransformerConfig, vocabulary: int, action_dim: int | None) -> None:
+    def __init__(self, cfg: TransformerConfig, vocabulary: int) -> None:
         super().__init__()
         self.cfg = cfg
         self.embedding = nn.Embedding(vocabulary, cfg.width)
@@ -104,12 +103,6 @@ class TokenTransformer(nn.Module):
         for part in self.modules():
             if isinstance(part, nn.Linear | nn.Embedding):
                 nn.init.normal_(part.weight, std=0.02)
-        self.action = self.reward = None
-        if action_dim is not None:
-            self.action = nn.Linear(action_dim, cfg.width)
-            nn.init.zeros_(self.action.weight)  # at first an action changes nothing
-            nn.init.zeros_(self.action.bias)
-            self.reward = nn.Linear(cfg.width, 1)
         self.register_buffer("rotation", _rotations(cfg), persistent=False)
 
     def empty_cache(self, batch: int) -> Cache:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,14 @@ from mapo_lightning.models.objective import check_scales, weigh
 from mapo_lightning.models.scalar_outputs import symexp, symlog
 from mapo_lightning.models.settings import ObjectiveConfig
 from mapo_lightning.models.token_world.belief import StackedFrames, stacked
-from mapo_lightning.models.token_world.frame_predictor import FramePredictor
+from mapo_lightning.models.token_world.frame_predictor import FramePredictor, Told
+from mapo_lightning.models.token_world.perceptual import PerceptualDistance
 from mapo_lightning.models.token_world.settings import TokenWorldConfig
 from mapo_lightning.models.token_world.tokenizer import Tokenizer
 from mapo_lightning.types import Batch
 
-_DRAWING = ("context", "future", "codes")
-"""Loss terms of the tokenizer."""
+Phase: TypeAlias = Literal["tokenizer", "transformer", "both"]
+"""What a batch teaches: pre-training has a phase for each, control learns both."""
 
 
 class TokenWorldModel(nn.Module):
@@ -39,32 +41,61 @@ class TokenWorldModel(nn.Module):
     Args:
         cfg: Sizes, and what the released code does differently.
         objective: Loss weights of the stage.
-        action_dim: Width A of the environment's action; None builds the pre-training model, without
+        action_dim: Width A of the environment's action; None builds a pre-training model, without
             actions and rewards.
+        learn: What a batch teaches. There is no transformer in the tokenizer's own phase.
+        semantic_dim: Width V of a semantic vector; read where ``cfg.phrases`` asks for phrases.
+        looks: Says how different pictures look; needed where ``cfg.lpips`` asks for LPIPS.
+
+    Raises:
+        ConfigError: There are too few positions, or a loss term has no weight.
     """
 
     def __init__(
-        self, cfg: TokenWorldConfig, objective: ObjectiveConfig, action_dim: int | None
+        self,
+        cfg: TokenWorldConfig,
+        objective: ObjectiveConfig,
+        action_dim: int | None,
+        learn: Phase = "both",
+        semantic_dim: int = 0,
+        looks: PerceptualDistance | None = None,
     ) -> None:
         super().__init__()
-        self.cfg, self.objective = cfg, objective
+        cfg.check_room()
+        self.cfg, self.objective, self.learn = cfg, objective, learn
         self.tokenizer = Tokenizer(cfg.tokenizer)
-        self.predictor = FramePredictor(cfg.transformer, cfg.tokenizer, action_dim)
-        if action_dim is not None:
-            # In control the codes stay as they are: the transformer knows them by their number.
-            for book in (self.tokenizer.context_codes, self.tokenizer.future_codes):
-                book.requires_grad_(False)
+        self.predictor = None
+        if learn != "tokenizer":
+            width = semantic_dim if cfg.phrases else None
+            sizes = cfg.transformer, cfg.tokenizer
+            self.predictor = FramePredictor(*sizes, action_dim, width)
+        if learn == "transformer":
+            self.tokenizer.requires_grad_(False)
+        elif learn == "both" and not cfg.codes_in_clip:
+            for codes in self._codes:
+                codes.requires_grad_(False)
+        self._looks = (looks,)  # in a tuple, so that it is no part: a checkpoint is without it
         self.feat_dim = cfg.stacked * 3 * cfg.tokenizer.size**2
         self.updates = 0
         check_scales(self._terms(), objective.scales)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @property
+    def _codes(self) -> list[nn.Parameter]:
+        """Both codebooks; control leaves them alone, as the transformer knows codes by number."""
+        return [self.tokenizer.context_codes.codes, self.tokenizer.future_codes.codes]
+
+    @property
+    def _drawing_terms(self) -> list[str]:
+        return ["context", "future", "codes", *["lpips"] * self.cfg.lpips]
+
     def _terms(self) -> list[str]:
         """Names of the loss terms."""
-        names = [] if self.cfg.learn == "transformer" else [*_DRAWING]
-        if self.cfg.learn != "tokenizer":
+        names = [] if self.learn == "transformer" else self._drawing_terms
+        if self.predictor is not None:
             names += ["tokens"]
-            names += [] if self.predictor.transformer.reward is None else ["reward"]
+            names += [] if self.predictor.control is None else ["reward"]
+            names += [] if self.predictor.phrases is None else ["phrase"]
         return names
 
     def observe(self, batch: Batch, start: Belief | None = None) -> StackedFrames:
@@ -82,52 +113,83 @@ class TokenWorldModel(nn.Module):
 
         The first K frames of a clip are its context. A clip must not reach into another episode.
         """
+        belief = self.observe(batch)
+        if self.learn == "both":
+            batch = {key: x[: self.cfg.clips] for key, x in batch.items()}
         frames = _pictures(batch["obs"])
         terms: dict[str, Tensor] = {}
-        if self.cfg.learn != "transformer":
-            due = self.cfg.learn == "tokenizer" or self.updates % self.cfg.tokenizer_every == 0
+        if self.learn != "transformer":
+            due = self.learn == "tokenizer" or self.updates % self.cfg.tokenizer_every == 0
             terms |= self._drawing(frames) if due else self._nothing()
-        if self.cfg.learn != "tokenizer":
-            terms |= self._predicting(frames, batch)
+        if self.predictor is not None:
+            terms |= self._predicting(self.predictor, frames, batch)
         if self.training:
             self.updates += 1
         total, log = weigh(terms, self.objective.weights)
-        return Fit(total, log, self.observe(batch))
+        return Fit(total, log, belief)
 
     def _drawing(self, frames: Tensor) -> dict[str, Tensor]:
         """Terms of the tokenizer, on all context frames and some of the others."""
-        shown = self.cfg.tokenizer.context_frames
+        shown, looks = self.cfg.tokenizer.context_frames, self._looks[0]
         count = frames.shape[1] - shown
-        chosen = torch.randperm(count)[: self.cfg.tokenizer_frames].sort().values + shown
-        some = torch.cat([frames[:, :shown], frames[:, chosen.to(frames.device)]], dim=1)
-        drawn = self.tokenizer(some)
-        return {
-            "context": F.l1_loss(drawn.context, some[:, :shown]),
-            "future": F.l1_loss(drawn.future, some[:, shown:]),
+        some = self.cfg.tokenizer_frames if self.learn == "both" else self.cfg.pretrain_frames
+        chosen = torch.randperm(count)[:some].sort().values + shown
+        clips = torch.cat([frames[:, :shown], frames[:, chosen.to(frames.device)]], dim=1)
+        drawn = self.tokenizer(clips)
+        terms = {
+            "context": self._apart(drawn.context, clips[:, :shown]),
+            "future": self._apart(drawn.future, clips[:, shown:]),
             "codes": drawn.context_loss + drawn.future_loss,
         }
+        if self.cfg.lpips:
+            assert looks is not None, "token_world.lpips needs VGG16"
+            looks.to(frames.device)
+            apart = looks(drawn.context.flatten(0, 1), clips[:, :shown].flatten(0, 1))
+            terms["lpips"] = apart + looks(
+                drawn.future.flatten(0, 1), clips[:, shown:].flatten(0, 1)
+            )
+        return terms
+
+    def _apart(self, drawn: Tensor, truth: Tensor) -> Tensor:
+        """How far pictures are from the truth, a scalar."""
+        if self.cfg.error == "absolute":
+            return F.l1_loss(drawn, truth)
+        return 10.0 * F.mse_loss(drawn, truth)
 
     def _nothing(self) -> dict[str, Tensor]:
         """The same terms of an update in which the tokenizer does not learn."""
-        zero = self.predictor.transformer.head.weight.new_zeros(())
-        return dict.fromkeys(_DRAWING, zero)
+        zero = self.tokenizer.context_codes.codes.new_zeros(())
+        return dict.fromkeys(self._drawing_terms, zero)
 
-    def _predicting(self, frames: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def _predicting(
+        self, predictor: FramePredictor, frames: Tensor, batch: Batch
+    ) -> dict[str, Tensor]:
         """Terms of the transformer."""
         with torch.no_grad(), evaluation_mode(list(self.tokenizer.modules())):
             tokens, _ = self.tokenizer.tokenize(frames)
-        taken = None
-        if self.predictor.transformer.action is not None:
-            taken = F.pad(batch["action"][:, 1:], (0, 0, 0, 1))  # in frame i, towards i + 1
-        found = self.predictor(tokens, taken)
+        shown = self.cfg.tokenizer.context_frames
+        action = None if predictor.control is None else batch["action"][:, shown:]
+        told = None
+        if predictor.phrases is not None:
+            told = Told(batch["semantic"][:, shown:], batch["has_semantic"][:, shown:])
+        found = predictor(tokens, action, self._thinned(told))
         terms = {"tokens": found.loss}
         if found.reward is not None:
-            reward = batch["reward"][:, self.cfg.tokenizer.context_frames :]
-            said = found.reward
+            reward, said = batch["reward"][:, shown:], found.reward
             if self.cfg.late_reward:
                 reward, said = reward[:, 1:], said[:, :-1]
             terms["reward"] = F.mse_loss(said, symlog(reward))
+        if told is not None and found.semantic is not None:
+            away = (found.semantic - told.semantic).square().sum(-1) * told.known
+            terms["phrase"] = away.sum() / told.known.sum().clamp(min=1)
         return terms
+
+    def _thinned(self, told: Told | None) -> Told | None:
+        """Leave some phrases out while learning, so that a dream without them means something."""
+        if told is None or not self.training:
+            return told
+        kept = torch.rand(told.known.shape, device=told.known.device) >= self.cfg.phrase_dropout
+        return told._replace(known=told.known & kept)
 
     @torch.no_grad()
     def imagine(self, start: Belief, policy: Policy, steps: int) -> Dream:
@@ -153,7 +215,7 @@ class TokenWorldModel(nn.Module):
             now = beliefs[-1]
             seen = now._replace(scale=now.scale / 255.0) if self.cfg.blind_policy else now
             actions.append(policy(step, seen))
-            frame, reward = dream.next(actions[-1])
+            frame, reward = dream.next(actions[-1], None)
             rewards.append(rewards[0] if reward is None else symexp(reward).float())
             beliefs.append(now.followed_by(_bytes(frame)))
         reward_IN = torch.stack(rewards)
@@ -170,42 +232,59 @@ class TokenWorldModel(nn.Module):
         """Watch ``seen`` frames, then dream the rest of the batch from its actions alone.
 
         Runs in evaluation mode, whatever mode the model is in. Where fewer than K frames are
-        shown, the first one stands in for those that are missing.
+        shown, the first one stands in for those that are missing. In pre-training, phrases take
+        the place of actions where the model has learnt with them. In the tokenizer's own phase
+        nothing is predicted: every frame is drawn from its own tokens.
 
         Returns:
             Frames (B, T, H, W, 3) in [0, 1]: what was seen, as drawn by the model, and the dream.
         """
         with evaluation_mode(list(self.modules())):
-            driven = self.predictor.transformer.action is not None
-            action = batch["action"] if driven else None
-            return self._open_loop(_pictures(batch["obs"]), action, seen)
+            return self._open_loop(_pictures(batch["obs"]), batch, seen)
 
-    def _open_loop(self, frames: Tensor, action: Tensor | None, seen: int) -> Tensor:
+    def _open_loop(self, frames: Tensor, batch: Batch, seen: int) -> Tensor:
         shown = self.cfg.tokenizer.context_frames
         head = frames[:, :seen]
         if seen < shown:
             head = torch.cat([head[:, :1].expand(-1, shown - seen, -1, -1, -1), head], dim=1)
-        if head.shape[1] > shown:
-            drawn = self.tokenizer(head)
+        if self.predictor is None or head.shape[1] > shown:
+            drawn = self.tokenizer(head if self.predictor is not None else frames)
             film = [drawn.context, drawn.future]
         else:
             film = [self.tokenizer.view(head).frames[:, -seen:]]
+        if self.predictor is None:
+            return torch.cat(film, dim=1).clamp(0.0, 1.0).movedim(2, -1)
         dream = _Continuation(self, head[:, -shown:])
+        driven, told = dream.predictor.control is not None, None
         for t in range(seen, frames.shape[1]):
-            frame, _ = dream.next(None if action is None else action[:, t])
+            if dream.predictor.phrases is not None and not driven:
+                told = Told(batch["semantic"][:, t], batch["has_semantic"][:, t])
+            frame, _ = dream.next(batch["action"][:, t] if driven else None, told)
             film.append(frame[:, None])
         return torch.cat(film, dim=1).clamp(0.0, 1.0).movedim(2, -1)
 
     def parts(self) -> Mapping[str, nn.Module]:
-        """``tokenizer`` and ``predictor``."""
-        return {"tokenizer": self.tokenizer, "predictor": self.predictor}
+        """``tokenizer``, ``transformer``, ``control`` and ``phrases``, as far as there are such."""
+        found: dict[str, nn.Module | None] = {"tokenizer": self.tokenizer}
+        if self.predictor is not None:
+            found["transformer"] = self.predictor.transformer
+            found |= {"control": self.predictor.control, "phrases": self.predictor.phrases}
+        return {name: part for name, part in found.items() if part is not None}
 
     def groups(self) -> Mapping[str, list[nn.Parameter]]:
-        """``lower``: the tokenizer. ``model``: the transformer."""
-        return {
-            "lower": list(self.tokenizer.parameters()),
-            "model": list(self.predictor.parameters()),
-        }
+        """``lower``: the tokenizer. ``model``: the transformer. What never learns is in neither."""
+        fixed = [] if self.learn == "tokenizer" else self._codes
+        still = {id(codes) for codes in fixed}
+        lower = [x for x in self.tokenizer.parameters() if id(x) not in still]
+        found = {"lower": lower if self.learn != "transformer" else []}
+        if self.predictor is not None:
+            found["model"] = list(self.predictor.parameters())
+        return {name: parameters for name, parameters in found.items() if parameters}
+
+    def clipped_along(self) -> Mapping[str, list[nn.Parameter]]:
+        """Parameters that count when a group's gradients are clipped, although it has them not."""
+        counted = self.learn == "both" and self.cfg.codes_in_clip
+        return {"lower": self._codes} if counted else {}
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Nothing that `observe` uses has modes."""
@@ -228,21 +307,28 @@ class _Continuation:
     """
 
     def __init__(self, world: TokenWorldModel, context: Tensor) -> None:
+        assert world.predictor is not None, "in the tokenizer's phase nothing is predicted"
         self.tokenizer, self.predictor, self.cfg = world.tokenizer, world.predictor, world.cfg
         self._look(context)
 
     def _look(self, context: Tensor) -> None:
         self.view = self.tokenizer.view(context)
-        self.cache = self.predictor.start(self.view.ids)
+        self.reading = self.predictor.start(self.view.ids)
         self.recent = list(context.unbind(1))
 
-    def next(self, action: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Frame (N, 3, H, W) in [0, 1], and reward on reaching it (N,) in symlog if known."""
+    def next(self, action: Tensor | None, told: Told | None) -> tuple[Tensor, Tensor | None]:
+        """Frame (N, 3, H, W) in [0, 1], and reward on reaching it (N,) in symlog if known.
+
+        Where there are phrases and none is told, the model's own guess takes its place.
+        """
         layout, shown = self.predictor.layout, self.cfg.tokenizer.context_frames
-        if self.cache.length + layout.future_tokens + 1 > self.cfg.transformer.positions:
+        if self.reading.cache.length + layout.future_tokens + 1 > self.cfg.transformer.positions:
             self._look(torch.stack(self.recent[-shown:], dim=1))
-        tokens, reward, self.cache = self.predictor.next_frame(
-            self.cache, action, self.cfg.temperature, self.cfg.top
+        if self.predictor.phrases is not None and told is None:
+            guess = self.predictor.guess(self.reading.hidden, action)
+            told = Told(guess, guess.new_ones(len(guess), dtype=torch.bool))
+        tokens, reward, self.reading = self.predictor.next_frame(
+            self.reading, action, self.cfg.temperature, self.cfg.top, told
         )
         drawn = self.tokenizer.detokenize(layout.codes(tokens)[:, None], self.view)
         self.recent.append(drawn[:, 0].clamp(0.0, 1.0))
