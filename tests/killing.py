@@ -162,11 +162,13 @@ def check_curves(whole: Path, folder: Path, phase: str, said: str) -> None:
     for place in (whole, folder):
         last = torch.load(place / "run" / phase / "last.ckpt", weights_only=True)
         store, run = place.parent / "mlflow.db", last["mapo"]["mlflow_run"]
-        assert runs(store, place / "run") == [(phase, "FINISHED"), ("run", "FINISHED")], said
+        phases = {path.parent.name for path in (whole / "run").glob("*/last.ckpt")} | {"run"}
+        assert phase in phases
+        assert runs(store, place / "run") == [(name, "FINISHED") for name in sorted(phases)], said
         found.append((curves(store, run), clocks(store, run)))
     assert found[0][0] == found[1][0], said
     assert found[0][1] == found[1][1], said
-    assert len(found[0][0]) > 90
+    assert len(found[0][0]) > 15
 
 
 class Moments:

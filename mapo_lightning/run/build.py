@@ -28,8 +28,6 @@ from mapo_lightning.models.agents.mbpo import MBPOAgent
 from mapo_lightning.models.interfaces import Agent, WorldModel
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.models.settings import ObjectiveConfig
-from mapo_lightning.models.token_world.perceptual import PerceptualDistance
-from mapo_lightning.models.token_world.published import is_published, load_folder
 from mapo_lightning.models.token_world.world_model import Phase, TokenWorldModel
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.describer import CaptionReader, NullDescriber
@@ -49,6 +47,11 @@ from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.finite import refuse_broken_weights
 from mapo_lightning.training.metadata import printable
 from mapo_lightning.training.pretrain import PretrainModule
+from mapo_lightning.training.published_weights import (
+    is_published,
+    load_folder,
+    perceptual_distance,
+)
 from mapo_lightning.training.settings import HANDED_OVER
 from mapo_lightning.types import CheckpointError, ConfigError
 
@@ -146,7 +149,7 @@ def _token_world(
         scales.pop(name, None)
     looks = None
     if chosen.lpips and chosen.vgg and learn != "transformer":
-        looks = PerceptualDistance(Path(chosen.vgg))
+        looks = perceptual_distance(Path(chosen.vgg))
     width = semantic_dim(cfg.vlm)
     return TokenWorldModel(
         chosen, replace(objective, scales=scales), action_dim, learn, width, looks

@@ -101,6 +101,12 @@ class RunConfig:
             return ("tokenizer", "pretrain")
         return ("pretrain",) if self.world_model.lower is not None else ()
 
+    def section(self, name: str) -> str:
+        """Key under which the settings of a phase stand."""
+        if name == "finetune" or not self.tokens:
+            return name
+        return "pretrain.tokenizer" if name == "tokenizer" else "pretrain.transformer"
+
     def phase(self, name: str) -> PhaseConfig:
         """Settings of a phase of learning from videos."""
         if not self.tokens:

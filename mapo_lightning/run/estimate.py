@@ -35,13 +35,12 @@ from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import resumed
 from mapo_lightning.run.preflight import phases_of
-from mapo_lightning.run.stages import play_episodes, render_demo
+from mapo_lightning.run.stages import NAMES, play_episodes, render_demo
 from mapo_lightning.run.trainer import build_trainer
 from mapo_lightning.semantics.factory import semantic_dim
 from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.base_module import TrainedModule
 from mapo_lightning.training.cuda_graph import cuda_recorder
-from mapo_lightning.training.datamodule import ReplayDataModule
 from mapo_lightning.types import ConfigError
 
 UPDATES = 8
@@ -114,13 +113,17 @@ def preflight(cfg: RunConfig) -> str:
             "estimates stage=label"
         )
     quiet = _small(cfg)
-    labels = _labels(cfg) if "pretrain" in names else Labels(0, 0.0, 0)
+    labels = _labels(cfg) if "pretrain" in names and cfg.reads_phrases else Labels(0, 0.0, 0)
     if not _in_workers(cfg):
         width = semantic_dim(cfg.vlm)
         quiet = replace(quiet, vlm=replace(quiet.vlm, kind="none", hidden_dim=width))
     with tempfile.TemporaryDirectory(prefix="mapo-preflight-") as place, _gpu_memory():
-        measure = {"pretrain": _pretrain, "finetune": _finetune}
-        phases = [measure[name](quiet, Path(place)) for name in names]
+        phases = [
+            _finetune(quiet, Path(place))
+            if name == "finetune"
+            else _learn_videos(quiet, Path(place), name)
+            for name in names
+        ]
     report, needed = _report(cfg, phases, labels)
     _check_disk(cfg, needed)
     _check_memory(cfg)
@@ -135,12 +138,12 @@ def _small(cfg: RunConfig) -> RunConfig:
     return replace(cfg, callbacks=callbacks, trainer=trainer, tracking=tracking)
 
 
-def _pretrain(cfg: RunConfig, place: Path) -> Phase:
+def _learn_videos(cfg: RunConfig, place: Path, phase: str) -> Phase:
     render_demo(cfg)
-    module, data = build.build_pretrain(cfg), build.build_videos(cfg)
-    watch = _fit(cfg, "pretrain", module, data, [], place)
-    size = (place / "pretrain/last.ckpt").stat().st_size
-    return Phase("pre-training", cfg.pretrain.updates, watch.seconds, checkpoint=size)
+    module, data = build.build_pretrain(cfg, phase), build.build_videos(cfg, phase)
+    watch = _fit(cfg, phase, module, data, [], place)
+    size = (place / phase / "last.ckpt").stat().st_size
+    return Phase(NAMES[phase], cfg.phase(phase).updates, watch.seconds, checkpoint=size)
 
 
 def _finetune(cfg: RunConfig, place: Path) -> Phase:
@@ -151,7 +154,7 @@ def _finetune(cfg: RunConfig, place: Path) -> Phase:
     module, _ = build.build_finetune(short, stage.action_dim, start)
     collect = CollectExperience(stage.collector, cfg.env.frames_per_step, cfg.seed)
     tune = cfg.finetune
-    data = ReplayDataModule(stage.replay, tune.batch_size, tune.chunk_length, cfg.seed)
+    data = build.build_chunks(cfg, stage.replay, cfg.seed)
     watch = _fit(short, "finetune", module, data, [collect], place, action_dim=stage.action_dim)
     steps = stage.replay.steps
     per_step = _bytes_under(place / "replay") / max(1, steps)
@@ -227,7 +230,7 @@ def _fit(
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"{phase} does not fit the memory of the GPU ({str(error).splitlines()[0]}): set a "
-            f"smaller size= or {phase}.batch_size"
+            f"smaller size= or {cfg.section(phase)}.batch_size"
         ) from error
     return watch
 

@@ -17,7 +17,6 @@ from torch import nn
 
 from mapo_lightning.data.scan import list_videos
 from mapo_lightning.envs.factory import probed_action_dim
-from mapo_lightning.models.token_world.published import is_published
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
@@ -27,6 +26,7 @@ from mapo_lightning.semantics.factory import build_labeler, log_servers
 from mapo_lightning.tracking.logger import check_store, is_main_process
 from mapo_lightning.training.checkpoint import check_fit, load_pretrained, read_checkpoint
 from mapo_lightning.training.cuda_graph import cuda_recorder
+from mapo_lightning.training.published_weights import is_published
 from mapo_lightning.types import CheckpointError, ConfigError
 
 

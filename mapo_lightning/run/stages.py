@@ -91,6 +91,7 @@ def learn_videos(session: Session, phase: str, start: Path | None) -> Path:
         end_curves(session, phase)
         return session.resumed.path
     render_demo(cfg)
+    seed_phase(cfg)
     data = build.build_videos(cfg, phase)
     data.setup("fit")
     assert data.index is not None
@@ -121,6 +122,15 @@ def learn_videos(session: Session, phase: str, start: Path | None) -> Path:
         save_report(told.report, session.folder / phase)
         log.info("%s", told.report.sentence())
     return last
+
+
+def seed_phase(cfg: RunConfig) -> None:
+    """Begin a phase with the same random numbers, whatever came before it.
+
+    So a run that goes on from the last checkpoint of the phase before equals one that never
+    stopped, and stage=pretrain with stage=finetune after it equals stage=all.
+    """
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
 
 
 def render_demo(cfg: RunConfig) -> None:
@@ -178,6 +188,7 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     init_from = init_from or (Path(cfg.init_from) if cfg.init_from else None)
     if session.resumed.phase == "finetune":
         init_from = None  # its own checkpoint holds all parts
+    seed_phase(cfg)
     stage = build.build_collection(cfg, session.folder / "replay", session.rank)
     module, report = build.build_finetune(cfg, stage.action_dim, init_from)
     if report is not None:

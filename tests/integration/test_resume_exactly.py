@@ -18,6 +18,26 @@ def test_pretraining(workers: int, tmp_path: Path) -> None:
     )
 
 
+SHORT = [
+    "method=ivideogpt_semantic", "token_world.tokenizer.channels=[8,32,32]",
+    "token_world.transformer={layers: 1, width: 32, heads: 2, mlp: 32}", "agent.mbpo.hidden=32",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_both_phases_of_a_token_world(tmp_path: Path) -> None:
+    words = [*PRETRAIN, *SHORT, "callbacks.checkpoint_every=3"]
+    words += [f"pretrain.{phase}.updates=7" for phase in ("tokenizer", "transformer")]
+    check_kills(tmp_path, words, "pretrain", 3, np.random.default_rng(9))
+
+
+@pytest.mark.slow
+def test_an_agent_that_steps_optimisers_of_its_own(tmp_path: Path) -> None:
+    """With its dreams, which are part of the checkpoint."""
+    words = [*FINETUNE, *SHORT, "finetune.agent_steps=150", "callbacks.checkpoint_every=4"]
+    check_kills(tmp_path, words, "finetune", 3, np.random.default_rng(10))
+
+
 @pytest.mark.slow
 def test_finetuning_in_the_middle_of_episodes(tmp_path: Path) -> None:
     words = [*FINETUNE, "finetune.agent_steps=170", "callbacks.checkpoint_every=4"]

@@ -52,7 +52,7 @@ DOORS = {
     "omegaconf": {"config/compose.py"},
     "openai": {"semantics/chat_client.py"},
     "pyarrow": {"label_tools/parquet.py"},
-    "safetensors": {"training/export.py"},
+    "safetensors": {"training/export.py", "training/published_weights.py"},
     "scipy": {"training/evaluation.py", "training/told.py", "semantics/agreement.py"},
     "transformers": {
         "semantics/image_text.py",

@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from networks import token_world
+from safetensors.torch import save_file
 from tiny_models import save_bert
 
 from mapo_lightning.config.compose import compose
-from mapo_lightning.run.build import build_finetune, build_pretrain
+from mapo_lightning.models.token_world.published import published_names
+from mapo_lightning.models.token_world.tokenizer import Tokenizer
+from mapo_lightning.models.token_world.transformer import TokenTransformer
+from mapo_lightning.run.build import build_finetune, build_pretrain, hand_over
 from mapo_lightning.run.config import RunConfig
-from mapo_lightning.training.checkpoint import load_pretrained, read_checkpoint
+from mapo_lightning.training.checkpoint import LoadReport, load_pretrained, read_checkpoint
+from mapo_lightning.training.published_weights import FILES
 from mapo_lightning.types import CheckpointError
+from tests.contract.throwaways import CopyLastFrame
 
 CONF = Path(__file__).parents[2] / "conf"
 PARTS = ["encoder", "context", "source", "lower", "decoder"]
@@ -120,3 +127,26 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="no entry 'mapo'"):
         read_checkpoint(tmp_path / "other.ckpt")
+
+
+@pytest.mark.slow
+def test_published_weights_of_ivideogpt_are_handed_over(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    published, ours = token_world(None, "both"), token_world(2)
+    for name, file in FILES.items():
+        part = published.parts()[name]
+        assert isinstance(part, Tokenizer | TokenTransformer)
+        names = published_names(part)
+        (tmp_path / name).mkdir()
+        stored = {names[n]: x.contiguous() for n, x in part.state_dict().items()}
+        save_file(stored, tmp_path / name / file)
+    report = hand_over(ours, tmp_path, ["tokenizer"])
+    assert report == LoadReport(("tokenizer", "transformer"), ("control",), ())
+    for name in FILES:
+        for key, tensor in published.parts()[name].state_dict().items():
+            assert torch.equal(tensor, ours.parts()[name].state_dict()[key]), key
+    with pytest.raises(CheckpointError, match="weights of iVideoGPT: add method=ivideogpt"):
+        hand_over(CopyLastFrame(), tmp_path, [])
+    (tmp_path / "transformer" / FILES["transformer"]).write_bytes(b"x" * 20)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' cannot be read"):
+        hand_over(ours, tmp_path, [])

@@ -35,7 +35,8 @@ from mapo_lightning.types import Batch, CheckpointError, ConfigError
 class MBPOAgent(nn.Module):
     """An actor, two critics, and a memory of dreams; it steps optimisers of its own.
 
-    Real transitions are drawn from the batch that the world model learns from.
+    Real transitions are drawn from the batch. Deviation: dream-batch. The published code draws them
+    from all of replay, and interleaves two updates with every agent step.
 
     Args:
         cfg: Behaviour learning.

@@ -7,7 +7,6 @@ Source: LPIPS, arXiv:1801.03924; VGG, arXiv:1409.1556; facts 7.5.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,22 +27,21 @@ _EPS = 1e-10
 class PerceptualDistance(nn.Module):
     """LPIPS with VGG16; no part of it learns.
 
-    The weights of the comparison are 7 kB and come with torchmetrics. Those of VGG16 (528 MB) have
-    to be there already: nothing is downloaded.
+    The weights of the comparison are 7 kB and come with torchmetrics.
 
     Args:
-        vgg: Weights of VGG16 under torchvision's names, as in its file ``vgg16-397923af.pth``.
+        vgg: Weights of VGG16 under torchvision's names.
+        origin: Where they come from, for messages.
 
     Raises:
-        ConfigError: There is no such file, or it holds something else.
+        ConfigError: They are not those of VGG16.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, vgg: Path) -> None:
+    def __init__(self, vgg: Mapping[str, Any], origin: str) -> None:
         super().__init__()
-        stored = _read(vgg)
         below, place = 3, 0
         self.stages = nn.ModuleList()
         for stage, widths in enumerate(_STAGES):
@@ -51,7 +49,7 @@ class PerceptualDistance(nn.Module):
             convs: list[nn.Module] = []
             for width in widths:
                 conv = nn.Conv2d(below, width, 3, padding=1)
-                _fill(conv, stored, f"features.{place}", vgg)
+                _fill(conv, vgg, f"features.{place}", origin)
                 convs += [conv, nn.ReLU()]
                 below, place = width, place + 2
             self.stages.append(nn.Sequential(*convs))
@@ -85,26 +83,12 @@ def _comparison() -> list[Tensor]:
     return [stored[f"lin{stage}.model.1.weight"] for stage in range(len(_STAGES))]
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"token_world.vgg='{path}' cannot be read ({reason}): give torchvision's "
-            "vgg16-397923af.pth, or set token_world.lpips=false"
-        ) from error
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"token_world.vgg='{path}' holds no named weights")
-    return found
-
-
-def _fill(conv: nn.Conv2d, stored: Mapping[str, Any], name: str, path: Path) -> None:
+def _fill(conv: nn.Conv2d, stored: Mapping[str, Any], name: str, origin: str) -> None:
     for part, parameter in conv.named_parameters():
         found = stored.get(f"{name}.{part}")
         if not isinstance(found, Tensor) or found.shape != parameter.shape:
             raise ConfigError(
-                f"token_world.vgg='{path}' is not VGG16: it has no '{name}.{part}' of shape "
+                f"{origin} is not VGG16: it has no '{name}.{part}' of shape "
                 f"{tuple(parameter.shape)}"
             )
         parameter.data.copy_(found)

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapo_lightning.models.token_world.tokenizer import Tokenizer
 from mapo_lightning.models.token_world.transformer import TokenTransformer
-from mapo_lightning.models.token_world.world_model import TokenWorldModel
 from mapo_lightning.types import CheckpointError
 
 # Applied one after the other to our name of a tensor.
@@ -61,39 +57,6 @@ _TRANSFORMER = (
     (r"\.(q)uery\.|\.(k)ey\.|\.(v)alue\.|\.(o)ut\.", r".self_attn.\1\2\3\4_proj."),
     (r"\.(gate|up|down)\.", r".mlp.\1_proj."),
 )
-
-
-TOKENIZER, TRANSFORMER = "tokenizer", "transformer"
-"""Folders of the published weights."""
-_FILES = {
-    TOKENIZER: "diffusion_pytorch_model.safetensors",
-    TRANSFORMER: "model.safetensors",
-}
-
-
-def is_published(path: Path) -> bool:
-    """Whether a path is a folder of published weights, laid out as on the hub."""
-    return all((path / folder / file).is_file() for folder, file in _FILES.items())
-
-
-def load_folder(world_model: TokenWorldModel, path: Path) -> tuple[str, ...]:
-    """Fill tokenizer and transformer from a folder of published weights; returns their names.
-
-    Raises:
-        CheckpointError: A file is damaged, or holds another model.
-    """
-    parts = world_model.parts()
-    loaded = tuple(name for name in _FILES if name in parts)
-    for name in loaded:
-        part, file = parts[name], path / name / _FILES[name]
-        assert isinstance(part, Tokenizer | TokenTransformer)
-        try:
-            stored = load_file(file)
-        except (SafetensorError, OSError, ValueError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"'{file}' cannot be read ({reason}): copy it again") from error
-        load_published(part, stored, str(file))
-    return loaded
 
 
 def published_names(model: Tokenizer | TokenTransformer) -> dict[str, str]:

@@ -99,7 +99,8 @@ class TokenWorldConfig:
     error: Literal["absolute", "squared"] = "absolute"
     """How the tokenizer's pictures are compared with the truth: by the mean absolute error, as
     published, or by ten times the mean squared error. Without `lpips`, small things that move are
-    not drawn for the sake of the former: a grey picture is right in most places."""
+    not drawn for the sake of the former: without them, it is right in most places.
+    Deviation: squared-error."""
     lpips: bool = True
     """Train the tokenizer with LPIPS too, which needs `vgg`; without it, it draws blurred textures.
     A deviation where it is off (facts 7.5)."""
