@@ -35,7 +35,7 @@ from mapo_lightning.models.rssm_world.belief import DreamtBelief  # noqa: E402
 from mapo_lightning.run import build  # noqa: E402
 from mapo_lightning.run.config import RunConfig  # noqa: E402
 from mapo_lightning.run.from_checkpoint import agent_settings  # noqa: E402
-from mapo_lightning.training.acting import ActingPolicy  # noqa: E402
+from mapo_lightning.training.acting import acting  # noqa: E402
 from mapo_lightning.training.finetune import FinetuneModule  # noqa: E402
 
 FIRST_SEED, EPISODES = 20_000, 10
@@ -107,7 +107,7 @@ def play(cfg: RunConfig, module: FinetuneModule, episodes: int, random: bool) ->
     env_cfg = build.labelled_env(cfg)
     envs = make_vector_env(env_cfg, FIRST_SEED, episodes)
     labels = build.build_live_labeler(cfg, episodes, "study")
-    policy = ActingPolicy(module.world_model, module.agent, explore=False)
+    policy = acting(module, explore=False)
     held = RandomPolicy(module.agent.action_dim, FIRST_SEED, HELD)
     feats, actions, rewards = [], [], [np.zeros(episodes)]
     first, ended = np.ones(episodes, bool), np.zeros(episodes, bool)

@@ -24,6 +24,7 @@ from mapo_lightning.envs.live_labels import LiveLabeler
 from mapo_lightning.envs.replacement import Deaths
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.models.agents.dreamer import DreamerAgent
+from mapo_lightning.models.agents.planner import Planner
 from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.run.config import RunConfig
@@ -122,7 +123,7 @@ def build_pretrain(cfg: RunConfig) -> PretrainModule:
 def build_finetune(
     cfg: RunConfig, action_dim: int, init_from: Path | None
 ) -> tuple[FinetuneModule, LoadReport | None]:
-    """Stacked world model and agent; the lower half from a checkpoint if one is given."""
+    """Stacked world model, agent and planner; the lower half from a checkpoint if one is given."""
     world_model = RSSMWorldModel(
         cfg.world_model, cfg.finetune.objective, semantic_dim(cfg.vlm), action_dim
     )
@@ -140,7 +141,10 @@ def build_finetune(
         report = load_pretrained(world_model, read_checkpoint(init_from), cfg.finetune.load)
     if cfg.trainer.compile:
         compile_parts(world_model.parts())
-    return FinetuneModule(world_model, agent, cfg.finetune), report
+    planner = None
+    if cfg.agent.plan.kind != "none":
+        planner = Planner(cfg.agent.plan, cfg.agent.discount, world_model, agent)
+    return FinetuneModule(world_model, agent, cfg.finetune, planner), report
 
 
 def _check_names(cfg: RunConfig, world_model: WorldModel) -> None:
