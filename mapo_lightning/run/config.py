@@ -77,7 +77,9 @@ class RunConfig:
     def about(self) -> dict[str, Any]:
         """What its evaluations are of."""
         task = f"{self.env.kind}/{self.env.name}"
-        return {"method": self.method, "task": task, "seed": self.seed}
+        about = {"method": self.method, "task": task, "seed": self.seed}
+        plan = self.agent.plan
+        return about | ({"plan": plan.kind} if plan.holds(explore=False) else {})
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < SEEDS:
