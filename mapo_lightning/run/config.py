@@ -90,6 +90,13 @@ class RunConfig:
                 f"finetune.chunk_length must be at least world_model.bonus.window, got "
                 f"{self.finetune.chunk_length} and {window}"
             )
+        plan = self.agent.plan
+        if plan.kind != "none" and plan.caution and not self.world_model.ensemble.members:
+            raise ConfigError(
+                f"agent.plan.caution={plan.caution} subtracts the uncertainty of dreams, and this "
+                "world model was, or will be, trained without: train one with "
+                "world_model.ensemble.members=5, or set agent.plan.caution=0"
+            )
         if self.stage == "evaluate" and not self.checkpoint:
             raise ConfigError("stage=evaluate needs checkpoint=PATH of a fine-tuned agent")
         if self.checkpoint and self.stage != "evaluate":

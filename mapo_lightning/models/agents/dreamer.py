@@ -192,6 +192,8 @@ class DreamerAgent(nn.Module):
             "imagined_reward": dream.reward.mean(),
             "value": value_IN.mean(),
         }
+        if dream.uncertainty is not None:
+            log["uncertainty"] = dream.uncertainty[1:].mean()
         return AgentLoss(
             {"actor": actor, "critic": critic}, {name: x.detach() for name, x in log.items()}
         )
