@@ -68,8 +68,11 @@ class ActingPolicy:
         """
         device = next(self.world_model.parameters()).device
         batch = {key: torch.from_numpy(x).to(device)[:, None] for key, x in step.items()}
+        envs = batch["obs"].shape[0]
+        if self._resumed is not None and self.action is not None and len(self.action) != envs:
+            # The run goes on with another number of environments, in which all episodes begin.
+            self._resumed = self.action = self.plan = None
         if self.action is None:
-            envs = batch["obs"].shape[0]
             self.action = torch.zeros(envs, self.agent.action_dim, device=device)
         batch["action"] = self.action[:, None]
         with self.world_model.evaluating():

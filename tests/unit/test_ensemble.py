@@ -117,8 +117,14 @@ MEMBERS = "world_model.ensemble.members=3"
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
-    [[], ["method=prelar"], ["method=dreamerv2"], ["world_model.recurrence=plain"]]
-    + [["agent=dreamerv3"], ["agent=dreamerv3", "agent.gradient=dynamics"]],
+    [
+        [],
+        ["method=prelar"],
+        ["method=dreamerv2"],
+        ["world_model.recurrence=plain"],
+        ["agent=dreamerv3"],
+        ["agent=dreamerv3", "agent.gradient=dynamics"],
+    ],
     ids=str,
 )
 def test_nothing_else_that_is_learned_moves(words: list[str]) -> None:

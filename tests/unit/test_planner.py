@@ -286,7 +286,7 @@ def steps(count: int, envs: int = 2) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     shown = []
     for t in range(count):
-        first = np.array([t == 0, t in (0, 3)])[:envs]
+        first = np.array([t == 0, t in (0, 3), t == 0])[:envs]
         shown.append({"obs": rng.integers(0, 255, (envs, 4, 4, 3), np.uint8), "is_first": first})
     return shown
 
@@ -323,6 +323,20 @@ def test_a_resumed_policy_plans_on_exactly(tmp_path: Path) -> None:
         torch.set_rng_state(drawn)
         again = [other(step) for step in shown[4:]]
         assert np.array_equal(again, ahead) == same
+
+
+def test_a_policy_resumed_in_other_environments_begins_anew() -> None:
+    torn = policy()
+    torn(steps(1)[0])
+    for envs in (1, 3):
+        resumed, fresh, shown = policy(), policy(), steps(1, envs)[0]
+        resumed.restore(torn.state())
+        found = []
+        for act in (resumed, fresh):
+            torch.manual_seed(0)
+            found.append(act(shown).tolist())
+        assert found[0] == found[1]
+        assert len(found[0]) == envs
 
 
 def test_evaluation_repeats_and_collecting_draws() -> None:

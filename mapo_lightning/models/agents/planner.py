@@ -81,6 +81,7 @@ class Planner:
             actions = torch.cat([proposed, self._samples(found)], dim=2)
             found = self._best(actions, self._scores(many, actions))
         action = found.mean[0]
+        # Deviation: planned-mean. TD-MPC2 draws one of the elites, and noise while exploring.
         if explore:
             action = action + found.std[0] * torch.randn_like(action)
         return action.clamp(-1.0, 1.0), found.mean
@@ -112,7 +113,7 @@ class Planner:
 
         dream = self.world_model.imagine(belief.repeat(count), policy, self.cfg.horizon)
         assert dream.action is not None
-        return dream.action.float().unflatten(1, (envs, count))
+        return torch.unflatten(dream.action.float(), 1, (envs, count))
 
     def _samples(self, around: Sequences) -> Tensor:
         """Draw the rest of the population, (I, N, P - proposals, A)."""
@@ -124,7 +125,7 @@ class Planner:
         """What sequences (I, N, P, A) are worth, (N, P), in dreams that start in ``many``."""
         flat = actions.flatten(1, 2)
         dream = self.world_model.imagine(many, lambda i, _: flat[i], self.cfg.horizon)
-        return self._returns(dream).unflatten(0, actions.shape[1:3])
+        return torch.unflatten(self._returns(dream), 0, actions.shape[1:3])
 
     def _returns(self, dream: Dream) -> Tensor:
         """Discounted sum of a dream's rewards after its start, less caution, (N*P,)."""

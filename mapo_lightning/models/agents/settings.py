@@ -13,7 +13,8 @@ from mapo_lightning.types import ConfigError, check_at_least
 class PlanConfig:
     """Planning: dreams of many action sequences before every step (docs/evaluate.md).
 
-    The numbers that are shared with TD-MPC2 (arXiv:2310.16828) are its own, but for the horizon.
+    Population, iterations, elites, proposals and least deviation are those of TD-MPC2,
+    arXiv:2310.16828.
     """
 
     kind: Literal["none", "cem", "mppi"] = "none"
@@ -25,7 +26,7 @@ class PlanConfig:
     population: int = 512
     """Sequences that are dreamt side by side in each iteration, for every environment."""
     horizon: int = 8
-    """Steps of such a dream."""
+    """Steps of such a dream. TD-MPC2 has 3, with a critic that was trained for it."""
     iterations: int = 6
     """Dreams before each step. From one to the next, the distribution of sequences follows the best
     of them."""
@@ -33,7 +34,7 @@ class PlanConfig:
     """How many count as the best."""
     temperature: float = 0.5
     """mppi: a sequence whose return is lower by this much has 1/e of the weight, in units of the
-    return."""
+    return. TD-MPC2's 0.5 is a factor, and 2 here."""
     std_start: float = 1.0
     """Standard deviation of the actions in the first iteration, in units of the range [-1, 1]."""
     std_min: float = 0.05

@@ -52,9 +52,8 @@ class Ensemble(nn.Module):
     def forward(self, feat: Tensor, action: Tensor) -> Tensor:
         """States (..., F) and actions taken there (..., A) -> logits (M, ..., S, K), float32."""
         both = torch.cat([feat, action.to(feat.dtype)], dim=-1)
-        return torch.stack([member(both) for member in self.members]).float().unflatten(
-            -1, self.groups
-        )
+        raw = torch.stack([member(both) for member in self.members]).float()
+        return torch.unflatten(raw, -1, self.groups)
 
     def loss(self, state: RSSMState, action_BTA: Tensor, is_first_BT: Tensor) -> Tensor:
         """Mean KL of the members' predictions from what followed, a scalar in nats per step.
@@ -77,4 +76,4 @@ class Ensemble(nn.Module):
         log = self(feat, action).log_softmax(dim=-1)
         mean = log.logsumexp(dim=0) - math.log(len(self.members))
         gain = (log.exp() * log).sum(dim=-1).mean(dim=0) - (mean.exp() * mean).sum(dim=-1)
-        return gain.sum(dim=-1).clamp(min=0.0)
+        return torch.clamp(gain.sum(dim=-1), min=0.0)
