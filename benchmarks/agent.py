@@ -27,15 +27,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mapo_lightning.config.compose import from_base  # noqa: E402
-from mapo_lightning.envs.collector import RandomPolicy  # noqa: E402
-from mapo_lightning.envs.factory import close_vector_env, make_vector_env  # noqa: E402
+from mapo_lightning.envs.episodes import RandomPolicy  # noqa: E402
+from mapo_lightning.envs.factory import make_vector_env  # noqa: E402
+from mapo_lightning.envs.replacement import close_vector_env  # noqa: E402
 from mapo_lightning.models.agents.dreamer import DreamerAgent  # noqa: E402
 from mapo_lightning.models.interfaces import DifferentiableWorldModel  # noqa: E402
 from mapo_lightning.models.rssm_world.belief import DreamtBelief  # noqa: E402
 from mapo_lightning.run import build  # noqa: E402
 from mapo_lightning.run.config import RunConfig  # noqa: E402
 from mapo_lightning.run.from_checkpoint import agent_settings  # noqa: E402
-from mapo_lightning.training.acting import ActingPolicy  # noqa: E402
+from mapo_lightning.training.acting import acting  # noqa: E402
 from mapo_lightning.training.finetune import FinetuneModule  # noqa: E402
 
 FIRST_SEED, EPISODES = 20_000, 10
@@ -50,6 +51,7 @@ class Played(NamedTuple):
     feat: Tensor  # (E, T + 1, F) beliefs after each frame
     action: Tensor  # (E, T, A) taken in the states 0 .. T - 1
     reward: Tensor  # (E, T + 1) on reaching each state; 0 in the first
+    frames: Tensor  # (E, T + 1, H, W, 3) uint8
 
 
 class Greedy:
@@ -107,9 +109,9 @@ def play(cfg: RunConfig, module: FinetuneModule, episodes: int, random: bool) ->
     env_cfg = build.labelled_env(cfg)
     envs = make_vector_env(env_cfg, FIRST_SEED, episodes)
     labels = build.build_live_labeler(cfg, episodes, "study")
-    policy = ActingPolicy(module.world_model, module.agent, explore=False)
+    policy = acting(module, explore=False)
     held = RandomPolicy(module.agent.action_dim, FIRST_SEED, HELD)
-    feats, actions, rewards = [], [], [np.zeros(episodes)]
+    feats, actions, rewards, frames = [], [], [np.zeros(episodes)], []
     first, ended = np.ones(episodes, bool), np.zeros(episodes, bool)
     obs, _ = envs.reset(seed=list(range(FIRST_SEED, FIRST_SEED + episodes)))  # type: ignore[arg-type]
     try:
@@ -118,6 +120,7 @@ def play(cfg: RunConfig, module: FinetuneModule, episodes: int, random: bool) ->
             action = policy(step)
             assert policy.belief is not None
             feats.append(policy.belief.feat)
+            frames.append(obs["image"].copy())
             if ended.any():
                 break
             if random:
@@ -132,7 +135,10 @@ def play(cfg: RunConfig, module: FinetuneModule, episodes: int, random: bool) ->
     if not ended.all():
         raise SystemExit("episodes of different lengths: this study is made for fixed ones")
     return Played(
-        torch.stack(feats, 1), torch.stack(actions, 1), torch.from_numpy(np.stack(rewards, 1))
+        torch.stack(feats, 1),
+        torch.stack(actions, 1),
+        torch.from_numpy(np.stack(rewards, 1)),
+        torch.from_numpy(np.stack(frames, 1)),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mapo_lightning.envs.collector import Collector
 from mapo_lightning.envs.episodes import RandomPolicy
-from mapo_lightning.training.acting import ActingPolicy
+from mapo_lightning.training.acting import ActingPolicy, acting
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.log_due import log_due, log_now
 from mapo_lightning.training.ranks import of_all_ranks
@@ -44,7 +44,7 @@ class CollectExperience(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Play at random until the prefill is there and at least one episode is complete."""
         assert isinstance(pl_module, FinetuneModule)
-        self.policy = ActingPolicy(pl_module.world_model, pl_module.agent, explore=True)
+        self.policy = acting(pl_module, explore=True)
         if self._resumed is not None:
             self.policy.restore(self._resumed["policy"])
             return

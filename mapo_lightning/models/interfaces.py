@@ -60,6 +60,7 @@ class Dream(NamedTuple):
     discount: Tensor  # (I + 1, N) probability in [0, 1] that the episode goes on from each state
     action: Tensor | None = None  # (I, N, A) leads from state i to state i + 1; see `imagine`
     frames: Tensor | None = None  # (I + 1, N, H, W, 3) uint8, from models that dream in pixels
+    uncertainty: Tensor | None = None  # (I + 1, N) >= 0, how little is known of each step; 0 first
 
 
 Policy: TypeAlias = Callable[[int, Belief], Tensor]
@@ -176,6 +177,27 @@ class Agent(Protocol):
 
     def after_update(self, updates: int) -> None:
         """Called once between two updates, with the number made so far, from 1."""
+        ...
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """An agent whose actions in a dream are not quite those of `Agent.act`."""
+
+    def propose(self, belief: Belief) -> Tensor:
+        """Sample actions (N, A) in [-1, 1] in a dreamt state, axes (N,); nothing is counted."""
+        ...
+
+
+@runtime_checkable
+class Valuer(Protocol):
+    """An agent with a critic of states."""
+
+    def value(self, feat: Tensor) -> Tensor:
+        """Discounted sum of what a state with features (..., F) and all after it are worth, (...).
+
+        The reward on reaching the state is part of it.
+        """
         ...
 
 

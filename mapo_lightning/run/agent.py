@@ -20,7 +20,7 @@ from mapo_lightning.run.from_checkpoint import agent_settings
 from mapo_lightning.run.renamed import RENAMED
 from mapo_lightning.semantics.factory import log_servers
 from mapo_lightning.semantics.settings import VlmConfig
-from mapo_lightning.training.acting import ActingPolicy
+from mapo_lightning.training.acting import acting
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.types import ConfigError, MapoError
 
@@ -102,7 +102,7 @@ class Agent:
         self._random = {"cpu": torch.Generator().manual_seed(start).get_state()}
         if device.type == "cuda":
             self._random["cuda"] = torch.Generator(device).manual_seed(start).get_state()
-        self._policy = ActingPolicy(self._module.world_model, self._module.agent, explore=False)
+        self._policy = acting(self._module, explore=False)
         self._batch: int | None = None
         self._label: Callable[[Arrays, NDArray[np.bool_]], Arrays] | None = None
 

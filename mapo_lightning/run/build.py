@@ -25,6 +25,7 @@ from mapo_lightning.envs.replacement import Deaths
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.models.agents.dreamer import DreamerAgent
 from mapo_lightning.models.agents.mbpo import MBPOAgent
+from mapo_lightning.models.agents.planner import Planner
 from mapo_lightning.models.interfaces import Agent, WorldModel
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.models.settings import ObjectiveConfig
@@ -159,13 +160,16 @@ def _token_world(
 def build_finetune(
     cfg: RunConfig, action_dim: int, init_from: Path | None
 ) -> tuple[FinetuneModule, LoadReport | None]:
-    """Stacked world model and agent; the lower half from a checkpoint if one is given."""
+    """Stacked world model, agent and planner; the lower half from a checkpoint if one is given."""
     world_model, agent = _learners(cfg, action_dim)
     _check_names(cfg, world_model)
     report = hand_over(world_model, init_from, cfg.finetune.load) if init_from else None
     if cfg.trainer.compile:
         compile_parts(world_model.parts())
-    return FinetuneModule(world_model, agent, cfg.finetune), report
+    planner = None
+    if cfg.agent.plan.kind != "none":
+        planner = Planner(cfg.agent.plan, cfg.agent.discount, world_model, agent)
+    return FinetuneModule(world_model, agent, cfg.finetune, planner), report
 
 
 def _learners(cfg: RunConfig, action_dim: int) -> tuple[WorldModel, Agent]:

@@ -117,7 +117,9 @@ class RunConfig:
     def about(self) -> dict[str, Any]:
         """What its evaluations are of."""
         task = f"{self.env.kind}/{self.env.name}"
-        return {"method": self.method, "task": task, "seed": self.seed}
+        about = {"method": self.method, "task": task, "seed": self.seed}
+        plan = self.agent.plan
+        return about | ({"plan": plan.kind} if plan.holds(explore=False) else {})
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < SEEDS:
@@ -129,6 +131,13 @@ class RunConfig:
                 f"{self.finetune.chunk_length} and {window}"
             )
         self._check_pair()
+        plan = self.agent.plan
+        if plan.kind != "none" and plan.caution and not self.world_model.ensemble.members:
+            raise ConfigError(
+                f"agent.plan.caution={plan.caution} subtracts the uncertainty of dreams, and this "
+                "world model was, or will be, trained without: train one with "
+                "world_model.ensemble.members=5, or set agent.plan.caution=0"
+            )
         if self.stage == "evaluate" and not self.checkpoint:
             raise ConfigError("stage=evaluate needs checkpoint=PATH of a fine-tuned agent")
         if self.checkpoint and self.stage != "evaluate":

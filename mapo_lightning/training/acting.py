@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mapo_lightning.envs.episodes import Policy
+from mapo_lightning.models.agents.planner import Planner
 from mapo_lightning.models.interfaces import Agent, Belief, WorldModel
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.types import Batch
@@ -25,23 +26,34 @@ class ActingPolicy:
         world_model: Trained model; used in evaluation mode, whatever mode it is in.
         agent: Trained agent.
         explore: Sample actions; otherwise take the policy's mode.
+        planner: Chooses the actions in place of the agent; None: the agent does.
     """
 
-    def __init__(self, world_model: WorldModel, agent: Agent, explore: bool) -> None:
+    def __init__(
+        self,
+        world_model: WorldModel,
+        agent: Agent,
+        explore: bool,
+        planner: Planner | None = None,
+    ) -> None:
         self.world_model, self.agent, self.explore = world_model, agent, explore
+        self.planner = planner
         self.belief: Belief | None = None
         self.action: Tensor | None = None
+        self.plan: Tensor | None = None
         self._resumed: Any = None
 
     def state(self) -> dict[str, Any]:
-        """Belief and last action, as a checkpoint may hold them."""
-        return {"belief": _plain(self.belief), "action": self.action}
+        """Belief, last action and plan, as a checkpoint may hold them."""
+        return {"belief": _plain(self.belief), "action": self.action, "plan": self.plan}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state` returned."""
         device = next(self.world_model.parameters()).device
         self._resumed = state["belief"]
         self.action = None if state["action"] is None else state["action"].to(device)
+        plan = state.get("plan")  # checkpoints of earlier versions know of none
+        self.plan = None if plan is None else plan.to(device)
 
     @torch.no_grad()
     def __call__(self, step: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -56,15 +68,24 @@ class ActingPolicy:
         """
         device = next(self.world_model.parameters()).device
         batch = {key: torch.from_numpy(x).to(device)[:, None] for key, x in step.items()}
+        envs = batch["obs"].shape[0]
+        if self._resumed is not None and self.action is not None and len(self.action) != envs:
+            # The run goes on with another number of environments, in which all episodes begin.
+            self._resumed = self.action = self.plan = None
         if self.action is None:
-            envs = batch["obs"].shape[0]
             self.action = torch.zeros(envs, self.agent.action_dim, device=device)
         batch["action"] = self.action[:, None]
         with self.world_model.evaluating():
             if self._resumed is not None:
                 self.belief, self._resumed = self._shaped(self._resumed, batch), None
             self.belief = self.world_model.observe(batch, self.belief).at(0)
-            self.action = self.agent.act(self.belief, self.explore)
+            if self.planner is None:
+                self.action = self.agent.act(self.belief, self.explore)
+            else:
+                first_N = batch["is_first"][:, 0]
+                self.action, self.plan = self.planner.act(
+                    self.belief, self.plan, first_N, self.explore
+                )
         acted: NDArray[np.float32] = self.action.float().cpu().numpy()
         return acted
 
@@ -90,6 +111,14 @@ def _like(stored: Any, like: Any, device: torch.device) -> Any:
     return stored.to(device) if isinstance(stored, Tensor) else stored
 
 
+def acting(module: FinetuneModule, explore: bool) -> ActingPolicy:
+    """What acts in an environment: the agent, or a planner where ``agent.plan`` says so."""
+    planner = module.planner
+    if planner is not None and not planner.cfg.holds(explore):
+        planner = None
+    return ActingPolicy(module.world_model, module.agent, explore, planner)
+
+
 def greedy(module: FinetuneModule) -> Callable[[int], Policy]:
     """The agent's policy for a batch of test episodes, and the seed of its random numbers.
 
@@ -98,6 +127,6 @@ def greedy(module: FinetuneModule) -> Callable[[int], Policy]:
 
     def policy_of(seed: int) -> Policy:
         torch.manual_seed(seed)
-        return ActingPolicy(module.world_model, module.agent, explore=False)
+        return acting(module, explore=False)
 
     return policy_of

@@ -134,7 +134,8 @@ class Evaluation:
         yield "{task} after {env_frames:,} frames, ".format(**self.about) + (
             f"{len(self.seeds)} episodes from reset seeds {self.seeds[0]}..{self.seeds[-1]}:"
         )
-        for name, score in {**self.baselines, self.about["method"]: self.score}.items():
+        player = " ".join(self.about[key] for key in ("method", "plan") if key in self.about)
+        for name, score in {**self.baselines, player: self.score}.items():
             line = f"  {name:<12} return {score.mean:8.1f}"
             if score.error is not None and score.interval is not None:
                 line += f" ± {score.error:.1f} (standard error), interquartile mean {score.iqm:.1f}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mapo_lightning.models.agents.planner import Planner
 from mapo_lightning.models.blocks import mean_over_ranks
 from mapo_lightning.models.interfaces import Agent, Fit, WorldModel
 from mapo_lightning.models.token_world.world_model import TokenWorldModel
@@ -25,6 +26,12 @@ class FinetuneModule(TrainedModule):
     Deviation: one-backward. The actor dreams in the model as it was before this batch's update,
     as in DreamerV3; DreamerV2 updates the model first.
 
+    Args:
+        world_model: Learns what follows from what is done.
+        agent: Learns to act.
+        cfg: The training.
+        planner: Acts in place of the agent where its settings say so; no part of the training.
+
     Raises:
         ConfigError: ``finetune.freeze`` names a part that the world model does not have, or a
             group of parameters has no learning rate.
@@ -33,9 +40,16 @@ class FinetuneModule(TrainedModule):
     world_model: WorldModel
     agent: Agent
 
-    def __init__(self, world_model: WorldModel, agent: Agent, cfg: FinetuneConfig) -> None:
+    def __init__(
+        self,
+        world_model: WorldModel,
+        agent: Agent,
+        cfg: FinetuneConfig,
+        planner: Planner | None = None,
+    ) -> None:
         super().__init__(cfg.optimizer)
         self.world_model, self.agent, self.cfg = world_model, agent, cfg
+        self.planner = planner
         self.env_frames = 0
         if isinstance(world_model, TokenWorldModel):
             self.clipped_along = world_model.clipped_along()

@@ -129,7 +129,7 @@ class FinetuneConfig:
     chunk_length: int = 50
     """Length T of a replayed chunk; shorter episodes are joined to one."""
     lr_model: float = 3e-4
-    """Learning rate of upper dynamics, decoder and heads."""
+    """Learning rate of upper dynamics, decoder, heads and ensemble."""
     lr_lower: float = 3e-4
     """Learning rate of encoder, context and lower dynamics."""
     agent_updates: int = 1
@@ -174,6 +174,7 @@ class FinetuneConfig:
         return {
             "lower": self.lr_lower,
             "model": self.lr_model,
+            "ensemble": self.lr_model,
             "actor": self.lr_actor,
             "critic": self.lr_critic,
         }

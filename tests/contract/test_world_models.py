@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mapo_lightning.config.compose import compose
 from mapo_lightning.models.agents.dreamer import DreamerAgent
-from mapo_lightning.models.agents.settings import AgentConfig
+from mapo_lightning.models.agents.planner import Planner
+from mapo_lightning.models.agents.settings import AgentConfig, PlanConfig
 from mapo_lightning.models.interfaces import Belief, DifferentiableWorldModel, WorldModel
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.models.token_world.world_model import TokenWorldModel
@@ -21,7 +22,7 @@ from mapo_lightning.run.build import build_finetune
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import semantic_dim
 from mapo_lightning.types import Batch, ConfigError
-from tests.contract.throwaways import CopyLastFrame
+from tests.contract.throwaways import CopyLastFrame, RandomShooting
 
 CONF = Path(__file__).parents[2] / "conf"
 ACTIONS = 3
@@ -157,6 +158,23 @@ def test_a_dream_repeats_with_its_random_numbers(world: nn.Module) -> None:
         torch.manual_seed(5)
         found.append(world.imagine(start, lambda _, b: torch.zeros(2, ACTIONS), 3).feat)
     assert torch.equal(*found)
+
+
+@pytest.mark.slow
+def test_actions_are_planned_in_any_world_model(world: nn.Module) -> None:
+    """The same seed finds the same plan."""
+    assert isinstance(world, WorldModel)
+    belief = world.observe(experience(world)).at(6).detach()
+    cfg = PlanConfig("mppi", population=6, horizon=2, iterations=2, elites=3, proposals=2)
+    planner = Planner(cfg, 0.9, world, RandomShooting(world, ACTIONS))
+    found = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        found.append(planner.act(belief, None, torch.ones(2, dtype=torch.bool), False))
+    (action, plan), (again, _) = found
+    assert torch.equal(action, again)
+    assert plan.shape == (2, 2, ACTIONS)
+    assert 0.0 < float(action.abs().max()) <= 1.0
 
 
 @pytest.mark.slow

@@ -18,6 +18,9 @@ def test_pretraining(workers: int, tmp_path: Path) -> None:
     )
 
 
+PLAN = ["agent.plan={kind: cem, where: both, population: 8, elites: 2, proposals: 2, horizon: 3}"]
+
+
 SHORT = [
     "method=ivideogpt_semantic", "token_world.tokenizer.channels=[8,32,32]",
     "token_world.transformer={layers: 1, width: 32, heads: 2, mlp: 32}", "agent.mbpo.hidden=32",
@@ -39,7 +42,8 @@ def test_an_agent_that_steps_optimisers_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_finetuning_in_the_middle_of_episodes(tmp_path: Path) -> None:
-    words = [*FINETUNE, "finetune.agent_steps=170", "callbacks.checkpoint_every=4"]
+@pytest.mark.parametrize("plan", [[], PLAN], ids=["actor", "planner"])
+def test_finetuning_in_the_middle_of_episodes(plan: list[str], tmp_path: Path) -> None:
+    words = [*FINETUNE, *plan, "finetune.agent_steps=170", "callbacks.checkpoint_every=4"]
     words += ["env.num_envs=3", "evaluate.every=8"]
     check_kills(tmp_path, words, "finetune", 3, np.random.default_rng(8))

@@ -19,13 +19,16 @@ from mapo_lightning.ownership import sign
 from mapo_lightning.run import build, stages
 from mapo_lightning.run.agent import ObservationError
 from mapo_lightning.run.config import RunConfig
-from mapo_lightning.training.acting import greedy
+from mapo_lightning.run.from_checkpoint import configure
+from mapo_lightning.training.acting import ActingPolicy, greedy
 from mapo_lightning.training.checkpoint import write_checkpoint
 from mapo_lightning.types import CheckpointError, ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
 SMALL = ["env=toy", "world_model.image.channels=[4]", "evaluate.num_envs=1"]
 SIDE = compose(SMALL, RunConfig, CONF).config.env.size
+PLAN = ("agent.plan.kind=cem", "agent.plan.population=8", "agent.plan.elites=2")
+PLAN += ("agent.plan.proposals=2", "agent.plan.horizon=3", "agent.plan.iterations=2")
 
 
 def save(path: Path, *words: str) -> RunConfig:
@@ -49,7 +52,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [(), ("vlm.collect.size=96",), ("method=apv",), ("method=dreamerv2",)], ids=str
+    "words", [(), PLAN, ("vlm.collect.size=96",), ("method=apv",), ("method=dreamerv2",)], ids=str
 )
 def test_an_episode_goes_as_in_evaluation(words: tuple[str, ...], tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
@@ -90,6 +93,25 @@ def test_phrases_change_what_it_does(saved: Path) -> None:
     assert told[:3] == untold[:3]  # the first window ends with the fourth frame
     assert told[3:] != untold[3:]
     assert told == actions(True)
+
+
+def test_words_make_a_kept_agent_plan(saved: Path) -> None:
+    frame = np.zeros((SIDE, SIDE, 3), np.uint8)
+    acts = {}
+    for words in ((), PLAN, (*PLAN, "agent.plan.where=acting")):
+        with mapo_lightning.load_agent(saved, words=words) as agent:
+            acts[words] = [agent.act(frame).tolist() for _ in range(2)]
+    assert acts[()] == acts[*PLAN, "agent.plan.where=acting"]  # it plans while collecting only
+    assert acts[()][0] != acts[PLAN][0]
+    words = [f"checkpoint={saved}", "stage=evaluate", *PLAN, "env=toy"]
+    cfg = configure(words, CONF).config
+    module, _ = build.load_finetuned(cfg, saved)
+    policy = greedy(module)(1000)
+    assert isinstance(policy, ActingPolicy)
+    assert policy.planner is not None
+    assert policy.planner.cfg.population == 8
+    assert policy.planner.discount == cfg.agent.discount
+    assert cfg.about["plan"] == "cem"
 
 
 def test_environments_side_by_side_begin_when_they_say_so(saved: Path) -> None:

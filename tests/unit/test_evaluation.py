@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,8 @@ def test_the_tracker_the_file_and_the_summary_say_the_same(tmp_path: Path) -> No
     assert [e["seed"] for e in agent["episodes"]] == list(range(1000, 1008))
     assert [e["return"] for e in agent["episodes"]] == RETURNS
     assert tree["policies"]["random"]["success"] == 0.0
+    planned = replace(found, about={**found.about, "plan": "cem"})
+    assert any(line.startswith("  mapo cem     return") for line in planned.lines())
     lines = "\n".join(found.lines())
     assert "toy/disc after 1,200 frames, 8 episodes from reset seeds 1000..1007" in lines
     low, high = metrics["eval/return_iqm_low"], metrics["eval/return_iqm_high"]

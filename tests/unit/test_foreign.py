@@ -61,6 +61,7 @@ def plain(value: Any) -> dict[str, Any]:
         ({"data": {"classes": ["a"] * 1001}}, "has 1001 entries"),
         ({"method": "../../tmp/x"}, "'method' is no name"),
         ({"world_model": {"head_layers": 65}}, "beyond 64"),
+        ({"agent": {"horizon": 10**9}}, "beyond 65536"),
     ],
 )
 def test_a_value_out_of_bounds_is_one_sentence(settings: dict[str, Any], sentence: str) -> None:
@@ -144,7 +145,7 @@ def test_a_strangers_run_is_resumed_elsewhere_and_tracked_by_the_user(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("tree", "refused"),
-    [({"vlm": {"server": 5, "base_url": "x"}}, True), ({"vlm": 5}, False), ({"agent": 1}, True)],
+    [({"vlm": {"server": 5, "base_url": "x"}}, True), ({"vlm": 5}, False), ({"replay": 1}, True)],
 )
 def test_a_section_that_is_a_value_is_one_sentence(
     tree: dict[str, Any], refused: bool, tmp_path: Path

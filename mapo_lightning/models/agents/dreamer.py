@@ -139,6 +139,15 @@ class DreamerAgent(nn.Module):
         noise = self.cfg.explore_noise * torch.randn_like(action)
         return (action + noise).clamp(-1.0, 1.0)
 
+    def propose(self, belief: Belief) -> Tensor:
+        """A sample of the policy without noise of exploration, (N, A) in [-1, 1]."""
+        policy = self.policy(belief.feat)
+        return policy.sample(torch.rand_like(policy.mean))
+
+    def value(self, feat: Tensor) -> Tensor:
+        """What the critic says of states with features (..., F), their own reward included."""
+        return self.values.read(self.critic(feat))
+
     def losses(self, world_model: WorldModel, fit: Fit, batch: Batch) -> AgentLoss:
         """Dream from every state of the batch and learn from it.
 
@@ -183,6 +192,8 @@ class DreamerAgent(nn.Module):
             "imagined_reward": dream.reward.mean(),
             "value": value_IN.mean(),
         }
+        if dream.uncertainty is not None:
+            log["uncertainty"] = dream.uncertainty[1:].mean()
         return AgentLoss(
             {"actor": actor, "critic": critic}, {name: x.detach() for name, x in log.items()}
         )

@@ -88,6 +88,11 @@ class MBPOAgent(nn.Module):
         self.steps += len(mean)
         return noisy(mean, self.noise)
 
+    @torch.no_grad()
+    def propose(self, belief: Belief) -> Tensor:
+        """Actions (N, A) with the noise of now, which goes down with agent steps only."""
+        return noisy(self.actor(self.pixels(self._pictures(belief.feat))), self.noise)
+
     def losses(self, world_model: WorldModel, fit: Fit, batch: Batch) -> AgentLoss:
         """Dream where it is due, and learn; the shared optimiser has nothing to do."""
         self.updates += 1
@@ -124,7 +129,7 @@ class MBPOAgent(nn.Module):
             feat = now.feat
             if at_random:
                 return torch.rand(len(feat), self.action_dim, device=feat.device) * 2.0 - 1.0
-            return noisy(self.actor(self.pixels(self._pictures(feat))), self.noise)
+            return self.propose(now)
 
         with torch.no_grad():
             dream = world_model.imagine(start, policy, self.cfg.horizon)

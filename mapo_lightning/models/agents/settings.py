@@ -10,6 +10,70 @@ from mapo_lightning.types import ConfigError, check_at_least
 
 
 @dataclass
+class PlanConfig:
+    """Planning: dreams of many action sequences before every step (docs/evaluate.md).
+
+    Population, iterations, elites, proposals and least deviation are those of TD-MPC2,
+    arXiv:2310.16828.
+    """
+
+    kind: Literal["none", "cem", "mppi"] = "none"
+    """none: the agent's policy acts. cem: the mean of the best sequences. mppi: their mean, the
+    better ones with more weight."""
+    where: Literal["acting", "evaluation", "both"] = "evaluation"
+    """What is planned: the actions that collect experience (acting), those of test episodes and of
+    `load_agent` (evaluation), or both."""
+    population: int = 512
+    """Sequences that are dreamt side by side in each iteration, for every environment."""
+    horizon: int = 8
+    """Steps of such a dream. TD-MPC2 has 3, with a critic that was trained for it."""
+    iterations: int = 6
+    """Dreams before each step. From one to the next, the distribution of sequences follows the best
+    of them."""
+    elites: int = 64
+    """How many count as the best."""
+    temperature: float = 0.5
+    """mppi: a sequence whose return is lower by this much has 1/e of the weight, in units of the
+    return. TD-MPC2's 0.5 is a factor, and 2 here."""
+    std_start: float = 1.0
+    """Standard deviation of the actions in the first iteration, in units of the range [-1, 1]."""
+    std_min: float = 0.05
+    """Least standard deviation in all others."""
+    warm_start: bool = True
+    """Begin with what is left of the plan of the step before."""
+    proposals: int = 24
+    """Sequences among them that the agent's policy proposes: the first by its greedy actions, the
+    others by samples. 0 plans without the policy."""
+    value: bool = True
+    """Add what the agent's critic says of the last state, where the agent has a critic of states;
+    otherwise nothing after the horizon counts."""
+    caution: float = 0.0
+    """Weight of the dream's uncertainty, which is subtracted from its rewards: needs
+    ``world_model.ensemble.members``."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, population=1, horizon=1, iterations=1, elites=1, proposals=0)
+        for name in ("elites", "proposals"):
+            if getattr(self, name) > self.population:
+                raise ConfigError(
+                    f"{name} must not exceed population={self.population}, got "
+                    f"{getattr(self, name)}"
+                )
+        if self.temperature <= 0.0:
+            raise ConfigError(f"temperature must be positive, got {self.temperature}")
+        if not 0.0 <= self.std_min <= self.std_start:
+            raise ConfigError(
+                f"std_min must lie between 0 and std_start={self.std_start}, got {self.std_min}"
+            )
+        if self.caution < 0.0:
+            raise ConfigError(f"caution must not be negative, got {self.caution}")
+
+    def holds(self, explore: bool) -> bool:
+        """Whether actions are planned while exploring, or else in evaluation."""
+        return self.kind != "none" and self.where in ("both", "acting" if explore else "evaluation")
+
+
+@dataclass
 class MBPOConfig:
     """DrQ-v2 on real and imagined experience, half and half (facts 7.6).
 
@@ -117,6 +181,8 @@ class AgentConfig:
     """How the actor learns of a return: by gradients through the dream, as published for
     continuous actions, or by the likelihood of its actions (DreamerV3)."""
 
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """Planning instead of the policy, or on top of it."""
     mbpo: MBPOConfig = field(default_factory=MBPOConfig)
     """DrQ-v2 on real and imagined experience."""
 

@@ -191,6 +191,27 @@ class BonusConfig:
 
 
 @dataclass
+class EnsembleConfig:
+    """Predictors whose disagreement says how little is known of a dreamt step.
+
+    Source: Plan2Explore, arXiv:2005.05960.
+    """
+
+    members: int = 0
+    """Number M of predictors, trained beside the world model in fine-tuning; 0: none. They change
+    nothing else that is learned."""
+    hidden: int = 400
+    """Width of their hidden layers."""
+    layers: int = 2
+    """Hidden layers of each."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, members=0, hidden=1, layers=1)
+        if self.members == 1:
+            raise ConfigError("members must be 0 or at least 2, got 1: one cannot disagree")
+
+
+@dataclass
 class WorldModelConfig:
     """The plugs and sizes of the world model (docs/methods.md has the table)."""
 
@@ -232,6 +253,8 @@ class WorldModelConfig:
     """Predict whether an episode goes on; the published systems do without."""
     bonus: BonusConfig = field(default_factory=BonusConfig)
     """Intrinsic bonus."""
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    """Uncertainty of dreams; `agent.plan.caution` reads it."""
 
     def __post_init__(self) -> None:
         if self.lower is None and self.upper is None:

@@ -5,7 +5,7 @@ Shapes: B batch, T time, H W image, E embed, F feat, A action, N = B*T, I imagin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import count
 
@@ -20,6 +20,8 @@ from mapo_lightning.models.rssm_world.belief import DreamtBelief, Followed, RSSM
 from mapo_lightning.models.rssm_world.context import NO_CONTEXT, Context, FrameContext
 from mapo_lightning.models.rssm_world.decoder import build_decoder
 from mapo_lightning.models.rssm_world.encoder import build_encoder, normalised
+from mapo_lightning.models.rssm_world.ensemble import Ensemble
+from mapo_lightning.models.rssm_world.fused.policy import remembered
 from mapo_lightning.models.rssm_world.fused.rssm import FusedRSSM
 from mapo_lightning.models.rssm_world.heads import Heads
 from mapo_lightning.models.rssm_world.intrinsic import VideoBonus
@@ -87,6 +89,7 @@ class RSSMWorldModel(nn.Module):
         # PreLAR's bonus compares embeddings, that of the stacked systems lower states.
         compared = cfg.lower.feat if cfg.lower is not None and self.upper is not None else embed
         self.bonus = VideoBonus(cfg.bonus, compared) if controls and cfg.bonus.beta else None
+        self.ensemble = _ensemble(cfg, action_dim)
         self._check_scales()
         seeing = [part for part in (self.encoder, self.source) if part is not None]
         self._observing_norms = [
@@ -163,6 +166,12 @@ class RSSMWorldModel(nn.Module):
                 bonus_BT = self.cfg.bonus.beta * bonus_BT
             terms |= self.heads.terms(batch, feat_BTF, bonus_BT)
         total, weighed = weigh(terms, self.objective.weights)
+        if self.ensemble is not None:
+            # Without a weight: no other parameter sees it, and Adam would divide it out.
+            control, dynamics = seen.belief.control, self._dreaming
+            learned = control._replace(logits=dynamics.mixed(control.logits))
+            error = self.ensemble.loss(learned, batch["action"], batch["is_first"])
+            total, log = total + error, log | {"ensemble": error.detach()}
         return Fit(total, log | weighed, seen.belief)
 
     @torch.no_grad()
@@ -176,20 +185,28 @@ class RSSMWorldModel(nn.Module):
             return actions[-1]
 
         feat_INF = self._dreaming.imagine(start.feat, act, steps, self._encoder_of_actions)
-        return self._dream(feat_INF)._replace(action=torch.stack(actions))
+        return self._dream(feat_INF, actions)._replace(action=torch.stack(actions))
 
     def imagine_with_gradients(self, start: Belief, policy: DreamPolicy, steps: int) -> Dream:
         """As `imagine`, differentiable in the policy's actions."""
+        actions: list[Tensor] = []
+        if self.ensemble is not None:
+            policy = remembered(policy, actions)
         feat_INF = self._dreaming.imagine(start.feat, policy, steps, self._encoder_of_actions)
-        return self._dream(feat_INF)
+        return self._dream(feat_INF, actions)
 
-    def _dream(self, feat_INF: Tensor) -> Dream:
+    def _dream(self, feat_INF: Tensor, actions: Sequence[Tensor]) -> Dream:
         reward_IN = self.heads.read("reward", feat_INF)
         if "discount" in self.heads:
             discount_IN = self.heads.read("discount", feat_INF).sigmoid()
         else:
             discount_IN = torch.ones_like(reward_IN)
-        return Dream(feat_INF, reward_IN, discount_IN)
+        dream = Dream(feat_INF, reward_IN, discount_IN)
+        if self.ensemble is None:
+            return dream
+        unknown_IN = self.ensemble.disagreement(feat_INF[:-1].detach(), torch.stack([*actions]))
+        start_1N = torch.zeros_like(unknown_IN[:1])
+        return dream._replace(uncertainty=torch.cat([start_1N, unknown_IN]))
 
     @property
     def _dreaming(self) -> RSSM:
@@ -261,14 +278,17 @@ class RSSMWorldModel(nn.Module):
     def groups(self) -> Mapping[str, list[nn.Parameter]]:
         """``lower``: encoder, context and lower dynamics. ``model``: everything else.
 
-        Without lower dynamics there is one group for all, as in DreamerV2 (facts 7.1).
+        Without lower dynamics there is one group for both, as in DreamerV2 (facts 7.1). An
+        ``ensemble`` is a group of its own, whose gradients have no part in the norms of others.
         """
         early = {"encoder", "context", "source", "lower"} if self.lower is not None else set()
         if self.upper is None:
             early -= {"source"}  # PreLAR's action encoder is fresh in fine-tuning (facts 2.5)
         found: dict[str, list[nn.Parameter]] = {"lower": [], "model": []}
         for name, parameter in self.named_parameters():
-            found["lower" if name.split(".")[0] in early else "model"].append(parameter)
+            part = name.split(".")[0]
+            group = "lower" if part in early else "ensemble" if part == "ensemble" else "model"
+            found.setdefault(group, []).append(parameter)
         return found
 
     def evaluating(self) -> AbstractContextManager[None]:
@@ -281,3 +301,11 @@ def _heads(cfg: WorldModelConfig, feat: int, controls: bool) -> Heads:
     wanted = {"reward": True, "aux_reward": cfg.aux_reward, "discount": cfg.discount_head}
     named = [name for name, want in wanted.items() if want and controls]
     return Heads(named, feat, cfg.head_units, cfg.head_layers, cfg.head_style, cfg.rewards)
+
+
+def _ensemble(cfg: WorldModelConfig, action_dim: int | None) -> Ensemble | None:
+    """Predictors of the control state, if the configuration wants them; none in pre-training."""
+    dynamics = cfg.upper or cfg.lower
+    if action_dim is None or dynamics is None or not cfg.ensemble.members:
+        return None
+    return Ensemble(cfg.ensemble, dynamics, action_dim)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mapo_lightning.models.interfaces import DreamPolicy
+
 
 @runtime_checkable
 class NetworkPolicy(Protocol):
@@ -42,6 +44,46 @@ class RecordedNetwork(Protocol):
     def outputs(self) -> Tensor:
         """Outputs of all steps in a graph, (I, B, outputs)."""
         ...
+
+
+def remembered(policy: DreamPolicy, actions: list[Tensor]) -> DreamPolicy:
+    """The same policy, which also writes its actions of each step down, without their graph."""
+    kind = _RememberedNetwork if isinstance(policy, NetworkPolicy) else _Remembered
+    return kind(policy, actions)
+
+
+class _Remembered:
+    """A policy, and what it did."""
+
+    def __init__(self, policy: Any, actions: list[Tensor]) -> None:
+        self.policy, self.actions = policy, actions
+
+    def __call__(self, feat: Tensor) -> Tensor:
+        """Action (B, A) of the next step."""
+        return self._noted(self.policy(feat))
+
+    def _noted(self, action: Tensor) -> Tensor:
+        self.actions.append(action.detach())
+        return action
+
+
+class _RememberedNetwork(_Remembered):
+    """The same for a `NetworkPolicy`."""
+
+    @property
+    def network(self) -> nn.Sequential:
+        """As of the policy."""
+        network: nn.Sequential = self.policy.network
+        return network
+
+    def sample(self, raw: Tensor, step: int) -> Tensor:
+        """Action (B, A) of one step."""
+        return self._noted(self.policy.sample(raw, step))
+
+    def sample_all(self, raw: Tensor) -> Tensor:
+        """Actions (I, B, A) of all steps, which are known by now."""
+        actions: Tensor = self.policy.sample_all(raw)
+        return actions
 
 
 def recorded(network: nn.Sequential) -> RecordedNetwork:
