@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from mapo_lightning.models.interfaces import Belief
 from mapo_lightning.models.scalar_outputs import symexp, symlog
+from mapo_lightning.models.settings import ObjectiveConfig
 from mapo_lightning.models.token_world.belief import StackedFrames, stacked
 from mapo_lightning.models.token_world.frame_predictor import Told
 from mapo_lightning.models.token_world.settings import (
     TokenizerConfig,
     TokenWorldConfig,
 )
+from mapo_lightning.models.token_world.tokenizer import LearntCodes
 from mapo_lightning.models.token_world.world_model import Phase, TokenWorldModel
 from mapo_lightning.types import Batch, ConfigError
 
@@ -398,3 +401,43 @@ def test_a_belief_of_another_model_is_refused() -> None:
 def test_settings_that_cannot_work_are_refused(words: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TokenWorldConfig(TokenizerConfig(), **words)  # type: ignore[arg-type]
+
+
+def test_codes_that_nothing_chooses_are_moved_to_latents_while_the_tokenizer_learns() -> None:
+    torch.manual_seed(0)
+    book = LearntCodes(8, 3, counted=True)
+    rows = torch.tensor([[5.0, 0.0, 0.0], [0.0, 5.0, 0.0]])
+    with torch.no_grad():
+        book.codes[0], book.codes[1] = rows[0], rows[1]
+    book(rows)
+    assert book.used.tolist() == [1.0, 1.0, 0, 0, 0, 0, 0, 0]
+    book.due = True
+    new = torch.rand(20, 3) - 4.0
+    _, number, _ = book(new)
+    assert torch.equal(book.codes[:2], rows)  # in use
+    moved = {tuple(code.tolist()) for code in book.codes[2:]}
+    assert len(moved) == 6
+    assert moved <= {tuple(row.tolist()) for row in new}
+    assert set(number.tolist()) <= set(range(2, 8))
+    assert not book.due
+    assert float(book.used.sum()) == 20
+    book.eval()
+    book(rows)
+    assert float(book.used.sum()) == 20  # a validation counts nothing
+
+
+def test_codes_are_revived_in_their_own_phase_only() -> None:
+    batch = {key: value for key, value in experience(6).items() if key in ("obs", "is_first")}
+    tokenizer = TokenizerConfig(
+        size=32, channels=[8, 32, 32], blocks=1, groups=8, latent=8, context_codes=32,
+        future_codes=32, revive=2,
+    )  # fmt: skip
+    cfg = replace(token_world(None, "tokenizer").cfg, tokenizer=tokenizer)
+    scales = ObjectiveConfig({"context": 1.0, "future": 1.0, "codes": 1.0})
+    world = TokenWorldModel(cfg, scales, None, "tokenizer")
+    before = world.tokenizer.context_codes.codes.detach().clone()
+    for update in range(3):
+        assert torch.equal(world.tokenizer.context_codes.codes, before), update
+        world.loss(batch)
+    assert not torch.equal(world.tokenizer.context_codes.codes, before)
+    assert "used" not in dict(token_world(None, "tokenizer").tokenizer.named_buffers())

@@ -33,9 +33,14 @@ class TokenizerConfig:
     """Side of the square of latent places that one code of a future frame stands for."""
     dropout: float = 0.1
     """Of cross-attention."""
+    revive: int = 0
+    """In pre-training, updates after which codes that nothing has chosen are moved to latents of
+    the next batch; 0: never, as published. A short training may end with a handful of codes."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, blocks=1, latent=1, context_codes=1, future_codes=1, context_frames=1)
+        check_at_least(
+            self, blocks=1, revive=0, latent=1, context_codes=1, future_codes=1, context_frames=1
+        )
         if not self.channels or any(width % self.groups for width in self.channels):
             raise ConfigError(
                 f"channels must be multiples of groups={self.groups}, got {self.channels}"

@@ -11,9 +11,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mapo_lightning.models.blocks import mean_over_ranks
 from mapo_lightning.models.token_world.conv_blocks import Cross, Down, Ending, Level, Mid, Up
 from mapo_lightning.models.token_world.layout import Layout
 from mapo_lightning.models.token_world.settings import TokenizerConfig
@@ -120,11 +122,26 @@ class Decoder(nn.Module):
 
 
 class LearntCodes(nn.Module):
-    """A codebook that gradients move, as in VQ-VAE's first form (arXiv:1711.00937, eq. 3)."""
+    """A codebook that gradients move, as in VQ-VAE's first form (arXiv:1711.00937, eq. 3).
 
-    def __init__(self, codes: int, width: int) -> None:
+    Args:
+        codes: Number M of codes.
+        width: Width Z of a code.
+        counted: Whether it is counted how often each code is chosen, for `due`.
+
+    Attributes:
+        due: Whether codes that no row has chosen since the last time are moved to rows of the next
+            batch, before it is quantised.
+    """
+
+    used: Tensor  # (M,) how often each code was chosen
+
+    def __init__(self, codes: int, width: int, counted: bool = False) -> None:
         super().__init__()
         self.codes = nn.Parameter(torch.empty(codes, width).uniform_(-1.0 / codes, 1.0 / codes))
+        self.counted, self.due = counted, False
+        if counted:
+            self.register_buffer("used", torch.zeros(codes))
 
     def nearest(self, rows: Tensor) -> Tensor:
         """Number of the nearest code of each row, (..., Z) -> (...)."""
@@ -140,10 +157,25 @@ class LearntCodes(nn.Module):
             Codes (..., Z), whose gradient passes straight to the rows; their numbers (...); and the
             loss that draws codes and rows together.
         """
+        if self.due:
+            self._revive(rows.detach().flatten(0, -2))
         number = self.nearest(rows)
+        if self.counted and self.training:
+            self.used.index_add_(0, number.flatten(), self.used.new_ones(number.numel()))
         code = self.codes[number]
         loss = F.mse_loss(rows, code.detach()) + F.mse_loss(code, rows.detach())
         return rows + (code - rows).detach(), number, loss
+
+    @torch.no_grad()
+    def _revive(self, rows: Tensor) -> None:
+        """Move codes that nobody chose to random rows (N, Z) of this batch, on all ranks alike."""
+        unused = (mean_over_ranks(self.used) == 0).nonzero().flatten()[: len(rows)]
+        there = rows[torch.randperm(len(rows))[: len(unused)].to(rows.device)].float()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast(there, src=0)
+        self.codes[unused] = there
+        self.used.zero_()
+        self.due = False
 
 
 class ContextView(NamedTuple):
@@ -183,8 +215,8 @@ class Tokenizer(nn.Module):
         self.after_codes = nn.Conv2d(cfg.latent, cfg.latent, 1)
         patch = cfg.patch**2 * cfg.latent
         self.patch_in, self.patch_out = nn.Linear(patch, cfg.latent), nn.Linear(cfg.latent, patch)
-        self.context_codes = LearntCodes(cfg.context_codes, cfg.latent)
-        self.future_codes = LearntCodes(cfg.future_codes, cfg.latent)
+        self.context_codes = LearntCodes(cfg.context_codes, cfg.latent, cfg.revive > 0)
+        self.future_codes = LearntCodes(cfg.future_codes, cfg.latent, cfg.revive > 0)
 
     def view(self, frames: Tensor) -> ContextView:
         """Encode, quantise and decode the context frames, (B, K, 3, H, W) in [0, 1].

@@ -131,6 +131,9 @@ class TokenWorldModel(nn.Module):
     def _drawing(self, frames: Tensor) -> dict[str, Tensor]:
         """Terms of the tokenizer, on all context frames and some of the others."""
         shown, looks = self.cfg.tokenizer.context_frames, self._looks[0]
+        every = self.cfg.tokenizer.revive if self.learn == "tokenizer" and self.training else 0
+        if every and self.updates and self.updates % every == 0:
+            self.tokenizer.context_codes.due = self.tokenizer.future_codes.due = True
         count = frames.shape[1] - shown
         some = self.cfg.tokenizer_frames if self.learn == "both" else self.cfg.pretrain_frames
         chosen = torch.randperm(count)[:some].sort().values + shown
