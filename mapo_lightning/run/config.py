@@ -88,6 +88,20 @@ class RunConfig:
                 f"finetune.chunk_length must be at least world_model.bonus.window, got "
                 f"{self.finetune.chunk_length} and {window}"
             )
+        chunk, clip = self.finetune.chunk_length, self.data.clip_length
+        for name, learned, sizes in (
+            ("lower", max(chunk, clip), self.world_model.lower),
+            ("upper", chunk, self.world_model.upper),
+        ):
+            if sizes is None or sizes.kind != "transformer":
+                continue
+            if sizes.transformer.window > learned:
+                raise ConfigError(
+                    f"world_model.{name}.transformer.window must not exceed {learned}, the longest "
+                    f"sequence that it learns from (finetune.chunk_length={chunk}"
+                    f"{f', data.clip_length={clip}' if name == 'lower' else ''}), got "
+                    f"{sizes.transformer.window}: what lies further back is never learned"
+                )
         if self.stage == "evaluate" and not self.checkpoint:
             raise ConfigError("stage=evaluate needs checkpoint=PATH of a fine-tuned agent")
         if self.checkpoint and self.stage != "evaluate":
