@@ -137,9 +137,10 @@ def test_acting_goes_on_from_its_state(pair: Pair, tmp_path: Path) -> None:
     expected = acted(whole, range(6))
     first = ActingPolicy(module.world_model, module.agent, False)
     assert acted(first, range(4)) == expected[:4]
-    torch.save(first.state(), tmp_path / "acting.pt")
+    card, path = {"stage": "finetune", "method": "mapo"}, tmp_path / "last.ckpt"
+    write_checkpoint({"state_dict": {}, "mapo": card, "acting": first.state()}, path)
     again = ActingPolicy(module.world_model, module.agent, False)
-    again.restore(torch.load(tmp_path / "acting.pt", weights_only=True))
+    again.restore(read_checkpoint(path)["acting"])
     assert acted(again, range(4, 6)) == expected[4:]
     fresh = ActingPolicy(module.world_model, module.agent, False)
     assert acted(fresh, range(4, 6)) != expected[4:]

@@ -149,7 +149,8 @@ class TransformerDynamics(Dynamics[TransformerState]):
         hidden_BTX, fresh_BTJ2X = self.attention(x_BTX, past_BPJ2X, begin_BT)
         now = RSSMState.of(exact(self.out(hidden_BTX)), sample_BTSK, logits_BTSK)
         tokens = torch.cat([past_BPJ2X, fresh_BTJ2X], dim=1)
-        memory = Memory(tokens, begin_BT, (place_T + 1).expand(batch, -1))
+        # Not expanded: a checkpoint holds the belief of acting, and tensors there own their memory.
+        memory = Memory(tokens, begin_BT, (place_T + 1).repeat(batch, 1))
         return TransformerState(now, memory), self._grouped(self.prior(now.deter))
 
     def imagine(
