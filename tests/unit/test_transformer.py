@@ -6,11 +6,13 @@ Shapes: B batch, T time, A action, E embed, I imagined, S groups, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
 import torch
-from test_methods import configured
+from networks import backbone
+from test_methods import configured, small, synthetic
 from torch import Tensor
 
 from mapo_lightning.models.blocks import mlp
@@ -20,6 +22,8 @@ from mapo_lightning.models.rssm_world.belief import DreamtBelief
 from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState
 from mapo_lightning.models.rssm_world.settings import LatentTransformerConfig, RSSMConfig
 from mapo_lightning.models.rssm_world.transformer import TransformerDynamics, TransformerState
+from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
+from mapo_lightning.run.build import build_finetune
 from mapo_lightning.types import ConfigError
 
 B, T, A, E, I = 2, 9, 3, 8, 6  # noqa: E741
@@ -317,6 +321,25 @@ def test_dropout_is_in_training_on_sequences_only() -> None:
         dreams.append(dynamics.imagine(exact.at(6), lambda _, it=it: next(it), I))
     assert torch.equal(*dreams)
     assert all(part.training for part in dynamics.dropouts)
+
+
+def test_acting_has_no_dropout_while_the_model_trains() -> None:
+    cfg = small("mapo", "tiny", "env=toy", *backbone("transformer", "mapo"))
+    torch.manual_seed(0)
+    world = build_finetune(cfg, 2, None)[0].world_model
+    assert isinstance(world, RSSMWorldModel)
+    batch, found = synthetic(cfg, 2), {}
+    for name, training in (("eval", False), ("acting", True), ("train", True)):
+        world.train(training)
+        torch.manual_seed(1)
+        with world.evaluating() if name == "acting" else nullcontext(), torch.no_grad():
+            belief = world.observe(batch)
+        assert belief.lower is not None
+        assert belief.upper is not None
+        found[name] = belief.lower.deter, belief.upper.deter
+    for i in range(2):
+        assert torch.equal(found["acting"][i], found["eval"][i])
+        assert not torch.equal(found["train"][i], found["eval"][i])
 
 
 def test_products_run_in_bfloat16_under_autocast_and_features_stay_float32() -> None:

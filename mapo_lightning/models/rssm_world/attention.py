@@ -1,8 +1,8 @@
 """Causal self-attention over the steps of a sequence, in one pass or one step after another.
 
-One token stands for one step. Written from the papers: attention as in arXiv:1706.03762, norms
-before the layers, positions as rotations of queries and keys (arXiv:2104.09864). What a query finds
-depends on distances only, so that an episode may begin anywhere, and a window may slide.
+One token stands for one step. Norms are before the layers, and positions are rotations of queries
+and keys (RoPE, arXiv:2104.09864): what a query finds depends on distances only, so that an episode
+may begin anywhere, and a window may slide.
 
 Shapes: B batch, T time, L tokens that may be looked at, P of them from before, G heads, C width of
 a head, X = G*C width of a token, J layers; M sequences that are remembered, R rows of each, N = M*R
