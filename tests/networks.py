@@ -33,6 +33,25 @@ def image(networks: str, method: str = "mapo") -> str:
     return f"world_model.image={{kind: {kind}, size: 64, channels: [4, 8, 16], layers: 1}}"
 
 
+def backbone(kind: str, method: str) -> list[str]:
+    """The words that choose the kind of every dynamics that a method has.
+
+    Args:
+        kind: ``gru``, ``transformer``, or one for the lower and one for the upper dynamics, such as
+            ``gru+transformer``. Transformers have dropout.
+        method: A name of conf/method.
+    """
+    lower, _, upper = kind.partition("+")
+    found = {"lower": lower, "upper": upper or lower}
+    missing = {"dreamerv2": "lower", "prelar": "upper", "prelar_fixed": "upper"}.get(method)
+    words = []
+    for name, chosen in found.items():
+        if name != missing:
+            words.append(f"world_model.{name}.kind={chosen}")
+            words.append(f"world_model.{name}.transformer.dropout=0.1")
+    return words
+
+
 def token_world(
     action_dim: int | None, learn: Phase = "both", semantic_dim: int = 0, **words: object
 ) -> TokenWorldModel:

@@ -138,6 +138,7 @@ class RunConfig:
                 "world model was, or will be, trained without: train one with "
                 "world_model.ensemble.members=5, or set agent.plan.caution=0"
             )
+        self._check_windows()
         if self.stage == "evaluate" and not self.checkpoint:
             raise ConfigError("stage=evaluate needs checkpoint=PATH of a fine-tuned agent")
         if self.checkpoint and self.stage != "evaluate":
@@ -160,6 +161,23 @@ class RunConfig:
                     f"{name} must be world_model.image.size, the side that the networks have: "
                     f"got {value} and {size}; set world_model.image.size only, which the others "
                     "follow; where the settings come from a checkpoint, leave out size= too"
+                )
+
+    def _check_windows(self) -> None:
+        """See that transformers look no further back than they learn to."""
+        chunk, clip = self.finetune.chunk_length, self.data.clip_length
+        for name, learned, sizes in (
+            ("lower", max(chunk, clip), self.world_model.lower),
+            ("upper", chunk, self.world_model.upper),
+        ):
+            if sizes is None or sizes.kind != "transformer":
+                continue
+            if sizes.transformer.window > learned:
+                raise ConfigError(
+                    f"world_model.{name}.transformer.window must not exceed {learned}, the longest "
+                    f"sequence that it learns from (finetune.chunk_length={chunk}"
+                    f"{f', data.clip_length={clip}' if name == 'lower' else ''}), got "
+                    f"{sizes.transformer.window}: what lies further back is never learned"
                 )
 
     def _check_pair(self) -> None:

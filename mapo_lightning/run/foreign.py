@@ -75,6 +75,11 @@ ALLOWED: Mapping[str, float] = {
     "world_model.source": _WIDE,
     "world_model.lower": _WIDE,
     "world_model.upper": _WIDE,
+    "world_model.lower.transformer.layers": _DEEP,
+    "world_model.upper.transformer.layers": _DEEP,
+    # No weight has the size of the window, and acting keeps so many steps.
+    "world_model.lower.transformer.window": 4096,
+    "world_model.upper.transformer.window": 4096,
     "world_model.concat_embed": 0,
     "world_model.head_layers": _DEEP,
     "world_model.head_units": _WIDE,

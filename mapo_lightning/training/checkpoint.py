@@ -183,7 +183,10 @@ def load_pretrained(
     children = {name: part for name, part in world_model.parts().items() if any(part.state_dict())}
     wanted = [name for name in parts if name in children]
     made_by = checkpoint["mapo"].get("method", "another method")
-    advice = f"the checkpoint was made with method={made_by}; use the same method=, size= and vlm="
+    advice = (
+        f"the checkpoint was made with method={made_by}; use the same method=, size= and vlm=, and "
+        "the same world_model.lower.kind"
+    )
     for part in wanted:
         _check_part(f"{part}.", children[part].state_dict(), stored.get(part, {}), advice)
         refuse_broken_weights(stored[part], f"the part '{part}' of the checkpoint")

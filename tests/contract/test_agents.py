@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import token_world
+from networks import backbone, token_world
 from torch import nn
 
 from mapo_lightning.models.agents.dreamer import DreamerAgent
@@ -30,6 +30,16 @@ def dreamer() -> tuple[nn.Module, nn.Module]:
     world = rssm_world("mapo")
     cfg = AgentConfig(horizon=3, target_every=2, explore_noise=0.5)
     return world, DreamerAgent(cfg, world, ACTIONS, 1, 8)  # type: ignore[arg-type]
+
+
+def dreamer_in_transformers() -> tuple[nn.Module, nn.Module]:
+    world = rssm_world("mapo", "tiny", *backbone("transformer", "mapo"))
+    return world, DreamerAgent(AgentConfig(horizon=3, target_every=2), world, ACTIONS, 1, 8)  # type: ignore[arg-type]
+
+
+def planner_in_a_transformer() -> tuple[nn.Module, nn.Module]:
+    world = rssm_world("prelar", "tiny", *backbone("transformer", "prelar"))
+    return world, RandomShooting(world, ACTIONS)  # type: ignore[arg-type]
 
 
 def dreamer_by_likelihood() -> tuple[nn.Module, nn.Module]:
@@ -61,6 +71,7 @@ def mbpo() -> tuple[nn.Module, nn.Module]:
 
 
 PAIRS: list[Pair] = [dreamer, dreamer_by_likelihood, planner, planner_in_pixels, owner, mbpo]
+PAIRS += [dreamer_in_transformers, planner_in_a_transformer]
 
 
 def module_of(pair: Pair, **settings: Any) -> FinetuneModule:
@@ -104,6 +115,35 @@ def test_an_agent_acts_in_environments_step_after_step(pair: Pair) -> None:
     for t in range(3):
         step = {k: v[:, t].numpy() for k, v in batch.items() if k not in ("action", "reward")}
         assert act(step).shape == (2, ACTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [dreamer, dreamer_in_transformers, planner_in_a_transformer])
+def test_acting_goes_on_from_its_state(pair: Pair, tmp_path: Path) -> None:
+    """What is stored in the middle of episodes, of which one begins later, changes no action."""
+    module = module_of(pair).eval()
+    batch = experience(module.world_model, time=6)
+    batch["is_first"][1, 2] = True
+
+    def acted(policy: ActingPolicy, steps: range) -> list[Any]:
+        found = []
+        for t in steps:
+            torch.manual_seed(t)
+            step = {k: v[:, t].numpy() for k, v in batch.items() if k not in ("action", "reward")}
+            found.append(policy(step).tolist())
+        return found
+
+    whole = ActingPolicy(module.world_model, module.agent, False)
+    expected = acted(whole, range(6))
+    first = ActingPolicy(module.world_model, module.agent, False)
+    assert acted(first, range(4)) == expected[:4]
+    card, path = {"stage": "finetune", "method": "mapo"}, tmp_path / "last.ckpt"
+    write_checkpoint({"state_dict": {}, "mapo": card, "acting": first.state()}, path)
+    again = ActingPolicy(module.world_model, module.agent, False)
+    again.restore(read_checkpoint(path)["acting"])
+    assert acted(again, range(4, 6)) == expected[4:]
+    fresh = ActingPolicy(module.world_model, module.agent, False)
+    assert acted(fresh, range(4, 6)) != expected[4:]
 
 
 @pytest.mark.slow

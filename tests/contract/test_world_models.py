@@ -1,4 +1,4 @@
-"""The contract of `WorldModel`: every method, both recurrences, and a model of another kind."""
+"""The contract of `WorldModel`: every method, all kinds of dynamics, models of other kinds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import NETWORKS, RSSM_METHODS, image, token_world
+from networks import NETWORKS, RSSM_METHODS, backbone, image, token_world
 from torch import Tensor, nn
 
 from mapo_lightning.config.compose import compose
@@ -44,6 +44,14 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 MAKERS |= {
     f"{method} plain": partial(rssm_world, method, "tiny", "world_model.recurrence=plain")
     for method in ("mapo", "prelar")
+}
+MAKERS |= {
+    f"{method} {kind}": partial(rssm_world, method, "tiny", *backbone(kind, method))
+    for method, kind in (
+        *((method, "transformer") for method in RSSM_METHODS),
+        ("mapo", "gru+transformer"),
+        ("mapo", "transformer+gru"),
+    )
 }
 MAKERS["token world"] = partial(token_world, ACTIONS)
 MAKERS["token world with phrases"] = lambda: token_world(

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from networks import backbone
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -136,11 +137,12 @@ def trained(
     return module, logged, trainer
 
 
+@pytest.mark.parametrize("kind", ["gru", "transformer"])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_captured_updates_are_the_same_updates(stage: str, tmp_path: Path) -> None:
-    tape = Tape()
-    plain, plain_logged, _ = trained(stage, None, tmp_path)
-    captured, logged, trainer = trained(stage, tape, tmp_path)
+def test_captured_updates_are_the_same_updates(stage: str, kind: str, tmp_path: Path) -> None:
+    tape, words = Tape(), backbone(kind, "mapo")
+    plain, plain_logged, _ = trained(stage, None, tmp_path, words=words)
+    captured, logged, trainer = trained(stage, tape, tmp_path, words=words)
     assert (tape.warmed, tape.replayed, trainer.global_step) == (WARM, UPDATES - WARM, UPDATES)
     assert logged == plain_logged
     # Every second update is logged, and saw a batch of its own.

@@ -123,7 +123,7 @@ def test_a_dream_with_normed_networks_is_differentiated_as_the_plain_one() -> No
         policy = ActorInDream(mlp(CFG.feat, 9, 2, 6, "rms_silu"), torch.rand(4, 5, 3))
         model.requires_grad_(False)
         torch.manual_seed(3)
-        dream = model.imagine(torch.randn(5, CFG.feat), policy, 4)
+        dream = model.imagine(DreamtBelief(torch.randn(5, CFG.feat)), policy, 4)
         loss = (dream.tanh() * torch.randn(dream.shape)).sum() + policy.policies.entropy().sum()
         found.append([dream, loss, *torch.autograd.grad(loss, list(policy.network.parameters()))])
     for one, other in zip(*found, strict=True):

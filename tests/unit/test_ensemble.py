@@ -64,13 +64,13 @@ def test_each_member_learns_the_state_that_followed_and_none_across_episodes() -
     first = torch.tensor([[True, False, True]])
     # Group 1: the first member errs by ln 3, the second by ln 2; group 2: both by ln 3.
     expected = 0.5 * (math.log(3) + math.log(2)) + math.log(3)
-    error = made.loss(state, torch.randn(1, 3, 1), first)
+    error = made.loss(*state, torch.randn(1, 3, 1), first)
     assert error.item() == pytest.approx(expected)
     error.backward()
     assert state.feat.grad is None
     assert state.logits.grad is None
     assert all(p.grad is not None for p in made.parameters())
-    nothing = made.loss(state, torch.randn(1, 3, 1), torch.ones(1, 3, dtype=torch.bool))
+    nothing = made.loss(*state, torch.randn(1, 3, 1), torch.ones(1, 3, dtype=torch.bool))
     assert nothing.item() == 0.0
 
 
@@ -80,7 +80,7 @@ def test_a_prediction_reads_the_action_that_led_to_what_is_predicted() -> None:
     first = torch.tensor([[True, False, True]])
 
     def error(*action: float) -> float:
-        return made.loss(state, torch.tensor(action)[None, :, None], first).item()
+        return made.loss(*state, torch.tensor(action)[None, :, None], first).item()
 
     assert error(0.0, 0.5, 0.0) == error(1.0, 0.5, -1.0)  # those lead to first frames
     assert error(0.0, 0.5, 0.0) != error(0.0, -0.5, 0.0)
@@ -96,7 +96,7 @@ def test_it_knows_what_it_has_seen() -> None:
     first = torch.tensor([[True, False]]).expand(64, -1)
     for _ in range(300):
         optimizer.zero_grad()
-        made.loss(state, action, first).backward()
+        made.loss(*state, action, first).backward()
         optimizer.step()
     known = made.disagreement(feat[:, 0], action[:, 1]).mean()
     unknown = made.disagreement(torch.randn(64, RSSM.feat), action[:, 1]).mean()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import NETWORKS, RSSM_METHODS, image
+from networks import NETWORKS, RSSM_METHODS, backbone, image
 from replay_entries import entry, make
 
 from mapo_lightning.config.compose import compose
@@ -35,9 +35,10 @@ JOIN = 4
 """Entries of the first episode of `experience`; six of the second follow."""
 
 
-def finetuning(method: str, networks: str) -> tuple[FinetuneModule, Batch]:
+def finetuning(method: str, networks: str, kind: str = "gru") -> tuple[FinetuneModule, Batch]:
     """A small module of a method, with all its heads, and experience for it."""
     words = [f"method={method}", "env=gym", "env.name=any", image(networks, method)]
+    words += backbone(kind, method)
     words += BONUS if method != "dreamerv2" else []
     cfg = compose(words, RunConfig, CONF).config
     batch = experience(semantic_dim(cfg.vlm), cfg.env.size)
@@ -65,10 +66,12 @@ def experience(width: int, side: int) -> Batch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize(
+    ("networks", "kind"), [*((name, "gru") for name in NETWORKS), ("tiny", "transformer")]
+)
 @pytest.mark.parametrize("method", RSSM_METHODS)
-def test_no_belief_reaches_into_the_next_episode(method: str, networks: str) -> None:
-    module, batch = finetuning(method, networks)
+def test_no_belief_reaches_into_the_next_episode(method: str, networks: str, kind: str) -> None:
+    module, batch = finetuning(method, networks, kind)
     world = module.world_model.eval()
     other = {key: value.clone() for key, value in batch.items()}
     other["obs"][:, :JOIN] = 255 - other["obs"][:, :JOIN]
@@ -85,10 +88,12 @@ def test_no_belief_reaches_into_the_next_episode(method: str, networks: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize(
+    ("networks", "kind"), [*((name, "gru") for name in NETWORKS), ("tiny", "transformer")]
+)
 @pytest.mark.parametrize("method", RSSM_METHODS)
-def test_every_method_learns_from_joined_chunks(method: str, networks: str) -> None:
-    module, batch = finetuning(method, networks)
+def test_every_method_learns_from_joined_chunks(method: str, networks: str, kind: str) -> None:
+    module, batch = finetuning(method, networks, kind)
     total, log = module.losses(batch)
     total.backward()
     assert all(bool(torch.isfinite(value).all()) for value in log.values()), log

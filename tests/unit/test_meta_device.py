@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import NETWORKS, RSSM_METHODS, TOKEN_METHODS
+from networks import NETWORKS, RSSM_METHODS, TOKEN_METHODS, backbone
 
 from mapo_lightning.run.build import build_finetune, build_pretrain
 from tests.unit.test_methods import configured, small, synthetic
@@ -24,12 +24,15 @@ def started(module: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("networks", NETWORKS)
-@pytest.mark.parametrize("recurrence", ["fused", "plain"])
+@pytest.mark.parametrize("recurrence", ["fused", "plain", "transformer"])
 @pytest.mark.parametrize("method", RSSM_METHODS)
 def test_a_fine_tuning_step_stays_on_its_device(
     method: str, recurrence: str, networks: str
 ) -> None:
-    cfg = small(method, networks, f"world_model.recurrence={recurrence}", "env=toy")
+    words = [f"world_model.recurrence={recurrence}"]
+    if recurrence == "transformer":
+        words = backbone("transformer", method)
+    cfg = small(method, networks, *words, "env=toy")
     batch = {key: value.to("meta") for key, value in synthetic(cfg, 2).items()}
     module = build_finetune(cfg, 2, None)[0].to("meta")
     started(module)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import NETWORKS, RSSM_METHODS, TOKEN_METHODS, image
+from networks import NETWORKS, RSSM_METHODS, TOKEN_METHODS, backbone, image
 
 from mapo_lightning.config.compose import compose, load_yaml
 from mapo_lightning.config.groups import Groups
@@ -49,14 +49,16 @@ def synthetic(cfg: RunConfig, action_dim: int, batch: int = 2, steps: int = 7) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize(
+    ("networks", "kind"), [*((name, "gru") for name in NETWORKS), ("tiny", "transformer")]
+)
 @pytest.mark.parametrize("method", RSSM_METHODS)
 @pytest.mark.parametrize("env", ENVS)
 def test_fine_tuning_loss_reaches_every_part_it_should(
-    method: str, env: str, networks: str
+    method: str, env: str, networks: str, kind: str
 ) -> None:
     torch.manual_seed(0)
-    cfg = small(method, networks, f"env={env}")
+    cfg = small(method, networks, *backbone(kind, method), f"env={env}")
     module, _ = build_finetune(cfg, 4, None)
     total, _ = module.losses(synthetic(cfg, 4))
     assert torch.isfinite(total)
@@ -77,11 +79,13 @@ def test_fine_tuning_loss_reaches_every_part_it_should(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("networks", NETWORKS)
+@pytest.mark.parametrize(
+    ("networks", "kind"), [*((name, "gru") for name in NETWORKS), ("tiny", "transformer")]
+)
 @pytest.mark.parametrize("method", [m for m in RSSM_METHODS if m != "dreamerv2"])
-def test_pre_training_loss_reaches_every_part(method: str, networks: str) -> None:
+def test_pre_training_loss_reaches_every_part(method: str, networks: str, kind: str) -> None:
     torch.manual_seed(0)
-    cfg = small(method, networks)
+    cfg = small(method, networks, *backbone(kind, method))
     module = build_pretrain(cfg)
     batch = synthetic(cfg, 4)
     for key in ("action", "reward", "is_terminal"):

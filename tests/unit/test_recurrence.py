@@ -70,7 +70,7 @@ def test_a_dream_and_its_gradients_are_those_of_the_plain_recurrence(encoded: bo
         policy = actor()
         assert isinstance(policy, NetworkPolicy)
         model.requires_grad_(False)
-        start = model.initial(5, torch.zeros(1)).feat
+        start = model.initial(5, torch.zeros(1))
         torch.manual_seed(3)
         dream = model.imagine(start, policy, 4, encode)
         weight = torch.randn(dream.shape)
@@ -86,7 +86,7 @@ def test_a_dream_without_gradients_is_the_same_dream() -> None:
         given = iter(actions)
         torch.manual_seed(3)
         with torch.no_grad():
-            start = model.initial(5, torch.zeros(1)).feat
+            start = model.initial(5, torch.zeros(1))
             found.append(model.imagine(start, lambda _, given=given: next(given), 4))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
@@ -94,7 +94,7 @@ def test_a_dream_without_gradients_is_the_same_dream() -> None:
 def test_gradients_through_a_policy_that_is_no_network_take_the_plain_recurrence() -> None:
     fused, _ = both()
     gain = torch.ones(3, requires_grad=True)
-    start = fused.initial(2, torch.zeros(1)).feat
+    start = fused.initial(2, torch.zeros(1))
     dream = fused.imagine(start, lambda feat: gain * feat[:, :3].detach() + gain, 3)
     (grad,) = torch.autograd.grad(dream.square().sum(), gain)
     assert bool((grad != 0).any())
@@ -138,7 +138,7 @@ def test_gradients_of_a_dream_in_bfloat16_are_those_of_the_plain_recurrence() ->
     for model in both():
         policy = actor()
         model.requires_grad_(False)
-        start = model.initial(5, torch.zeros(1)).feat
+        start = model.initial(5, torch.zeros(1))
         torch.manual_seed(3)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             dream = model.imagine(start, policy, 4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from mapo_lightning.models.blocks import mlp, position_code, xavier
 from mapo_lightning.models.rssm_world.consistency import LatentAction, consistency, gaussian_kl
+from mapo_lightning.models.rssm_world.dynamics import Dynamics, LatentState
 from mapo_lightning.models.rssm_world.encoder import (
     CHANNELS,
     build_encoder,
     frame_pairs,
     normalised,
 )
-from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState
 from mapo_lightning.models.rssm_world.settings import ImageConfig, SourceConfig
 from mapo_lightning.types import Batch, ConfigError
 
@@ -51,7 +51,7 @@ class ActionSource(nn.Module):
         raise NotImplementedError
 
     def losses(
-        self, driven: Driven, dynamics: RSSM, post: RSSMState, prior_BTSK: Tensor
+        self, driven: Driven, dynamics: Dynamics[Any], post: LatentState, prior_BTSK: Tensor
     ) -> dict[str, Tensor]:
         """Loss terms of the source, by the names of ``terms``.
 
@@ -130,7 +130,7 @@ class InverseAction(ActionSource):
         return Driven(F.pad(action, (0, 0, 1, 0)), LatentAction(mean, std, action, whole))
 
     def losses(
-        self, driven: Driven, dynamics: RSSM, post: RSSMState, prior_BTSK: Tensor
+        self, driven: Driven, dynamics: Dynamics[Any], post: LatentState, prior_BTSK: Tensor
     ) -> dict[str, Tensor]:
         """KL of the inferred actions, and how well they agree with the changes of the state."""
         latent = driven.latent

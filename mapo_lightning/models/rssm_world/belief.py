@@ -11,17 +11,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mapo_lightning.models.rssm_world.action_source import Driven
-from mapo_lightning.models.rssm_world.rssm import RSSMState
+from mapo_lightning.models.rssm_world.dynamics import LatentState
 
 
 class RSSMBelief(NamedTuple):
     """State of every dynamics in use; leading axes (B,) or (B, T)."""
 
-    lower: RSSMState | None
-    upper: RSSMState | None
+    lower: LatentState | None
+    upper: LatentState | None
 
     @property
-    def control(self) -> RSSMState:
+    def control(self) -> LatentState:
         """State that heads, actor and decoder read: the upper one where there is one (O22)."""
         state = self.upper or self.lower
         assert state is not None
@@ -34,22 +34,22 @@ class RSSMBelief(NamedTuple):
 
     def at(self, t: int) -> RSSMBelief:
         """Belief at one time, (B, T, ...) -> (B, ...)."""
-        return self._map(lambda x: x[:, t])
+        return self._map(lambda state: state.at(t))
 
     def flatten(self) -> RSSMBelief:
         """Merge batch and time, (B, T, ...) -> (B*T, ...)."""
-        return self._map(lambda x: x.flatten(0, 1))
+        return self._map(lambda state: state.flatten())
 
     def repeat(self, times: int) -> RSSMBelief:
         """Every row ``times`` times, (B, ...) -> (B*times, ...)."""
-        return self._map(lambda x: x.repeat_interleave(times, dim=0))
+        return self._map(lambda state: state.repeat(times))
 
     def detach(self) -> RSSMBelief:
         """The same values without their graph."""
-        return self._map(Tensor.detach)
+        return self._map(lambda state: state.detach())
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> RSSMBelief:
-        return RSSMBelief(*(None if state is None else state.map(change) for state in self))
+    def _map(self, change: Callable[[LatentState], LatentState]) -> RSSMBelief:
+        return RSSMBelief(*(None if state is None else change(state) for state in self))
 
 
 class DreamtBelief(NamedTuple):
@@ -79,5 +79,5 @@ class Followed(NamedTuple):
 
     belief: RSSMBelief  # posterior states, axes (B, T)
     embed: Tensor  # (B, T, E)
-    prior: dict[str, tuple[RSSMState, Tensor]]  # "lower" / "upper": posterior state, prior logits
+    prior: dict[str, tuple[LatentState, Tensor]]  # "lower" / "upper": posterior state, prior logits
     driven: Driven | None  # what drove the lower dynamics

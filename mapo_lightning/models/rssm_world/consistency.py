@@ -5,13 +5,13 @@ Shapes: B batch, T time, A action, S groups, K classes, N = B*(T-1) steps.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mapo_lightning.models.distributions import categorical_kl
-from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState
+from mapo_lightning.models.rssm_world.dynamics import Dynamics, LatentState
 from mapo_lightning.models.rssm_world.settings import Consistency
 
 
@@ -32,7 +32,11 @@ def gaussian_kl(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor
 
 
 def consistency(
-    kind: Consistency, latent: LatentAction, dynamics: RSSM, post: RSSMState, prior_BTSK: Tensor
+    kind: Consistency,
+    latent: LatentAction,
+    dynamics: Dynamics[Any],
+    post: LatentState,
+    prior_BTSK: Tensor,
 ) -> Tensor:
     """Hold what other actions would change against how different those actions are.
 
@@ -53,7 +57,7 @@ def consistency(
     """
     order_B = torch.randperm(len(prior_BTSK), device=prior_BTSK.device)
     with torch.no_grad():  # the states' side is what the actions are held against
-        before = RSSMState(*(x[:, :-1] for x in post)).flatten()
+        before = post.until(-1).flatten()
         other_NA = latent.sample[order_B].flatten(0, 1)
         unused_NS = before.stoch.new_zeros(before.stoch.shape[:-1])
         other_NSK = dynamics.mixed(dynamics.imagine_step(before, other_NA, unused_NS).logits)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mapo_lightning.models.blocks import mlp
 from mapo_lightning.models.distributions import categorical_kl
-from mapo_lightning.models.rssm_world.rssm import RSSMState
 from mapo_lightning.models.rssm_world.settings import EnsembleConfig, RSSMConfig
 
 
@@ -55,18 +54,21 @@ class Ensemble(nn.Module):
         raw = torch.stack([member(both) for member in self.members]).float()
         return torch.unflatten(raw, -1, self.groups)
 
-    def loss(self, state: RSSMState, action_BTA: Tensor, is_first_BT: Tensor) -> Tensor:
+    def loss(
+        self, feat_BTF: Tensor, logits_BTSK: Tensor, action_BTA: Tensor, is_first_BT: Tensor
+    ) -> Tensor:
         """Mean KL of the members' predictions from what followed, a scalar in nats per step.
 
         Nothing but the members gets a gradient.
 
         Args:
-            state: Posterior states, axes (B, T), with the logits that they were drawn from.
+            feat_BTF: Posterior states.
+            logits_BTSK: What they were drawn from.
             action_BTA: Action that led to each state.
             is_first_BT: Where episodes begin: nothing leads there.
         """
-        guess_MBTSK = self(state.feat[:, :-1].detach(), action_BTA[:, 1:])
-        error_BT = categorical_kl(state.logits[:, 1:].detach(), guess_MBTSK).mean(dim=0)
+        guess_MBTSK = self(feat_BTF[:, :-1].detach(), action_BTA[:, 1:])
+        error_BT = categorical_kl(logits_BTSK[:, 1:].detach(), guess_MBTSK).mean(dim=0)
         follows_BT = (~is_first_BT[:, 1:]).float()
         return (error_BT * follows_BT).sum() / follows_BT.sum().clamp(min=1.0)
 

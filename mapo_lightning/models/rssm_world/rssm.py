@@ -1,4 +1,4 @@
-"""Recurrent state-space model: one class for the lower (video) and the upper (control) dynamics.
+"""Recurrent state-space model: a GRU as lower (video) and as upper (control) dynamics.
 
 This is the readable specification, in plain autograd. `fused` has the same recurrence with a
 backward written by hand; ``world_model.recurrence`` chooses between them.
@@ -9,21 +9,18 @@ Shapes: B batch, T time, D deter, S groups, K classes, U hidden, A action, E emb
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mapo_lightning.models.blocks import xavier
-from mapo_lightning.models.distributions import balanced_kl, mixed, one_hot_sample
+from mapo_lightning.models.distributions import one_hot_sample
+from mapo_lightning.models.rssm_world.dynamics import Dynamics, FeaturePolicy, HasFeat
 from mapo_lightning.models.rssm_world.settings import RSSMConfig
-from mapo_lightning.types import ConfigError
 
 NORM_EPS = 1e-3
-
-FeaturePolicy: TypeAlias = Callable[[Tensor], Tensor]
-"""Features (B, F) of the present states -> action (B, A)."""
 
 
 class RSSMState(NamedTuple):
@@ -53,9 +50,25 @@ class RSSMState(NamedTuple):
         """The state with ``change`` made to each of its tensors."""
         return RSSMState(*map(change, self))
 
+    def at(self, t: int) -> RSSMState:
+        """State at one time: (B, T, ...) -> (B, ...)."""
+        return self.map(lambda x: x[:, t])
+
+    def until(self, end: int) -> RSSMState:
+        """States before time ``end``: (B, T, ...) -> (B, end, ...)."""
+        return self.map(lambda x: x[:, :end])
+
     def flatten(self) -> RSSMState:
         """Merge the two leading axes: (B, T, ...) -> (B*T, ...)."""
         return self.map(lambda x: x.flatten(0, 1))
+
+    def repeat(self, times: int) -> RSSMState:
+        """Every row ``times`` times: (B, ...) -> (B*times, ...)."""
+        return self.map(lambda x: x.repeat_interleave(times, dim=0))
+
+    def detach(self) -> RSSMState:
+        """The same values without their graph."""
+        return self.map(Tensor.detach)
 
 
 class NormedGRU(nn.Module):
@@ -87,8 +100,8 @@ def update_bias(beta_G: Tensor) -> Tensor:
     return torch.cat([beta_G[: 2 * third], beta_G[2 * third :] - 1.0])
 
 
-class RSSM(nn.Module):
-    """Latent dynamics that any action vector can drive: real, semantic, inferred or null.
+class RSSM(Dynamics[RSSMState]):
+    """Latent dynamics with a recurrent state.
 
     What does not depend on the recurrence is computed outside it: the products with actions and
     embeddings for all steps at once, and the prior from all states.
@@ -106,16 +119,8 @@ class RSSM(nn.Module):
     def __init__(
         self, cfg: RSSMConfig, action_dim: int, embed_dim: int, unimix: float = 0.0
     ) -> None:
-        super().__init__()
-        if cfg.action_slot and action_dim > cfg.action_slot:
-            raise ConfigError(
-                f"the action has {action_dim} numbers but action_slot leaves room for "
-                f"{cfg.action_slot}; raise it or set it to 0"
-            )
-        self.cfg, self.action_slot = cfg, cfg.action_slot or action_dim
-        self.unimix = unimix
+        super().__init__(cfg, action_dim, unimix, cfg.hidden)
         flat = cfg.stoch * cfg.classes
-        self.inp = xavier(nn.Linear(flat + self.action_slot, cfg.hidden))
         self.cell = NormedGRU(cfg.hidden, cfg.deter)
         self.prior = nn.Sequential(
             xavier(nn.Linear(cfg.deter, cfg.hidden)),
@@ -141,18 +146,7 @@ class RSSM(nn.Module):
         start: RSSMState | None = None,
         noise_BTS: Tensor | None = None,
     ) -> tuple[RSSMState, Tensor]:
-        """Follow a sequence: predict, then correct with what was seen.
-
-        Args:
-            action_BTA: Action that led to each step, (B, T, A).
-            embed_BTE: What was seen, (B, T, E).
-            is_first_BT: True where state and action are forgotten, (B, T) bool.
-            start: State before the first step; zeros if None.
-            noise_BTS: Uniform noise that draws the samples; fresh if None.
-
-        Returns:
-            Posterior states with axes (B, T), and the prior's logits (B, T, S, K).
-        """
+        """As `Dynamics.observe`; the state before the first step is zero without ``start``."""
         batch, steps = is_first_BT.shape
         state = start or self.initial(batch, embed_BTE)
         if noise_BTS is None:
@@ -174,23 +168,13 @@ class RSSM(nn.Module):
 
     def imagine(
         self,
-        start_BF: Tensor,
+        start: HasFeat,
         policy: FeaturePolicy,
         steps: int,
         encode: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Roll the prior out.
-
-        Args:
-            start_BF: Features of the states to leave from, (B, F).
-            policy: Asked once a step, in order. Gradients of the result reach its actions.
-            steps: Number I of steps.
-            encode: What an action becomes before it drives the model, (..., A) -> (..., A');
-                None: itself.
-
-        Returns:
-            Features (I + 1, B, F), the start first.
-        """
+        """As `Dynamics.imagine`; features are all that it reads of ``start``."""
+        start_BF = start.feat
         shape = len(start_BF), self.cfg.stoch, self.cfg.classes
         noise_IBS = torch.rand((steps, *shape[:2]), device=start_BF.device)
         state = RSSMState(start_BF, start_BF.new_zeros(shape))
@@ -209,21 +193,6 @@ class RSSM(nn.Module):
         sample_BSK = one_hot_sample(self.mixed(logits_BSK), noise_BS)
         return RSSMState.of(deter_BD, sample_BSK, logits_BSK)
 
-    def kl(self, post_BTSK: Tensor, prior_BTSK: Tensor, free_nats: float) -> Tensor:
-        """Balanced KL of this model, scalar nats per step."""
-        post_BTSK, prior_BTSK = self.mixed(post_BTSK), self.mixed(prior_BTSK)
-        return balanced_kl(post_BTSK, prior_BTSK, self.cfg.kl_balance, free_nats)
-
-    def mixed(self, logits: Tensor) -> Tensor:
-        """Logits of the distribution that is drawn from, (..., K)."""
-        return mixed(logits, self.unimix)
-
-    def drive(self, action: Tensor) -> Tensor:
-        """Part of the input layer that the action feeds, (..., A) -> (..., U)."""
-        weight = self.inp.weight[:, self.cfg.stoch * self.cfg.classes :]
-        # Slicing to the action's width equals padding the action with zeros.
-        return F.linear(action, weight[:, : action.shape[-1]], self.inp.bias)
-
     def _recur(self, driven_BU: Tensor, stoch_BX: Tensor, deter_BD: Tensor) -> Tensor:
         """Next recurrent state (B, D), from the action's part of the input layer and the state."""
         weight = self.inp.weight[:, : self.cfg.stoch * self.cfg.classes]
@@ -239,7 +208,3 @@ class RSSM(nn.Module):
             [self.cfg.deter, embed_BTE.shape[-1]], dim=1
         )
         return F.linear(embed_BTE, seen_weight, first.bias), deter_weight
-
-    def _grouped(self, flat: Tensor) -> Tensor:
-        """(..., S*K) -> (..., S, K)."""
-        return flat.view(*flat.shape[:-1], self.cfg.stoch, self.cfg.classes)

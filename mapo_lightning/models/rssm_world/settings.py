@@ -134,11 +134,43 @@ class SourceConfig:
 
 
 @dataclass
-class RSSMConfig:
-    """Sizes of one recurrent state-space model, and how its KL term is shaped (facts 2.1, 2.3)."""
+class LatentTransformerConfig:
+    """Sizes of a transformer over the steps of a sequence."""
 
+    layers: int = 2
+    """Number of layers."""
+    width: int = 512
+    """Width of a token; the perceptrons between are four times as wide."""
+    heads: int = 8
+    """Attention heads; they divide the width into even parts."""
+    window: int = 25
+    """Steps that a step may look at, itself among them. Sequences this long must be learned from:
+    conf/config.yaml makes it those of videos in the lower dynamics, chunks in the upper one."""
+    dropout: float = 0.1
+    """Dropout of attention's weights and of what every layer adds, in training on sequences; dreams
+    have none."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, layers=1, width=2, heads=1, window=1)
+        if self.width % (2 * self.heads):
+            raise ConfigError(
+                f"heads must divide width into even parts, got {self.heads} heads for a width of "
+                f"{self.width}; choose a multiple of {2 * self.heads} as width, or other heads"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass
+class RSSMConfig:
+    """Sizes of one state-space model, and how its KL term is shaped (facts 2.1, 2.3)."""
+
+    kind: Literal["gru", "transformer"] = "gru"
+    """What carries the past: the GRU of all published systems here, or a transformer that looks
+    back at the steps of the episode (docs/methods.md)."""
     deter: int = 1024
-    """Width D of the recurrent state: 1024, or DreamerV2's own 200 (O19, O38)."""
+    """Width D of the recurrent state, or of what stands in its place: 1024, or DreamerV2's own 200
+    (O19, O38)."""
     hidden: int = 1024
     """Width U of the hidden layers."""
     stoch: int = 32
@@ -149,6 +181,8 @@ class RSSMConfig:
     """Width of the action input; shorter actions are padded with zeros. 0: the action's own."""
     kl_balance: float = 0.8
     """Share of the KL gradient that moves the prior towards the posterior, in [0, 1] (O20)."""
+    transformer: LatentTransformerConfig = field(default_factory=LatentTransformerConfig)
+    """Further sizes of a transformer; read only where ``kind`` is transformer."""
 
     def __post_init__(self) -> None:
         check_at_least(self, deter=1, hidden=1, stoch=1, classes=1)
@@ -220,8 +254,9 @@ class WorldModelConfig:
     transformer over the tokens of frames, which has its settings in token_world; of the keys below
     it reads image.size only."""
     recurrence: Literal["fused", "plain"] = "fused"
-    """How the state-space models run: with a backward pass through time written by hand, or as the
-    plain loop that specifies it. The results are equal within rounding."""
+    """How GRUs run: with a backward pass through time written by hand, or as the plain loop that
+    specifies it. The results are equal within rounding. A transformer has no such backward: it runs
+    in ordinary autograd, whatever is chosen here."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """Encoder and decoder of frames."""
     context: ContextConfig = field(default_factory=ContextConfig)

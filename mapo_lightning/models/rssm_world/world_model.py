@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,16 @@ from mapo_lightning.models.rssm_world.action_source import Driven, build_action_
 from mapo_lightning.models.rssm_world.belief import DreamtBelief, Followed, RSSMBelief
 from mapo_lightning.models.rssm_world.context import NO_CONTEXT, Context, FrameContext
 from mapo_lightning.models.rssm_world.decoder import build_decoder
+from mapo_lightning.models.rssm_world.dynamics import Dynamics, HasFeat, LatentState
 from mapo_lightning.models.rssm_world.encoder import build_encoder, normalised
 from mapo_lightning.models.rssm_world.ensemble import Ensemble
 from mapo_lightning.models.rssm_world.fused.policy import remembered
 from mapo_lightning.models.rssm_world.fused.rssm import FusedRSSM
 from mapo_lightning.models.rssm_world.heads import Heads
 from mapo_lightning.models.rssm_world.intrinsic import VideoBonus
-from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState
-from mapo_lightning.models.rssm_world.settings import WorldModelConfig
+from mapo_lightning.models.rssm_world.rssm import RSSM
+from mapo_lightning.models.rssm_world.settings import RSSMConfig, WorldModelConfig
+from mapo_lightning.models.rssm_world.transformer import TransformerDynamics
 from mapo_lightning.models.settings import ObjectiveConfig
 from mapo_lightning.types import Batch, ConfigError
 
@@ -62,26 +65,25 @@ class RSSMWorldModel(nn.Module):
                 "use stage=finetune, or choose another method"
             )
         self.cfg, self.objective = cfg, objective
-        dynamics = RECURRENCE[cfg.recurrence]
         self.encoder = build_encoder(cfg.image)
         self.context = None
         if cfg.context.kind != "none":
             self.context = FrameContext(cfg.context, cfg.image, augment=controls)
         embed = self.encoder.embed_dim
         self.source = None
-        self.lower: RSSM | None = None
-        self.upper: RSSM | None = None
+        self.lower: Dynamics[Any] | None = None
+        self.upper: Dynamics[Any] | None = None
         feat, seen = 0, embed
         if cfg.lower is not None:
             env_dim = action_dim if cfg.upper is None else None
             self.source = build_action_source(
                 cfg.source, cfg.image, cfg.lower.hidden, semantic_dim, env_dim
             )
-            self.lower = dynamics(cfg.lower, self.source.action_dim, embed, cfg.unimix)
+            self.lower = _dynamics(cfg, cfg.lower, self.source.action_dim, embed)
             feat = cfg.lower.feat
             seen = feat + embed * cfg.concat_embed
         if action_dim is not None and cfg.upper is not None:
-            self.upper = dynamics(cfg.upper, action_dim, seen, cfg.unimix)
+            self.upper = _dynamics(cfg, cfg.upper, action_dim, seen)
             feat = cfg.upper.feat
         self.feat_dim = feat
         self.decoder = build_decoder(cfg.image, feat, cfg.context)
@@ -91,10 +93,9 @@ class RSSMWorldModel(nn.Module):
         self.bonus = VideoBonus(cfg.bonus, compared) if controls and cfg.bonus.beta else None
         self.ensemble = _ensemble(cfg, action_dim)
         self._check_scales()
-        seeing = [part for part in (self.encoder, self.source) if part is not None]
-        self._observing_norms = [
-            m for part in seeing for m in part.modules() if isinstance(m, nn.BatchNorm2d)
-        ]
+        parts = (self.encoder, self.source, self.lower, self.upper)
+        seeing = [m for part in parts if part is not None for m in part.modules()]
+        self._moded = [m for m in seeing if isinstance(m, nn.BatchNorm2d | nn.Dropout)]
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _check_scales(self) -> None:
@@ -123,7 +124,7 @@ class RSSMWorldModel(nn.Module):
         obs, first_BT = batch["obs"], batch["is_first"]
         embed_BTE = self.encoder(normalised(obs)).view(*obs.shape[:2], -1)
         lower, upper = None, None
-        prior: dict[str, tuple[RSSMState, Tensor]] = {}
+        prior: dict[str, tuple[LatentState, Tensor]] = {}
         driven: Driven | None = None
         seen_BTE = embed_BTE
         if self.lower is not None and self.source is not None:
@@ -169,8 +170,8 @@ class RSSMWorldModel(nn.Module):
         if self.ensemble is not None:
             # Without a weight: no other parameter sees it, and Adam would divide it out.
             control, dynamics = seen.belief.control, self._dreaming
-            learned = control._replace(logits=dynamics.mixed(control.logits))
-            error = self.ensemble.loss(learned, batch["action"], batch["is_first"])
+            drawn_from = dynamics.mixed(control.logits)
+            error = self.ensemble.loss(control.feat, drawn_from, batch["action"], batch["is_first"])
             total, log = total + error, log | {"ensemble": error.detach()}
         return Fit(total, log | weighed, seen.belief)
 
@@ -184,7 +185,7 @@ class RSSMWorldModel(nn.Module):
             actions.append(policy(next(number), DreamtBelief(feat_NF)))
             return actions[-1]
 
-        feat_INF = self._dreaming.imagine(start.feat, act, steps, self._encoder_of_actions)
+        feat_INF = self._dreaming.imagine(_left(start), act, steps, self._encoder_of_actions)
         return self._dream(feat_INF, actions)._replace(action=torch.stack(actions))
 
     def imagine_with_gradients(self, start: Belief, policy: DreamPolicy, steps: int) -> Dream:
@@ -192,7 +193,7 @@ class RSSMWorldModel(nn.Module):
         actions: list[Tensor] = []
         if self.ensemble is not None:
             policy = remembered(policy, actions)
-        feat_INF = self._dreaming.imagine(start.feat, policy, steps, self._encoder_of_actions)
+        feat_INF = self._dreaming.imagine(_left(start), policy, steps, self._encoder_of_actions)
         return self._dream(feat_INF, actions)
 
     def _dream(self, feat_INF: Tensor, actions: Sequence[Tensor]) -> Dream:
@@ -209,7 +210,7 @@ class RSSMWorldModel(nn.Module):
         return dream._replace(uncertainty=torch.cat([start_1N, unknown_IN]))
 
     @property
-    def _dreaming(self) -> RSSM:
+    def _dreaming(self) -> Dynamics[Any]:
         """The control dynamics."""
         dynamics = self.upper or self.lower
         assert dynamics is not None
@@ -264,7 +265,7 @@ class RSSMWorldModel(nn.Module):
         actions = iter(drive_BTA[:, seen:].unbind(1))
         ahead = batch["obs"].shape[1] - seen
         dreamt_IBF = self._dreaming.imagine(
-            belief.at(seen - 1).feat, lambda _: next(actions), ahead
+            belief.at(seen - 1).control, lambda _: next(actions), ahead
         )[1:]
         feat_BTF = torch.cat([belief.feat, dreamt_IBF.transpose(0, 1)], dim=1)
         mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), self._look(shown["obs"]).maps).float()
@@ -292,8 +293,23 @@ class RSSMWorldModel(nn.Module):
         return found
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Evaluation mode for what `observe` uses: its batch norms, the only parts that differ."""
-        return evaluation_mode(self._observing_norms)
+        """Evaluation mode for what `observe` uses: batch norms and dropout, all that differs."""
+        return evaluation_mode(self._moded)
+
+
+def _dynamics(
+    cfg: WorldModelConfig, sizes: RSSMConfig, action_dim: int, seen: int
+) -> Dynamics[Any]:
+    """Lower or upper dynamics, driven by ``action_dim`` numbers, that sees ``seen``."""
+    kind: type[RSSM | TransformerDynamics] = RECURRENCE[cfg.recurrence]
+    if sizes.kind == "transformer":
+        kind = TransformerDynamics
+    return kind(sizes, action_dim, seen, cfg.unimix)
+
+
+def _left(start: Belief) -> HasFeat:
+    """The state that a dream leaves from, or all that is known of it."""
+    return start.control if isinstance(start, RSSMBelief) else start
 
 
 def _heads(cfg: WorldModelConfig, feat: int, controls: bool) -> Heads:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mapo_lightning.models.rssm_world.dynamics import FeaturePolicy, HasFeat
 from mapo_lightning.models.rssm_world.fused.policy import (
     NetworkPolicy,
     product_dtype,
@@ -14,7 +15,7 @@ from mapo_lightning.models.rssm_world.fused.policy import (
 )
 from mapo_lightning.models.rssm_world.fused.scan import Scan
 from mapo_lightning.models.rssm_world.fused.tape import Weights
-from mapo_lightning.models.rssm_world.rssm import RSSM, FeaturePolicy, RSSMState, update_bias
+from mapo_lightning.models.rssm_world.rssm import RSSM, RSSMState, update_bias
 
 
 class FusedRSSM(RSSM):
@@ -52,7 +53,7 @@ class FusedRSSM(RSSM):
 
     def imagine(
         self,
-        start_BF: Tensor,
+        start: HasFeat,
         policy: FeaturePolicy | NetworkPolicy,
         steps: int,
         encode: Callable[[Tensor], Tensor] | None = None,
@@ -63,7 +64,8 @@ class FusedRSSM(RSSM):
         """
         wants_gradients = torch.is_grad_enabled()
         if wants_gradients and not isinstance(policy, NetworkPolicy):
-            return super().imagine(start_BF, policy, steps, encode)
+            return super().imagine(start, policy, steps, encode)
+        start_BF = start.feat
         record = recorded(policy.network) if isinstance(policy, NetworkPolicy) else None
         first = self.prior[0]
         assert isinstance(first, nn.Linear)
