@@ -55,3 +55,18 @@ def test_a_killed_process_ends_the_job_which_goes_on_later(killed: str, tmp_path
     if killed == "other":
         train(tmp_path, "resume=run", f"pretrain.updates={made + 2}")
         assert read_checkpoint(last)["global_step"] == made + 2
+
+
+@pytest.mark.slow
+def test_a_token_method_trains_on_two_processes(tmp_path: Path) -> None:
+    """Its tokenizer learns in some updates only, and its agent steps optimisers of its own."""
+    words = [*SMALL, "method=ivideogpt_fixed", "demo.clips_per_scene=8", "demo.frames=30"]
+    words += ["trainer.devices=2", "trainer.strategy=ddp", "finetune.agent_steps=200"]
+    words += ["token_world.tokenizer_every=3", "run_dir=run", f"data.root={tmp_path}/toy"]
+    said = train(tmp_path, *words)
+    assert "ivideogpt_fixed return" in said
+    content = read_checkpoint(tmp_path / "run/finetune/last.ckpt")
+    assert len(content["collection"]) == 2
+    state = content["state_dict"]["agent._extra_state"]
+    assert state["updates"] == content["global_step"] > 3
+    assert len(state["dreams"]) >= 2

@@ -53,10 +53,13 @@ def test_learning_rates_of_settings_made_in_python_are_checked(value: float) -> 
         lambda: PretrainConfig(lr=value),
         lambda: FinetuneConfig(lr_actor=value),
         lambda: OptimizerConfig(eps=value),
-        lambda: OptimizerConfig(max_grad_norm=value),
     ):
         with pytest.raises(ConfigError, match=r"must be positive and finite.*, got"):
             make()
+    # A norm of zero means no clipping.
+    norm = value or -1.0
+    with pytest.raises(ConfigError, match="max_grad_norm must be finite and not negative, got"):
+        OptimizerConfig(max_grad_norm=norm)
 
 
 @dataclass

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mapo_lightning.models.token_world.frame_predictor import FramePredictor
@@ -254,6 +256,27 @@ def test_draws_come_from_the_likeliest_only(predictor: FramePredictor, tokens: T
     drawn = predictor.next_frame(reading, None, top=1)[0][:, 0]
     assert (drawn == best).all()
     assert len(set(predictor.next_frame(reading, None)[0][:, 0].tolist())) > 5
+
+
+@torch.no_grad()
+def test_ten_dreamed_frames_cost_the_arithmetic_of_one_pass() -> None:
+    """No frame before is read again; the published code reads the whole prefix for every frame."""
+    tokenizer = TokenizerConfig(size=32, channels=[16, 32, 64], groups=8)
+    model = FramePredictor(SMALL, tokenizer, 2).eval()
+    action, context = torch.rand(1, 10, 2), torch.zeros(1, 2, 64, dtype=torch.long)
+
+    def dream() -> None:
+        reading = model.start(context)
+        for step in range(10):
+            _, _, reading = model.next_frame(reading, action[:, step])
+
+    def cost(run: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return int(counter.get_total_flops())
+
+    whole = torch.zeros(1, model.layout.length(10), dtype=torch.long)
+    assert 0.5 < cost(dream) / cost(lambda: model(whole, action)) <= 1.2
 
 
 @torch.no_grad()
