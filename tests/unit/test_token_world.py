@@ -261,7 +261,9 @@ def test_draws_come_from_the_likeliest_only(predictor: FramePredictor, tokens: T
 @torch.no_grad()
 def test_ten_dreamed_frames_cost_the_arithmetic_of_one_pass() -> None:
     """No frame before is read again; the published code reads the whole prefix for every frame."""
-    tokenizer = TokenizerConfig(size=32, channels=[16, 32, 64], groups=8)
+    tokenizer = TokenizerConfig(
+        size=32, channels=[16, 32, 64], groups=8, context_codes=64, future_codes=64
+    )
     model = FramePredictor(SMALL, tokenizer, 2).eval()
     action, context = torch.rand(1, 10, 2), torch.zeros(1, 2, 64, dtype=torch.long)
 
