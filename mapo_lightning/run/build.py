@@ -36,11 +36,11 @@ from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.training.checkpoint import (
-    EXTRA,
     LoadReport,
     check_fit,
     load_pretrained,
     read_checkpoint,
+    weights_of,
 )
 from mapo_lightning.training.compile import compile_parts
 from mapo_lightning.training.datamodule import ReplayDataModule, VideoDataModule
@@ -223,9 +223,7 @@ def load_finetuned(cfg: RunConfig, path: Path) -> tuple[FinetuneModule, Mapping[
     check_networks(lambda bare: build_finetune(bare, width, None)[0], cfg, content, path)
     refuse_broken_weights(content["state_dict"], f"'{path}'")
     module, _ = build_finetune(cfg, width, None)
-    # What is no tensor serves learning only. The rest was found to be exactly that of the model.
-    weights = {k: x for k, x in content["state_dict"].items() if not k.endswith(EXTRA)}
-    module.load_state_dict(weights, strict=False)
+    module.load_state_dict(weights_of(content), strict=False)  # found to be exactly its own above
     return module, metadata
 
 

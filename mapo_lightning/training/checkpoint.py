@@ -118,6 +118,11 @@ def _loaded(path: Path, mapped: bool) -> dict[str, Any]:
     return content
 
 
+def weights_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A checkpoint's tensors by name, without states that serve learning only."""
+    return {k: x for k, x in content["state_dict"].items() if not k.endswith(EXTRA)}
+
+
 def semantic_dim_of(content: Mapping[str, Any]) -> int | None:
     """Width V of the semantic vectors that a checkpoint's networks take; None if they take none."""
     names = "world_model.source.project.weight", "world_model.predictor.phrases.put.weight"

@@ -21,7 +21,7 @@ from mapo_lightning.models.token_world.settings import (
 )
 from mapo_lightning.models.token_world.tokenizer import LearntCodes
 from mapo_lightning.models.token_world.world_model import Phase, TokenWorldModel
-from mapo_lightning.types import Batch, ConfigError
+from mapo_lightning.types import Batch, CheckpointError, ConfigError
 
 A = 2
 
@@ -135,9 +135,17 @@ def test_the_tokenizer_learns_in_every_fourth_update() -> None:
     again = token_world(A, tokenizer_every=4)
     again.load_state_dict(world.state_dict())
     assert again.updates == 5
+    # Between its updates, the log says how it did in the last one, also after a resume.
+    told = [w.loss(batch).log for w in (world, again)]
+    for name in ("context", "future", "codes"):
+        assert float(told[0][name]) == float(told[1][name]) == float(world.drawn[name]) > 0.0
+    for damaged in ({}, {"updates": "x", "drawn": {}}, {"updates": 1, "drawn": [1]}):
+        with pytest.raises(CheckpointError, match=r"world model's own state .* is damaged"):
+            again.set_extra_state(damaged)
     world.eval()
-    world.loss(batch)
-    assert world.updates == 5  # a validation is no update
+    judged = world.loss(batch).log["future"]
+    assert world.updates == 6  # a validation is no update
+    assert float(judged) not in (0.0, float(world.drawn["future"]))
 
 
 def test_phases_of_pre_training_learn_what_they_should() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from mapo_lightning.models.token_world.frame_predictor import FramePredictor, To
 from mapo_lightning.models.token_world.perceptual import PerceptualDistance
 from mapo_lightning.models.token_world.settings import TokenWorldConfig
 from mapo_lightning.models.token_world.tokenizer import Tokenizer
-from mapo_lightning.types import Batch
+from mapo_lightning.types import Batch, CheckpointError
 
 Phase: TypeAlias = Literal["tokenizer", "transformer", "both"]
 """What a batch teaches: pre-training has a phase for each, control learns both."""
@@ -77,6 +77,7 @@ class TokenWorldModel(nn.Module):
         self._looks = (looks,)  # in a tuple, so that it is no part: a checkpoint is without it
         self.feat_dim = cfg.stacked * 3 * cfg.tokenizer.size**2
         self.updates = 0
+        self.drawn: dict[str, Tensor] = {}  # the tokenizer's terms of the last update it had
         check_scales(self._terms(), objective.scales)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -119,13 +120,21 @@ class TokenWorldModel(nn.Module):
         frames = _pictures(batch["obs"])
         terms: dict[str, Tensor] = {}
         if self.learn != "transformer":
-            due = self.learn == "tokenizer" or self.updates % self.cfg.tokenizer_every == 0
+            # A validation draws in any case.
+            due = self.learn == "tokenizer" or not self.training
+            due = due or self.updates % self.cfg.tokenizer_every == 0
             terms |= self._drawing(frames) if due else self._nothing()
         if self.predictor is not None:
             terms |= self._predicting(self.predictor, frames, batch)
         if self.training:
             self.updates += 1
         total, log = weigh(terms, self.objective.weights)
+        if self.learn != "transformer":
+            # Between its updates, curves show how the tokenizer did in its last one.
+            found = {name: log[name] for name in self._drawing_terms}
+            if due and self.training:
+                self.drawn = found
+            log |= found if due else self.drawn
         return Fit(total, log, belief)
 
     def _drawing(self, frames: Tensor) -> dict[str, Tensor]:
@@ -293,13 +302,25 @@ class TokenWorldModel(nn.Module):
         """Nothing that `observe` uses has modes."""
         return evaluation_mode([])
 
-    def get_extra_state(self) -> Tensor:
-        """The number of updates, which says when the tokenizer learns."""
-        return torch.tensor(self.updates)
+    def get_extra_state(self) -> dict[str, Any]:
+        """The number of updates, which says when the tokenizer learns, and its last terms."""
+        return {"updates": self.updates, "drawn": {k: x.cpu() for k, x in self.drawn.items()}}
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take the number of updates up again."""
-        self.updates = int(state)
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take them up again.
+
+        Raises:
+            CheckpointError: They are not what `get_extra_state` gives.
+        """
+        device = self.tokenizer.context_codes.codes.device
+        try:
+            self.updates = int(state["updates"])
+            self.drawn = {str(k): x.to(device).view(()) for k, x in state["drawn"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the world model's own state in this checkpoint is damaged ({error!r:.100}): take "
+                "an earlier one from the same folder"
+            ) from error
 
 
 class _Continuation:
