@@ -236,7 +236,7 @@ class MBPOAgent(nn.Module):
             self.actor_optimizer.load_state_dict(state["actor_optimizer"])
             self.steps, self.updates = int(state["steps"]), int(state["updates"])
             self.dreams = [_Dreams(*one) for one in state["dreams"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the agent's own state in this checkpoint is damaged ({error!r:.100}): take an "
                 "earlier one from the same folder"

@@ -316,7 +316,7 @@ class TokenWorldModel(nn.Module):
         try:
             self.updates = int(state["updates"])
             self.drawn = {str(k): x.to(device).view(()) for k, x in state["drawn"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the world model's own state in this checkpoint is damaged ({error!r:.100}): take "
                 "an earlier one from the same folder"

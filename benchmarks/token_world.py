@@ -1,0 +1,113 @@
+"""Does the token world learn the toy? The protocol is docs/protocols/ivideogpt.md.
+
+    mapo-train method=ivideogpt_fixed env=toy seed=0 trainer.threads=1 run_dir=runs/token/fixed-0
+    python benchmarks/token_world.py runs/token/*
+
+Prints a table of the runs whose folders are given; a run that is not finished is named.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.codebook import last_shown  # noqa: E402
+from mapo_lightning.config.compose import from_base  # noqa: E402
+from mapo_lightning.run import build  # noqa: E402
+from mapo_lightning.run.config import RunConfig  # noqa: E402
+from mapo_lightning.run.from_checkpoint import agent_settings  # noqa: E402
+from mapo_lightning.training.checkpoint import read_checkpoint, weights_of  # noqa: E402
+from mapo_lightning.training.told import measure_held_out  # noqa: E402
+
+CLIPS = 48
+AHEAD = (1, 5, 10)
+Row = dict[str, float]
+
+
+def main(folders: Sequence[Path]) -> None:
+    """Print the table of the runs in these folders."""
+    rows: dict[str, list[Row]] = {}
+    for folder in folders:
+        if not (folder / "evaluation.json").exists():
+            print(f"not finished: {folder}")
+            continue
+        tree = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        rows.setdefault(tree["method"], []).append(scores(tree) | dreams(folder))
+    for method, found in rows.items():
+        print(f"\n{method}\n")
+        print("\n".join(table(sorted(found, key=lambda row: row["seed"]))))
+
+
+def scores(tree: dict[str, Any]) -> Row:
+    """Return of the agent with its interval over episodes, and of the best policy beside it."""
+    returns = {
+        name: [episode["return"] for episode in policy["episodes"]]
+        for name, policy in tree["policies"].items()
+    }
+    agent = returns.pop("agent")
+    low, high = interval(np.array(agent))
+    best = max(float(np.mean(played)) for played in returns.values())
+    return {
+        "seed": tree["seed"], "return": float(np.mean(agent)), "low": low, "high": high,
+        "best trivial": best,
+    }  # fmt: skip
+
+
+def dreams(folder: Path) -> Row:
+    """Errors on held-out videos, on pixels that move, in thousandths; kept beside the run."""
+    kept = folder / "dreams.json"
+    if not kept.exists():
+        checkpoint = folder / "pretrain" / "last.ckpt"
+        cfg = from_base(agent_settings(checkpoint, videos=True), RunConfig)
+        data, module = build.build_videos(cfg), build.build_pretrain(cfg)
+        module.load_state_dict(weights_of(read_checkpoint(checkpoint)), strict=False)
+        report = measure_held_out(module.world_model, data, CLIPS)
+        found = {"drawn": last_shown(report)}
+        for name in ("told", "copy", "still_scene"):
+            found |= {f"{name} {ahead}": report.at(name, ahead).mean for ahead in AHEAD}
+        kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    row: Row = json.loads(kept.read_text(encoding="utf-8"))
+    return row
+
+
+def interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of a mean, Student's t."""
+    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Markdown: one row for each seed, and one for the mean of all."""
+    names = ["drawn", *(f"told {n}" for n in AHEAD)]
+    names += [f"{name} {n}" for name in ("copy", "still_scene") for n in AHEAD]
+    heads = [name.replace("told", "dream").replace("_", " ") for name in names]
+    yield f"| seed | return | best trivial | {' | '.join(heads)} |"
+    yield "|---" * (len(names) + 3) + "|"
+    for row in rows:
+        cells = " | ".join(f"{row[name]:.1f}" for name in names)
+        score = f"{row['return']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+        yield f"| {row['seed']:.0f} | {score} | {row['best trivial']:.1f} | {cells} |"
+    if len(rows) > 1:
+        found = np.array(
+            [[row[name] for name in ("return", "best trivial", *names)] for row in rows]
+        )
+        cells = (
+            f"{c.mean():.1f} [{low:.1f}, {high:.1f}]"
+            for c in found.T
+            for low, high in [interval(c)]
+        )
+        yield f"| all | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main([Path(word) for word in sys.argv[1:]])
