@@ -61,7 +61,7 @@ def token_world(
         future_codes=32,
     )  # fmt: skip
     transformer = TransformerConfig(layers=2, width=32, heads=4, mlp=64, positions=200)
-    cfg = TokenWorldConfig(tokenizer, transformer, **{"lpips": False} | words)  # type: ignore[arg-type]
+    cfg = TokenWorldConfig(tokenizer, transformer, **{"lpips": False, "augment": False} | words)  # type: ignore[arg-type]
     names = [] if learn == "transformer" else ["context", "future", "codes"]
     names += [] if learn == "tokenizer" else ["tokens"]
     names += ["reward"] if action_dim is not None and learn != "tokenizer" else []

@@ -99,6 +99,7 @@ ALLOWED: Mapping[str, float] = {
     "token_world.transformer.layers": _DEEP,
     "token_world.error": 0,
     "token_world.lpips": 0,
+    "token_world.augment": 0,
     "token_world.pretrain_frames": _WIDE,
     "token_world.tokenizer_frames": _WIDE,
     "token_world.tokenizer_every": _MANY,

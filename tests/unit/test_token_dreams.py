@@ -449,3 +449,23 @@ def test_codes_are_revived_in_their_own_phase_only() -> None:
         world.loss(batch)
     assert not torch.equal(world.tokenizer.context_codes.codes, before)
     assert "used" not in dict(token_world(None, "tokenizer").tokenizer.named_buffers())
+
+
+def test_clips_are_changed_in_pre_training_only() -> None:
+    phases: tuple[Phase, ...] = ("tokenizer", "transformer")
+    batch = experience(5)
+    for learn in phases:
+        world = token_world(None, learn, augment=True)
+        plain = token_world(None, learn)
+        plain.load_state_dict(world.state_dict())
+        found = []
+        for model, training in ((world, True), (world, False), (plain, False)):
+            torch.manual_seed(0)
+            found.append(float(model.train(training).loss(batch).total))
+        assert found[0] != found[1] == found[2], learn
+    world, plain = token_world(A, augment=True), token_world(A)
+    plain.load_state_dict(world.state_dict())
+    for model in (world, plain):
+        torch.manual_seed(0)
+        found.append(float(model.train().loss(batch).log["context"]))
+    assert found[-1] == found[-2]

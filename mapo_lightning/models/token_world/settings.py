@@ -111,6 +111,8 @@ class TokenWorldConfig:
     A deviation where it is off (facts 7.5)."""
     vgg: str = ""
     """File with VGG16's weights, torchvision's ``vgg16-397923af.pth``; nothing is downloaded."""
+    augment: bool = True
+    """In pre-training, crop every clip and change its colours at random, as published."""
     pretrain_frames: int = 6
     """Frames of a clip after its context, drawn at random, that one update of the tokenizer looks
     at in pre-training."""

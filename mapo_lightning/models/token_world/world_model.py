@@ -21,6 +21,7 @@ from mapo_lightning.models.interfaces import Belief, Dream, Fit, Policy
 from mapo_lightning.models.objective import check_scales, weigh
 from mapo_lightning.models.scalar_outputs import symexp, symlog
 from mapo_lightning.models.settings import ObjectiveConfig
+from mapo_lightning.models.token_world.augment import augmented
 from mapo_lightning.models.token_world.belief import StackedFrames, stacked
 from mapo_lightning.models.token_world.frame_predictor import FramePredictor, Told
 from mapo_lightning.models.token_world.perceptual import PerceptualDistance
@@ -118,6 +119,8 @@ class TokenWorldModel(nn.Module):
         if self.learn == "both":
             batch = {key: x[: self.cfg.clips] for key, x in batch.items()}
         frames = _pictures(batch["obs"])
+        if self.cfg.augment and self.training and self.learn != "both":
+            frames = augmented(frames)
         terms: dict[str, Tensor] = {}
         if self.learn != "transformer":
             # A validation draws in any case.
