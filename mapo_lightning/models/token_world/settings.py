@@ -103,8 +103,8 @@ class TokenWorldConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     error: Literal["absolute", "squared"] = "absolute"
     """How the tokenizer's pictures are compared with the truth: by the mean absolute error, as
-    published, or by ten times the mean squared error. Without `lpips`, small things that move are
-    not drawn for the sake of the former: without them, it is right in most places.
+    published, or by ten times the mean squared error. With the absolute error and without `lpips`,
+    a short training leaves out small things that move: where they are not, it errs by nothing.
     Deviation: squared-error."""
     lpips: bool = True
     """Train the tokenizer with LPIPS too, which needs `vgg`; without it, it draws blurred textures.
@@ -121,7 +121,7 @@ class TokenWorldConfig:
     tokenizer_every: int = 4
     """In fine-tuning, the tokenizer learns in one of so many updates."""
     rate: float = 1e-4
-    """Learning rate of tokenizer and transformer in fine-tuning, which method=ivideogpt gives to
+    """Learning rate of tokenizer and transformer in fine-tuning, which agent=mbpo gives to
     finetune.lr_model and finetune.lr_lower."""
     clips: int = 16
     """In fine-tuning, chunks of a batch that this model learns from; the agent gets all."""
