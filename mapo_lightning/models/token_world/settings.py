@@ -104,7 +104,7 @@ class TokenWorldConfig:
     error: Literal["absolute", "squared"] = "absolute"
     """How the tokenizer's pictures are compared with the truth: by the mean absolute error, as
     published, or by ten times the mean squared error. With the absolute error and without `lpips`,
-    a short training leaves out small things that move: where they are not, it errs by nothing.
+    a short training leaves out small things that move: without them, few places are wrong.
     Deviation: squared-error."""
     lpips: bool = True
     """Train the tokenizer with LPIPS too, which needs `vgg`; without it, it draws blurred textures.
