@@ -107,10 +107,13 @@ class Examiner:
         """End all children, also those that are examining a video."""
         with self._lock:
             self._closed = True
-            children = list(self._all)
+            children, idle = list(self._all), list(self._idle)
         for child in children:
             child.kill()
         for child in children:
+            child.wait()
+        # The pipes of a busy child are left to the thread that reads them: it finds their end now.
+        for child in idle:
             self._end(child)
 
     def _take(self) -> subprocess.Popen[str]:

@@ -170,7 +170,14 @@ class RunConfig:
             ("lower", max(chunk, clip), self.world_model.lower),
             ("upper", chunk, self.world_model.upper),
         ):
-            if sizes is None or sizes.kind != "transformer":
+            if sizes is None:
+                continue
+            if sizes.transformer.window < 1:
+                raise ConfigError(
+                    f"world_model.{name}.transformer.window must be at least 1, got "
+                    f"{sizes.transformer.window}"
+                )
+            if sizes.kind != "transformer":
                 continue
             if sizes.transformer.window > learned:
                 raise ConfigError(

@@ -151,7 +151,7 @@ class LatentTransformerConfig:
     have none."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, layers=1, width=2, heads=1, window=1)
+        check_at_least(self, layers=1, width=2, heads=1)
         if self.width % (2 * self.heads):
             raise ConfigError(
                 f"heads must divide width into even parts, got {self.heads} heads for a width of "

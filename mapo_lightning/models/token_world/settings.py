@@ -41,6 +41,8 @@ class TokenizerConfig:
         check_at_least(
             self, blocks=1, revive=0, latent=1, context_codes=1, future_codes=1, context_frames=1
         )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}")
         if not self.channels or any(width % self.groups for width in self.channels):
             raise ConfigError(
                 f"channels must be multiples of groups={self.groups}, got {self.channels}"
