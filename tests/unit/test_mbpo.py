@@ -21,6 +21,7 @@ from mapo_lightning.models.agents.drqv2 import (
 )
 from mapo_lightning.models.agents.mbpo import MBPOAgent
 from mapo_lightning.models.agents.settings import MBPOConfig
+from mapo_lightning.models.interfaces import Fit
 from mapo_lightning.models.token_world.belief import stacked
 from mapo_lightning.types import Batch, ConfigError
 from tests.contract.throwaways import CopyLastFrame
@@ -158,6 +159,24 @@ def test_dreamt_transitions_are_of_one_time() -> None:
     learner.dreams = []
     learner._keep(film, action, index[:, 2:].float())
     check_times(learner._dreamt(50))
+
+
+@pytest.mark.parametrize(("share", "imagined"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
+def test_a_share_of_what_it_learns_from_is_imagined(share: float, imagined: int) -> None:
+    made, world, batch = agent(imagined=share, horizon=3), token_world(A), experience()
+    fit = Fit(torch.zeros(()), {}, world.observe(batch))
+    seen: list[Transitions] = []
+    made._learn = lambda drawn: (seen.append(drawn), {})[1]  # type: ignore[method-assign]
+    made.losses(world, fit, batch)
+    # Actions of the batch say their time; nothing that is dreamt does.
+    times = (100 * seen[0].action[:, 0]).round() / 100
+    real = (times == seen[0].action[:, 0]) & (seen[0].action[:, 0] == seen[0].action[:, 1])
+    assert int((~real).sum()) == imagined
+    assert len(made.dreams) == (2 if imagined else 0)
+    if not imagined:  # a run that resumes with dreams begins with as many as any other
+        made.cfg = MBPOConfig(**SMALL | {"horizon": 3})
+        made.losses(world, fit, batch)
+        assert len(made.dreams) == 2
 
 
 def test_dreams_come_in_rounds_and_the_oldest_go() -> None:

@@ -101,16 +101,21 @@ class MBPOAgent(nn.Module):
             return AgentLoss({}, {})
         belief = fit.belief
         assert isinstance(belief, StackedFrames)
-        if learning == 1:
-            for _ in range(self.cfg.first_rounds):
-                self._dream(world_model, belief, at_random=True)
-        elif learning % self.cfg.dream_every == 0:
-            self._dream(world_model, belief, at_random=False)
+        for _ in range(self._rounds(learning)):
+            self._dream(world_model, belief, at_random=learning == 1)
         with torch.autocast(batch["obs"].device.type, enabled=False):
             log: dict[str, Tensor] = {}
             for _ in range(self.cfg.updates):
                 log = self._learn(self._drawn(belief, batch))
         return AgentLoss({}, log)
+
+    def _rounds(self, learning: int) -> int:
+        """Rounds of dreams that are due in an update, counted from the first in which it learns."""
+        if not self.cfg.imagined:
+            return 0
+        if learning == 1 or not self.dreams:  # a resumed run may ask for dreams that it never had
+            return self.cfg.first_rounds
+        return int(learning % self.cfg.dream_every == 0)
 
     def groups(self) -> Mapping[str, Iterable[nn.Parameter]]:
         """None: the optimisers are its own."""
@@ -147,10 +152,12 @@ class MBPOAgent(nn.Module):
         del self.dreams[: -max(1, self.cfg.kept // self.cfg.dreams)]
 
     def _drawn(self, belief: StackedFrames, batch: Batch) -> Transitions:
-        """Half real, half imagined."""
-        device, half = batch["obs"].device, self.cfg.batch // 2
-        real = self._real(belief, batch, self.cfg.batch - half)
-        dreamt = self._dreamt(half)
+        """Real and imagined, in their shares."""
+        device, imagined = batch["obs"].device, int(self.cfg.imagined * self.cfg.batch)
+        real = self._real(belief, batch, self.cfg.batch - imagined)
+        if not imagined:
+            return real
+        dreamt = self._dreamt(imagined)
         return Transitions(
             *(torch.cat([a, b.to(device)]) for a, b in zip(real, dreamt, strict=True))
         )

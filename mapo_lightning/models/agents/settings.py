@@ -85,7 +85,9 @@ class MBPOConfig:
     hold: int = 1000
     """First updates of the world model, in which the agent only acts."""
     batch: int = 256
-    """Transitions per update, half of them imagined."""
+    """Transitions per update."""
+    imagined: float = 0.5
+    """Share of them that are imagined, in [0, 1]; 0 is DrQ-v2 alone, without dreams."""
     n_step: int = 3
     """Rewards that a target sums before it trusts the critics."""
     discount: float = 0.99
@@ -131,7 +133,7 @@ class MBPOConfig:
                 f"horizon must be at least n_step={self.n_step}, so that a dream holds a "
                 f"transition, got {self.horizon}"
             )
-        for name in ("discount", "target_rate"):
+        for name in ("discount", "target_rate", "imagined"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         for name in ("rate", "weight_decay", "noise_start", "noise_end", "noise_limit"):
