@@ -148,7 +148,10 @@ def _learn_videos(cfg: RunConfig, place: Path, phase: str) -> Phase:
 
 def _finetune(cfg: RunConfig, place: Path) -> Phase:
     updates = cfg.finetune.updates(cfg.trainer.processes)
-    short = replace(cfg, finetune=replace(cfg.finetune, prefill=1, initial_updates=0))
+    # At once with acting, and with an agent that learns.
+    agent = replace(cfg.agent, mbpo=replace(cfg.agent.mbpo, hold=0))
+    tuned = replace(cfg.finetune, prefill=1, initial_updates=0)
+    short = replace(cfg, finetune=tuned, agent=agent)
     stage = build.build_collection(short, place / "replay", 0)
     start = Path(cfg.init_from) if cfg.init_from else None
     module, _ = build.build_finetune(short, stage.action_dim, start)
