@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,8 +24,9 @@ from mapo_lightning.config.compose import from_base  # noqa: E402
 from mapo_lightning.run import build  # noqa: E402
 from mapo_lightning.run.config import RunConfig  # noqa: E402
 from mapo_lightning.run.from_checkpoint import agent_settings  # noqa: E402
-from mapo_lightning.training.checkpoint import read_checkpoint, weights_of  # noqa: E402
-from mapo_lightning.training.told import measure_held_out  # noqa: E402
+from mapo_lightning.training.checkpoint import read_checkpoint  # noqa: E402
+from mapo_lightning.training.metadata import weights_of  # noqa: E402
+from mapo_lightning.training.told import measure_held_out, student  # noqa: E402
 
 CLIPS = 48
 AHEAD = (1, 5, 10)
@@ -55,10 +54,10 @@ def scores(tree: dict[str, Any]) -> Row:
         for name, policy in tree["policies"].items()
     }
     agent = returns.pop("agent")
-    low, high = interval(np.array(agent))
+    found = student(agent)
     best = max(float(np.mean(played)) for played in returns.values())
     return {
-        "seed": tree["seed"], "return": float(np.mean(agent)), "low": low, "high": high,
+        "seed": tree["seed"], "return": found.mean, "low": found.low, "high": found.high,
         "best trivial": best,
     }  # fmt: skip
 
@@ -80,12 +79,6 @@ def dreams(folder: Path) -> Row:
     return row
 
 
-def interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % interval of a mean, Student's t."""
-    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    return float(values.mean()) - half, float(values.mean()) + half
-
-
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Markdown: one row for each seed, and one for the mean of all."""
     names = ["drawn", *(f"told {n}" for n in AHEAD)]
@@ -98,14 +91,9 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         score = f"{row['return']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
         yield f"| {row['seed']:.0f} | {score} | {row['best trivial']:.1f} | {cells} |"
     if len(rows) > 1:
-        found = np.array(
-            [[row[name] for name in ("return", "best trivial", *names)] for row in rows]
-        )
-        cells = (
-            f"{c.mean():.1f} [{low:.1f}, {high:.1f}]"
-            for c in found.T
-            for low, high in [interval(c)]
-        )
+        columns = ("return", "best trivial", *names)
+        found = (student([row[name] for row in rows]) for name in columns)
+        cells = (f"{x.mean:.1f} [{x.low:.1f}, {x.high:.1f}]" for x in found)
         yield f"| all | {' | '.join(cells)} |"
 
 

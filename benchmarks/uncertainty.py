@@ -23,7 +23,6 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,22 +41,12 @@ from mapo_lightning.run import build  # noqa: E402
 from mapo_lightning.run.config import RunConfig  # noqa: E402
 from mapo_lightning.run.from_checkpoint import agent_settings  # noqa: E402
 from mapo_lightning.training.finetune import FinetuneModule  # noqa: E402
+from mapo_lightning.training.told import Interval  # noqa: E402
 
 EPISODES, DREAMS, HORIZONS = 40, 4, (1, 5, 15)
 RESAMPLES = 2000
 Scores = dict[str, NDArray[np.float64]]
 """By name, one number for each start, (E, starts of an episode)."""
-
-
-class Correlation(NamedTuple):
-    """Spearman's, with its interval."""
-
-    rho: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.rho:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 def main() -> None:
@@ -139,13 +128,13 @@ def prior_entropy(model: RSSMWorldModel, feat: Tensor) -> Tensor:
     return -(log.exp() * log).sum(dim=(-2, -1))
 
 
-def correlation(said: NDArray[np.float64], error: NDArray[np.float64]) -> Correlation:
+def correlation(said: NDArray[np.float64], error: NDArray[np.float64]) -> Interval:
     """Of what was said (E, starts) with the error (E, starts); the episodes are drawn anew."""
     rng = np.random.default_rng(0)
     draws = [rng.integers(len(said), size=len(said)) for _ in range(RESAMPLES)]
     found = [_rank(said[drawn], error[drawn]) for drawn in draws]
     low, high = np.percentile(found, [2.5, 97.5])
-    return Correlation(_rank(said, error), float(low), float(high))
+    return Interval(_rank(said, error), float(low), float(high))
 
 
 def _rank(said: NDArray[np.float64], error: NDArray[np.float64]) -> float:

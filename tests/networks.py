@@ -10,7 +10,7 @@ from mapo_lightning.models.token_world.settings import (
     TokenWorldConfig,
     TransformerConfig,
 )
-from mapo_lightning.models.token_world.world_model import Phase, TokenWorldModel
+from mapo_lightning.models.token_world.world_model import Taught, TokenWorldModel
 
 NETWORKS = ("published", "tiny")
 METHODS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf/method").glob("*.yaml"))
@@ -53,7 +53,7 @@ def backbone(kind: str, method: str) -> list[str]:
 
 
 def token_world(
-    action_dim: int | None, learn: Phase = "both", semantic_dim: int = 0, **words: object
+    action_dim: int | None, learn: Taught = "both", semantic_dim: int = 0, **words: object
 ) -> TokenWorldModel:
     """A token world model of 32 pixels, small: 5 tokens for a frame after the context."""
     tokenizer = TokenizerConfig(

@@ -132,6 +132,15 @@ class WorldModel(Protocol):
 
 
 @runtime_checkable
+class ClipsAlong(Protocol):
+    """A world model some of whose parameters are moved by no optimiser and clipped all the same."""
+
+    def clipped_along(self) -> Mapping[str, list[nn.Parameter]]:
+        """Name of a group -> parameters whose gradients count, and shrink, when it is clipped."""
+        ...
+
+
+@runtime_checkable
 class DifferentiableWorldModel(WorldModel, Protocol):
     """A world model through whose dreams gradients reach the actions, as Dreamer's actor needs."""
 

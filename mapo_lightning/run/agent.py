@@ -14,12 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from mapo_lightning.config.compose import compose
-from mapo_lightning.run.build import build_live_labeler, load_finetuned
+from mapo_lightning.run.build import acting_vlm, build_live_labeler, load_finetuned
 from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.from_checkpoint import agent_settings
 from mapo_lightning.run.renamed import RENAMED
 from mapo_lightning.semantics.factory import log_servers
-from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.training.acting import acting
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.types import ConfigError, MapoError
@@ -64,8 +63,7 @@ def load_agent(
     except (RuntimeError, AssertionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"device='{device}' cannot be used ({reason}); try 'cpu'") from error
-    if not cfg.acts_on_phrases:
-        cfg.vlm = VlmConfig(kind="none", window=cfg.vlm.window, collect=cfg.vlm.collect)
+    cfg.vlm = acting_vlm(cfg)
     log_servers(cfg.vlm)
     return Agent(cfg, module.eval(), int(metadata["action_dim"]))
 

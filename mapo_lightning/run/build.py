@@ -29,7 +29,7 @@ from mapo_lightning.models.agents.planner import Planner
 from mapo_lightning.models.interfaces import Agent, WorldModel
 from mapo_lightning.models.rssm_world.world_model import RSSMWorldModel
 from mapo_lightning.models.settings import ObjectiveConfig
-from mapo_lightning.models.token_world.world_model import Phase, TokenWorldModel
+from mapo_lightning.models.token_world.world_model import Taught, TokenWorldModel
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.describer import CaptionReader, NullDescriber
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
@@ -40,13 +40,12 @@ from mapo_lightning.training.checkpoint import (
     check_fit,
     load_pretrained,
     read_checkpoint,
-    weights_of,
 )
 from mapo_lightning.training.compile import compile_parts
 from mapo_lightning.training.datamodule import ReplayDataModule, VideoDataModule
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.finite import refuse_broken_weights
-from mapo_lightning.training.metadata import printable
+from mapo_lightning.training.metadata import printable, weights_of
 from mapo_lightning.training.pretrain import PretrainModule
 from mapo_lightning.training.published_weights import (
     is_published,
@@ -106,7 +105,7 @@ def build_videos(cfg: RunConfig, phase: str = "pretrain") -> VideoDataModule:
     data = replace(cfg.data, leave_out=left_out(cfg))
     vlm = shared_store(cfg)
     if phase == "tokenizer":
-        vlm = VlmConfig(kind="none", hidden_dim=semantic_dim(cfg.vlm), window=vlm.window)
+        vlm = VlmConfig("none", hidden_dim=semantic_dim(cfg.vlm), window=vlm.window)
     return VideoDataModule(data, vlm, cfg.phase(phase).batch_size, work / name, cfg.seed)
 
 
@@ -130,7 +129,7 @@ def build_pretrain(cfg: RunConfig, phase: str = "pretrain") -> PretrainModule:
     """World model of a phase of learning from videos."""
     settings = cfg.phase(phase)
     if cfg.tokens:
-        learn: Phase = "tokenizer" if phase == "tokenizer" else "transformer"
+        learn: Taught = "tokenizer" if phase == "tokenizer" else "transformer"
         return PretrainModule(_token_world(cfg, settings.objective, None, learn), settings)
     world_model = RSSMWorldModel(
         cfg.world_model, settings.objective, semantic_dim(cfg.vlm), action_dim=None
@@ -141,7 +140,7 @@ def build_pretrain(cfg: RunConfig, phase: str = "pretrain") -> PretrainModule:
 
 
 def _token_world(
-    cfg: RunConfig, objective: ObjectiveConfig, action_dim: int | None, learn: Phase
+    cfg: RunConfig, objective: ObjectiveConfig, action_dim: int | None, learn: Taught
 ) -> TokenWorldModel:
     """IVideoGPT's world model; a method names the scales of all terms, those left out too."""
     chosen, scales = cfg.token_world, dict(objective.scales)
@@ -291,6 +290,15 @@ def build_collection(cfg: RunConfig, folder: Path, rank: int) -> Stage2:
 def labelled_env(cfg: RunConfig) -> EnvConfig:
     """The task, with a second picture for the describer if it wants one of another size (O10)."""
     return replace(cfg.env, label_size=cfg.vlm.collect.size or cfg.env.label_size)
+
+
+def acting_vlm(cfg: RunConfig) -> VlmConfig:
+    """The describer of a trained agent's frames: none where the agent does not act on phrases."""
+    if cfg.acts_on_phrases:
+        return cfg.vlm
+    return VlmConfig(
+        "none", window=cfg.vlm.window, collect=cfg.vlm.collect, hidden_dim=semantic_dim(cfg.vlm)
+    )
 
 
 def answers_late(cfg: RunConfig) -> bool:

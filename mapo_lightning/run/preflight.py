@@ -7,7 +7,6 @@ behind. Models are built on torch's meta device, which gives their shapes withou
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from mapo_lightning.semantics.factory import build_labeler, log_servers
 from mapo_lightning.tracking.logger import check_store, is_main_process
 from mapo_lightning.training.checkpoint import check_fit, load_pretrained, read_checkpoint
 from mapo_lightning.training.cuda_graph import cuda_recorder
+from mapo_lightning.training.metadata import weights_of
 from mapo_lightning.training.published_weights import is_published
 from mapo_lightning.types import CheckpointError, ConfigError
 
@@ -195,5 +195,5 @@ def _handed_over(cfg: RunConfig, pretrained: nn.Module | None) -> dict[str, Any]
     if cfg.init_from is None:
         return None
     content = read_checkpoint(Path(cfg.init_from), mapped=True)
-    tensors: Mapping[str, torch.Tensor] = content["state_dict"]
-    return {**content, "state_dict": {name: x.to("meta") for name, x in tensors.items()}}
+    shapes = {name: x.to("meta") for name, x in weights_of(content).items()}
+    return {**content, "state_dict": shapes}

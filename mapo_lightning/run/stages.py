@@ -259,6 +259,7 @@ def play_episodes(
     Raises:
         EnvironmentSetupError: Too many died.
     """
+    cfg = replace(cfg, vlm=build.acting_vlm(cfg))
     count, seeds = min(cfg.evaluate.num_envs, cfg.evaluate.episodes), cfg.evaluate.seeds
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     deaths = deaths or Deaths(cfg.env.deaths_per_hour)

@@ -67,7 +67,8 @@ def _measure(cfg: RunConfig, path: Path) -> ToldReport:
     from mapo_lightning.run import build
     from mapo_lightning.run.stages import render_demo
     from mapo_lightning.semantics.factory import log_servers
-    from mapo_lightning.training.checkpoint import read_checkpoint, weights_of
+    from mapo_lightning.training.checkpoint import read_checkpoint
+    from mapo_lightning.training.metadata import weights_of
     from mapo_lightning.training.told import measure_held_out
 
     if not cfg.reads_phrases:

@@ -20,6 +20,7 @@ from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.training.export import is_export, read_export
 from mapo_lightning.training.finite import refuse_broken_weights
 from mapo_lightning.training.metadata import (
+    EXTRA,
     STAGES,
     check_archive,
     check_metadata,
@@ -30,9 +31,6 @@ from mapo_lightning.training.metadata import (
 from mapo_lightning.types import CheckpointError
 
 log = logging.getLogger(__name__)
-
-EXTRA = "_extra_state"
-"""End of the keys under which torch keeps what is no tensor, such as an agent's own optimisers."""
 
 BEST = "best.ckpt"
 """File of the best agent so far, beside ``last.ckpt``, where ``evaluate.keep_best`` asks for it."""
@@ -116,11 +114,6 @@ def _loaded(path: Path, mapped: bool) -> dict[str, Any]:
             "earlier one from the same folder"
         ) from error
     return content
-
-
-def weights_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A checkpoint's tensors by name, without states that serve learning only."""
-    return {k: x for k, x in content["state_dict"].items() if not k.endswith(EXTRA)}
 
 
 def semantic_dim_of(content: Mapping[str, Any]) -> int | None:

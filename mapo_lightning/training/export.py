@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mapo_lightning.files import atomic_write
-from mapo_lightning.training.metadata import STAGES
+from mapo_lightning.training.metadata import STAGES, weights_of
 from mapo_lightning.types import CheckpointError
 
 TENSORS, CARD, README = "model.safetensors", "card.json", "README.md"
@@ -97,7 +97,7 @@ def write_export(
     """
     metadata = content["mapo"]
     # Optimisers and the like, which go on learning and play no part in acting.
-    state = {k: x for k, x in content["state_dict"].items() if not k.endswith("_extra_state")}
+    state = weights_of(content)
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other:
         raise CheckpointError(

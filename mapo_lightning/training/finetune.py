@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mapo_lightning.models.agents.planner import Planner
 from mapo_lightning.models.blocks import mean_over_ranks
-from mapo_lightning.models.interfaces import Agent, Fit, WorldModel
-from mapo_lightning.models.token_world.world_model import TokenWorldModel
+from mapo_lightning.models.interfaces import Agent, ClipsAlong, Fit, WorldModel
 from mapo_lightning.training.base_module import TrainedModule, named_adam
 from mapo_lightning.training.settings import FinetuneConfig
 from mapo_lightning.types import Batch, ConfigError
@@ -51,7 +50,7 @@ class FinetuneModule(TrainedModule):
         self.world_model, self.agent, self.cfg = world_model, agent, cfg
         self.planner = planner
         self.env_frames = 0
-        if isinstance(world_model, TokenWorldModel):
+        if isinstance(world_model, ClipsAlong):
             self.clipped_along = world_model.clipped_along()
         parts = world_model.parts()
         if unknown := sorted(set(cfg.freeze) - set(parts)):

@@ -21,6 +21,8 @@ from mapo_lightning.types import CheckpointError
 
 STAGES = ("tokenizer", "pretrain", "finetune")
 """Trainings that a checkpoint may be of, in their order."""
+EXTRA = "_extra_state"
+"""End of the keys under which torch keeps what is no tensor, such as an agent's own optimisers."""
 MAX_ACTION_DIM = 10_000
 """Largest width of an action."""
 _NAME = re.compile(r"[\w.+\- ]{1,100}")  # of a method
@@ -120,9 +122,14 @@ def check_state(content: Mapping[Any, Any], path: Path) -> None:
     for name, value in state.items():
         if not isinstance(name, str) or not _TENSOR.fullmatch(name):
             raise _damaged(path, "state_dict", f"has the entry {name!r:.60}")
-        if not isinstance(value, Tensor) and not name.endswith("_extra_state"):
+        if not isinstance(value, Tensor) and not name.endswith(EXTRA):
             raise _damaged(path, "state_dict", f"holds {name[:60]}, which is no tensor")
     _whole(content, "global_step", 0, 1 << 53, path)
+
+
+def weights_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A checkpoint's tensors by name, without states that serve learning only."""
+    return {k: x for k, x in content["state_dict"].items() if not k.endswith(EXTRA)}
 
 
 def signed_part(metadata: Mapping[str, Any]) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchmetrics
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from mapo_lightning.models.token_world.perceptual import PerceptualDistance
 from mapo_lightning.models.token_world.published import load_published
@@ -50,6 +52,13 @@ def load_folder(world_model: TokenWorldModel, path: Path) -> tuple[str, ...]:
     return loaded
 
 
+def comparison() -> list[Tensor]:
+    """LPIPS's published weights of the channels of VGG16's stages, which torchmetrics brings."""
+    folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
+    stored = torch.load(folder / "vgg.pth", map_location="cpu", weights_only=True)
+    return [stored[f"lin{stage}.model.1.weight"] for stage in range(5)]
+
+
 def perceptual_distance(vgg: Path) -> PerceptualDistance:
     """LPIPS with the weights of a file.
 
@@ -66,4 +75,4 @@ def perceptual_distance(vgg: Path) -> PerceptualDistance:
         ) from error
     if not isinstance(found, Mapping):
         raise ConfigError(f"token_world.vgg='{vgg}' holds no named weights")
-    return PerceptualDistance(found, f"token_world.vgg='{vgg}'")
+    return PerceptualDistance(found, comparison(), f"token_world.vgg='{vgg}'")

@@ -105,7 +105,7 @@ def over_seeds(reports: Sequence[ToldReport]) -> str:
     """Markdown: means over models of several seeds, with Student's t interval over the models."""
     cells = zip(*(report.rows() for report in reports), strict=True)
     rows = [
-        (same[0][0], same[0][1], _student([value.mean for _, _, value in same])) for same in cells
+        (same[0][0], same[0][1], student([value.mean for _, _, value in same])) for same in cells
     ]
     return (
         f"Means over {len(reports)} models, with 95 % Student's t intervals over them.\n\n"
@@ -122,7 +122,8 @@ def _table(rows: Sequence[tuple[str, int, Interval]], horizons: tuple[int, ...])
     return "\n".join(lines) + "\n"
 
 
-def _student(values: Sequence[float]) -> Interval:
+def student(values: Sequence[float]) -> Interval:
+    """A mean with its 95 % interval by Student's t."""
     mean, half = float(np.mean(values)), float(stats.sem(values))
     half *= float(stats.t.ppf(0.975, len(values) - 1))
     return Interval(mean, mean - half, mean + half)

@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 from miniatures import write_ssv2
 from networks import METHODS, TOKEN_METHODS, image
-from program import ROOT, SMALL, TOLD, TRAIN, end, start, train
+from program import EXPORT, ROOT, SMALL, TOLD, TRAIN, end, start, train
+from safetensors.torch import save_file
 
+from mapo_lightning.config.compose import compose
 from mapo_lightning.data.video import probe_video
+from mapo_lightning.models.token_world.published import published_names
+from mapo_lightning.models.token_world.tokenizer import Tokenizer
+from mapo_lightning.models.token_world.transformer import TokenTransformer
+from mapo_lightning.run.build import build_finetune
+from mapo_lightning.run.config import RunConfig
 from mapo_lightning.training.checkpoint import read_checkpoint
+from mapo_lightning.training.published_weights import FILES
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +122,37 @@ def test_evaluate_plays_a_checkpoint(toy_videos: Path, tmp_path: Path) -> None:
     assert scores[0] == scores[1]
     said_no = train(tmp_path, checkpoint, code=2, script=TOLD)
     assert "is no checkpoint of stage=pretrain; phrases drive only those" in said_no
+
+
+def test_a_token_world_is_told_exported_and_takes_published_weights(
+    toy_videos: Path, tmp_path: Path
+) -> None:
+    words = [*with_videos(toy_videos), "data.holdout=0.25", "method=ivideogpt_semantic"]
+    train(tmp_path, *words, "stage=pretrain", "run_dir=run")
+    own = "run/pretrain/last.ckpt"
+    said = train(tmp_path, f"checkpoint={own}", "run_dir=told", script=TOLD)
+    assert "| untold - told |" in said
+    train(tmp_path, f"checkpoint={own}", "out=shared", script=EXPORT)
+    told = [word for word in words if not word.startswith("method=")]  # a stranger's: typed again
+    again = train(tmp_path, "checkpoint=shared", *told, "run_dir=told2", script=TOLD)
+    assert again.split("| untold - told |")[1][:60] == said.split("| untold - told |")[1][:60]
+    # The published files have other names for the same tensors; here, for this size.
+    weights = read_checkpoint(tmp_path / own)["state_dict"]
+    cfg = compose(["method=ivideogpt_semantic", *SMALL], RunConfig, ROOT / "conf").config
+    parts = build_finetune(cfg, 2, None)[0].world_model.parts()
+    places = {"tokenizer": "tokenizer.", "transformer": "predictor.transformer."}
+    for name, file in FILES.items():
+        prefix, part = f"world_model.{places[name]}", parts[name]
+        stored = {k.removeprefix(prefix): x for k, x in weights.items() if k.startswith(prefix)}
+        assert isinstance(part, Tokenizer | TokenTransformer)
+        names = published_names(part)
+        (tmp_path / "hub" / name).mkdir(parents=True)
+        theirs = {names[k]: x.contiguous() for k, x in stored.items()}
+        save_file(theirs, tmp_path / "hub" / name / file)
+    said = train(tmp_path, *words, "stage=finetune", "init_from=hub", "run_dir=from_hub")
+    assert "from hub: loaded tokenizer, transformer; fresh control, phrases" in said
+    said = train(tmp_path, *words, "stage=finetune", "init_from=hub", "method=mapo", code=2)
+    assert "holds the published weights of iVideoGPT: add method=ivideogpt" in said
 
 
 def test_two_processes_make_one_run_and_end_cleanly(toy_videos: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from mapo_lightning.models.agents.mbpo import MBPOAgent
 from mapo_lightning.models.agents.settings import MBPOConfig
 from mapo_lightning.models.interfaces import Fit
 from mapo_lightning.models.token_world.belief import stacked
-from mapo_lightning.types import Batch, ConfigError
+from mapo_lightning.types import Batch, CheckpointError, ConfigError
 from tests.contract.throwaways import CopyLastFrame
 
 A = 2
@@ -232,3 +232,36 @@ def test_a_model_that_does_not_dream_in_pictures_is_refused() -> None:
 def test_settings_that_cannot_work_are_refused(words: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MBPOConfig(**words)
+
+
+def test_dreams_of_other_settings_are_dreamt_anew() -> None:
+    made, world, batch = agent(), token_world(A), experience()
+    fit = Fit(torch.zeros(()), {}, world.observe(batch))
+    made.losses(world, fit, batch)
+    state = made.get_extra_state()
+    assert len(state["dreams"]) == 2
+    for words in ({}, {"horizon": 6}, {"dreams": 5}):
+        other = agent(**words)
+        other.set_extra_state(state)
+        assert len(other.dreams) == (0 if words else 2)
+        other.losses(world, fit, batch)  # draws from dreams of its own
+        assert {tuple(one.action.shape) for one in other.dreams} == {
+            (words.get("dreams", 4), words.get("horizon", 5), A)
+        }
+
+
+@pytest.mark.parametrize("change", ["no steps", "no moments", "other moments", "dreams of numbers"])
+def test_a_damaged_state_is_one_sentence(change: str) -> None:
+    made, world, batch = agent(), token_world(A), experience()
+    made.losses(world, Fit(torch.zeros(()), {}, world.observe(batch)), batch)
+    state = made.get_extra_state()
+    if change == "no steps":
+        del state["steps"]
+    elif change == "no moments":
+        state["actor_optimizer"] = {}
+    elif change == "other moments":
+        state["actor_optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    else:
+        state["dreams"] = [[1, 2, 3, 4]]
+    with pytest.raises(CheckpointError, match="agent's own state in this checkpoint is damaged"):
+        agent().set_extra_state(state)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mapo_lightning.config.compose import compose
-from mapo_lightning.models.token_world.perceptual import _comparison
 from mapo_lightning.run.build import build_finetune, build_pretrain
 from mapo_lightning.run.config import RunConfig
-from mapo_lightning.training.published_weights import perceptual_distance
+from mapo_lightning.training.published_weights import comparison, perceptual_distance
 from mapo_lightning.types import ConfigError
 from tests.unit.test_methods import synthetic
 
@@ -64,7 +63,7 @@ def test_the_distance_is_that_of_its_definition(vgg: Path) -> None:
 
     apart = [
         (weight.flatten()[:, None, None] * (x - y) ** 2).sum(1).mean(dim=(1, 2))
-        for x, y, weight in zip(seen(one), seen(two), _comparison(), strict=True)
+        for x, y, weight in zip(seen(one), seen(two), comparison(), strict=True)
     ]
     distance = perceptual_distance(vgg)
     expected = torch.stack(apart).sum(0)

@@ -16,7 +16,7 @@ from mapo_lightning.models.token_world.settings import (
     TokenizerConfig,
     TokenWorldConfig,
 )
-from mapo_lightning.models.token_world.world_model import Phase, TokenWorldModel
+from mapo_lightning.models.token_world.world_model import Taught, TokenWorldModel
 from mapo_lightning.types import Batch, CheckpointError, ConfigError
 
 A = 2
@@ -146,7 +146,7 @@ def test_the_tokenizer_learns_in_every_fourth_update() -> None:
 
 def test_phases_of_pre_training_learn_what_they_should() -> None:
     batch = {key: value for key, value in experience(8).items() if key in ("obs", "is_first")}
-    phases: tuple[Phase, ...] = ("tokenizer", "transformer")
+    phases: tuple[Taught, ...] = ("tokenizer", "transformer")
     for learn in phases:
         world = token_world(None, learn)
         world.loss(batch).total.backward()

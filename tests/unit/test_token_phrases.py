@@ -11,7 +11,7 @@ from mapo_lightning.models.settings import ObjectiveConfig
 from mapo_lightning.models.token_world.frame_predictor import Told
 from mapo_lightning.models.token_world.settings import TokenizerConfig
 from mapo_lightning.models.token_world.tokenizer import LearntCodes
-from mapo_lightning.models.token_world.world_model import Phase, TokenWorldModel
+from mapo_lightning.models.token_world.world_model import Taught, TokenWorldModel
 from mapo_lightning.types import Batch
 from tests.unit.test_token_dreams import A, constant, experience
 
@@ -27,7 +27,7 @@ def told_batch(time: int = 8) -> Batch:
     }
 
 
-def speaking(action_dim: int | None, learn: Phase, **words: object) -> TokenWorldModel:
+def speaking(action_dim: int | None, learn: Taught, **words: object) -> TokenWorldModel:
     """With phrases that change something: at first their weights are zero."""
     torch.manual_seed(4)
     world = token_world(action_dim, learn, V, phrases=True, **words)
@@ -167,7 +167,7 @@ def test_codes_are_revived_in_their_own_phase_only() -> None:
 
 
 def test_clips_are_changed_in_pre_training_only() -> None:
-    phases: tuple[Phase, ...] = ("tokenizer", "transformer")
+    phases: tuple[Taught, ...] = ("tokenizer", "transformer")
     batch = experience(5)
     for learn in phases:
         world = token_world(None, learn, augment=True)

@@ -233,21 +233,32 @@ class MBPOAgent(nn.Module):
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take them up again.
+        """Take them up again; dreams of another number or length than now are dreamt anew.
 
         Raises:
             CheckpointError: They are not what `get_extra_state` gives.
         """
         try:
-            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-            self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+            for name in ("critic_optimizer", "actor_optimizer"):
+                optimizer = getattr(self, name)
+                optimizer.load_state_dict(state[name])
+                _check_moments(optimizer)
             self.steps, self.updates = int(state["steps"]), int(state["updates"])
-            self.dreams = [_Dreams(*one) for one in state["dreams"]]
+            dreams = [_Dreams(*one) for one in state["dreams"]]
+            self.dreams = [one for one in dreams if self._fits(one)]
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"the agent's own state in this checkpoint is damaged ({error!r:.100}): take an "
                 "earlier one from the same folder"
             ) from error
+
+    def _fits(self, dreams: _Dreams) -> bool:
+        """Whether a round has the shapes that the settings give it."""
+        rows, steps = self.cfg.dreams, self.cfg.horizon
+        picture = (self.size, self.size, 3)
+        shapes = [(rows, self.stacked + steps, *picture), (rows, steps, self.action_dim)]
+        shapes += [(rows, steps + 1)] * 2
+        return dreams.film.dtype == torch.uint8 and [x.shape for x in dreams] == shapes
 
 
 class _Dreams(NamedTuple):
@@ -268,6 +279,18 @@ class _Dreams(NamedTuple):
             self.discount[row, begin],
             self.film[row, end : end + stacked],
         )
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """See that every moment has the shape of its parameter.
+
+    Raises:
+        ValueError: One has another.
+    """
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if name != "step" and moment.shape != parameter.shape:
+                raise ValueError(f"{name} of {tuple(moment.shape)} for {tuple(parameter.shape)}")
 
 
 def _channels(frames: Tensor) -> Tensor:

@@ -95,6 +95,15 @@ class Dynamics(nn.Module, Generic[S]):
         self.unimix = unimix
         self.inp = xavier(nn.Linear(cfg.stoch * cfg.classes + self.action_slot, width))
 
+    def _head(self, inputs: int) -> nn.Sequential:
+        """What says the logits of a stochastic state, (..., inputs) -> (..., S*K)."""
+        cfg = self.cfg
+        return nn.Sequential(
+            xavier(nn.Linear(inputs, cfg.hidden)),
+            nn.ELU(),
+            xavier(nn.Linear(cfg.hidden, cfg.stoch * cfg.classes)),
+        )
+
     def initial(self, batch: int, like: Tensor) -> S:
         """State of ``batch`` sequences that nothing is known of, on the device of ``like``."""
         raise NotImplementedError

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mapo_lightning.models.blocks import xavier
 from mapo_lightning.models.distributions import one_hot_sample
 from mapo_lightning.models.rssm_world.dynamics import Dynamics, FeaturePolicy, HasFeat
 from mapo_lightning.models.rssm_world.settings import RSSMConfig
@@ -120,18 +119,8 @@ class RSSM(Dynamics[RSSMState]):
         self, cfg: RSSMConfig, action_dim: int, embed_dim: int, unimix: float = 0.0
     ) -> None:
         super().__init__(cfg, action_dim, unimix, cfg.hidden)
-        flat = cfg.stoch * cfg.classes
         self.cell = NormedGRU(cfg.hidden, cfg.deter)
-        self.prior = nn.Sequential(
-            xavier(nn.Linear(cfg.deter, cfg.hidden)),
-            nn.ELU(),
-            xavier(nn.Linear(cfg.hidden, flat)),
-        )
-        self.posterior = nn.Sequential(
-            xavier(nn.Linear(cfg.deter + embed_dim, cfg.hidden)),
-            nn.ELU(),
-            xavier(nn.Linear(cfg.hidden, flat)),
-        )
+        self.prior, self.posterior = self._head(cfg.deter), self._head(cfg.deter + embed_dim)
 
     def initial(self, batch: int, like: Tensor) -> RSSMState:
         """All-zero state of ``batch`` sequences on the device of ``like``."""

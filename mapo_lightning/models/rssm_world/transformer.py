@@ -96,22 +96,12 @@ class TransformerDynamics(Dynamics[TransformerState]):
     ) -> None:
         sizes = cfg.transformer
         super().__init__(cfg, action_dim, unimix, sizes.width)
-        flat = cfg.stoch * cfg.classes
         self.mix = nn.Sequential(
             nn.LayerNorm(sizes.width), nn.ELU(), xavier(nn.Linear(sizes.width, sizes.width))
         )
         self.attention = Attention(sizes)
         self.out = xavier(nn.Linear(sizes.width, cfg.deter))
-        self.prior = nn.Sequential(
-            xavier(nn.Linear(cfg.deter, cfg.hidden)),
-            nn.ELU(),
-            xavier(nn.Linear(cfg.hidden, flat)),
-        )
-        self.posterior = nn.Sequential(
-            xavier(nn.Linear(embed_dim, cfg.hidden)),
-            nn.ELU(),
-            xavier(nn.Linear(cfg.hidden, flat)),
-        )
+        self.prior, self.posterior = self._head(cfg.deter), self._head(embed_dim)
         self.dropouts = [m for m in self.attention.modules() if isinstance(m, nn.Dropout)]
 
     def initial(self, batch: int, like: Tensor) -> TransformerState:

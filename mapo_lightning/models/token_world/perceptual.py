@@ -7,12 +7,10 @@ Source: LPIPS, arXiv:1801.03924; VGG, arXiv:1409.1556; facts 7.5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torchmetrics
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,11 +25,10 @@ _EPS = 1e-10
 class PerceptualDistance(nn.Module):
     """LPIPS with VGG16; no part of it learns.
 
-    The weights of the comparison are 7 kB and come with torchmetrics.
-
     Args:
         vgg: Weights of VGG16 under torchvision's names.
-        origin: Where they come from, for messages.
+        comparison: Weight of every channel after each of the five stages, (1, C, 1, 1).
+        origin: Where VGG16's weights come from, for messages.
 
     Raises:
         ConfigError: They are not those of VGG16.
@@ -40,7 +37,7 @@ class PerceptualDistance(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, vgg: Mapping[str, Any], origin: str) -> None:
+    def __init__(self, vgg: Mapping[str, Any], comparison: Sequence[Tensor], origin: str) -> None:
         super().__init__()
         below, place = 3, 0
         self.stages = nn.ModuleList()
@@ -53,7 +50,7 @@ class PerceptualDistance(nn.Module):
                 convs += [conv, nn.ReLU()]
                 below, place = width, place + 2
             self.stages.append(nn.Sequential(*convs))
-        self.weights = nn.ParameterList(_comparison())
+        self.weights = nn.ParameterList(comparison)
         self.requires_grad_(False)
         self.register_buffer("shift", torch.tensor(_SHIFT).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor(_SCALE).view(3, 1, 1))
@@ -74,13 +71,6 @@ class PerceptualDistance(nn.Module):
 def _unit(x: Tensor) -> Tensor:
     """Every place of maps (N, C, H, W) as a vector of length one."""
     return x / (x.square().sum(dim=1, keepdim=True).sqrt() + _EPS)
-
-
-def _comparison() -> list[Tensor]:
-    """The published weight of every channel, (1, C, 1, 1) for each stage."""
-    folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
-    stored = torch.load(folder / "vgg.pth", map_location="cpu", weights_only=True)
-    return [stored[f"lin{stage}.model.1.weight"] for stage in range(len(_STAGES))]
 
 
 def _fill(conv: nn.Conv2d, stored: Mapping[str, Any], name: str, origin: str) -> None:

@@ -160,7 +160,7 @@ class LearntCodes(nn.Module):
         if self.due:
             self._revive(rows.detach().flatten(0, -2))
         number = self.nearest(rows)
-        if self.counted and self.training:
+        if self.counted and self.training and self.codes.requires_grad:
             self.used.index_add_(0, number.flatten(), self.used.new_ones(number.numel()))
         code = self.codes[number]
         loss = F.mse_loss(rows, code.detach()) + F.mse_loss(code, rows.detach())

@@ -23,13 +23,14 @@ from mapo_lightning.models.scalar_outputs import symexp, symlog
 from mapo_lightning.models.settings import ObjectiveConfig
 from mapo_lightning.models.token_world.augment import augmented
 from mapo_lightning.models.token_world.belief import StackedFrames, stacked
+from mapo_lightning.models.token_world.continuation import Continuation
 from mapo_lightning.models.token_world.frame_predictor import FramePredictor, Told
 from mapo_lightning.models.token_world.perceptual import PerceptualDistance
 from mapo_lightning.models.token_world.settings import TokenWorldConfig
 from mapo_lightning.models.token_world.tokenizer import Tokenizer
 from mapo_lightning.types import Batch, CheckpointError
 
-Phase: TypeAlias = Literal["tokenizer", "transformer", "both"]
+Taught: TypeAlias = Literal["tokenizer", "transformer", "both"]
 """What a batch teaches: pre-training has a phase for each, control learns both."""
 
 
@@ -57,7 +58,7 @@ class TokenWorldModel(nn.Module):
         cfg: TokenWorldConfig,
         objective: ObjectiveConfig,
         action_dim: int | None,
-        learn: Phase = "both",
+        learn: Taught = "both",
         semantic_dim: int = 0,
         looks: PerceptualDistance | None = None,
     ) -> None:
@@ -223,7 +224,7 @@ class TokenWorldModel(nn.Module):
 
     def _imagine(self, start: StackedFrames, policy: Policy, steps: int) -> Dream:
         shown = self.cfg.tokenizer.context_frames
-        dream = _Continuation(self, _pictures(start.frames[:, -shown:]))
+        dream = self._dream_after(_pictures(start.frames[:, -shown:]))
         beliefs, actions = [start], []
         rewards = [start.frames.new_zeros(len(start.frames), dtype=torch.float32)]
         for step in range(steps):
@@ -254,22 +255,28 @@ class TokenWorldModel(nn.Module):
         Returns:
             Frames (B, T, H, W, 3) in [0, 1]: what was seen, as drawn by the model, and the dream.
         """
+        frames = _pictures(batch["obs"])
         with evaluation_mode(list(self.modules())):
-            return self._open_loop(_pictures(batch["obs"]), batch, seen)
+            if self.predictor is not None:
+                return self._open_loop(frames, batch, seen)
+            drawn = self.tokenizer(frames)
+        return torch.cat([drawn.context, drawn.future], dim=1).clamp(0.0, 1.0).movedim(2, -1)
+
+    def _dream_after(self, context: Tensor) -> Continuation:
+        assert self.predictor is not None, "in the tokenizer's phase nothing is predicted"
+        return Continuation(self.cfg, self.tokenizer, self.predictor, context)
 
     def _open_loop(self, frames: Tensor, batch: Batch, seen: int) -> Tensor:
         shown = self.cfg.tokenizer.context_frames
         head = frames[:, :seen]
         if seen < shown:
             head = torch.cat([head[:, :1].expand(-1, shown - seen, -1, -1, -1), head], dim=1)
-        if self.predictor is None or head.shape[1] > shown:
-            drawn = self.tokenizer(head if self.predictor is not None else frames)
+        if head.shape[1] > shown:
+            drawn = self.tokenizer(head)
             film = [drawn.context, drawn.future]
         else:
             film = [self.tokenizer.view(head).frames[:, -seen:]]
-        if self.predictor is None:
-            return torch.cat(film, dim=1).clamp(0.0, 1.0).movedim(2, -1)
-        dream = _Continuation(self, head[:, -shown:])
+        dream = self._dream_after(head[:, -shown:])
         driven, told = dream.predictor.control is not None, None
         for t in range(seen, frames.shape[1]):
             if dream.predictor.phrases is not None and not driven:
@@ -324,42 +331,6 @@ class TokenWorldModel(nn.Module):
                 f"the world model's own state in this checkpoint is damaged ({error!r:.100}): take "
                 "an earlier one from the same folder"
             ) from error
-
-
-class _Continuation:
-    """Frames that follow a context, drawn one after the other with one cache.
-
-    Where the transformer has no position left for another frame, the last K frames that it drew
-    become the context, and it begins anew.
-    """
-
-    def __init__(self, world: TokenWorldModel, context: Tensor) -> None:
-        assert world.predictor is not None, "in the tokenizer's phase nothing is predicted"
-        self.tokenizer, self.predictor, self.cfg = world.tokenizer, world.predictor, world.cfg
-        self._look(context)
-
-    def _look(self, context: Tensor) -> None:
-        self.view = self.tokenizer.view(context)
-        self.reading = self.predictor.start(self.view.ids)
-        self.recent = list(context.unbind(1))
-
-    def next(self, action: Tensor | None, told: Told | None) -> tuple[Tensor, Tensor | None]:
-        """Frame (N, 3, H, W) in [0, 1], and reward on reaching it (N,) in symlog if known.
-
-        Where there are phrases and none is told, the model's own guess takes its place.
-        """
-        layout, shown = self.predictor.layout, self.cfg.tokenizer.context_frames
-        if self.reading.cache.length + layout.future_tokens + 1 > self.cfg.transformer.positions:
-            self._look(torch.stack(self.recent[-shown:], dim=1))
-        if self.predictor.phrases is not None and told is None:
-            guess = self.predictor.guess(self.reading.hidden, action)
-            told = Told(guess, guess.new_ones(len(guess), dtype=torch.bool))
-        tokens, reward, self.reading = self.predictor.next_frame(
-            self.reading, action, self.cfg.temperature, self.cfg.top, told
-        )
-        drawn = self.tokenizer.detokenize(layout.codes(tokens)[:, None], self.view)
-        self.recent.append(drawn[:, 0].clamp(0.0, 1.0))
-        return self.recent[-1], reward
 
 
 def _pictures(obs: Tensor) -> Tensor:
