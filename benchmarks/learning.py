@@ -1,9 +1,10 @@
 """Does it learn? Every method on one task, same videos, same budget, several seeds.
 
-Two questions: what does the agent reach, and how well does its world model foresee rewards?
+What does the agent reach, what does the pre-trained model dream of videos that it has not seen, and
+how well does the fine-tuned one foresee rewards? The protocol is docs/protocols/learning.md.
 
-    python benchmarks/learning.py env=toy                    six methods, three seeds
-    python benchmarks/learning.py env=dmc/cartpole_swingup --seeds 5 --jobs 4
+    python benchmarks/learning.py env=toy                    six methods, five seeds
+    python benchmarks/learning.py env=dmc/cheetah_run --jobs 4
     python benchmarks/learning.py env=toy --methods mapo,apv finetune.agent_steps=5000
 
 Each (method, seed) is one run of `train.py`: pre-train on the task's videos, fine-tune, evaluate.
@@ -16,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +34,7 @@ import matplotlib
 import numpy as np
 import torch
 from mlflow.tracking import MlflowClient
+from numpy.typing import NDArray
 from scipy import stats
 
 matplotlib.use("Agg")
@@ -39,6 +43,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.token_world import dreams  # noqa: E402
 from mapo_lightning.config.compose import from_base  # noqa: E402
 from mapo_lightning.envs.episodes import RandomPolicy  # noqa: E402
 from mapo_lightning.run.build import build_collection, load_finetuned  # noqa: E402
@@ -61,6 +66,7 @@ class Result(NamedTuple):
     curve: list[tuple[int, float]]  # (simulator frames, mean return of the test episodes)
     hours: float
     foresight: list[float]  # correlation of predicted with true reward: now, ten steps ahead
+    dreams: dict[str, float]  # errors on held-out videos, thousandths; empty without pre-training
 
 
 def main() -> None:
@@ -69,7 +75,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", default=",".join(METHODS), help="of " + ", ".join(METHODS))
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. N-1")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -122,7 +128,9 @@ def result(folder: Path, method: str, seed: int) -> Result:
     """What a finished run reached and what its world model foresees."""
     run = folder / f"{method}-{seed}"
     measured = json.loads((run / "result.json").read_text())
-    return Result(method, seed, foresight=foresight(run), **measured)
+    videos = (run / "pretrain" / "last.ckpt").exists()
+    seen = dreams(run) if videos else {}
+    return Result(method, seed, foresight=foresight(run), dreams=seen, **measured)
 
 
 @torch.no_grad()
@@ -184,41 +192,105 @@ def interval(values: list[float]) -> float:
 
 
 def report(task: str, command: str, results: list[Result], methods: list[str]) -> str:
-    """Markdown page with one row per method."""
+    """Markdown page: what was reached, what is dreamt, and which methods can be told apart."""
     floors = {name: np.mean([r.floors[name] for r in results]) for name in results[0].floors}
-    rows = []
-    for method in methods:
-        mine = [r for r in results if r.method == method]
-        scores = [r.score for r in mine]
-        seeds = ", ".join(f"{score:.1f}" for score in scores)
-        minutes = 60 * np.mean([r.hours for r in mine])
-        times = np.mean(scores) / floors["random"]
-        now, ahead = np.mean([r.foresight for r in mine], axis=0)
-        rows.append(
-            f"| `{method}` | {np.mean(scores):.1f} ± {interval(scores):.1f} | {seeds} "
-            f"| {times:.1f}x | {now:.2f} | {ahead:.2f} | {minutes:.1f} |"
-        )
-    return "\n".join(
-        [
-            f"# Learning on `{task}`",
-            "",
-            f"    {command}",
-            "",
-            f"{time.strftime('%Y-%m-%d')}, {cpu()}, one core per run. Return of the "
-            f"episodes that end a run: mean ± half of the 95 % interval (Student's t over seeds). "
-            f"Policies that learn nothing: random {floors['random']:.1f}, no action "
-            f"{floors['still']:.1f}. Foreseen: correlation of predicted with true reward over "
-            f"fresh episodes of random actions, mean over seeds; ten steps ahead without seeing a "
-            f"frame.",
-            "",
-            "| method | return | seeds | against random | reward foreseen: now | ten steps ahead "
-            "| minutes per run |",
-            "|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-            f"![Return over simulator frames](learning_{task.replace('/', '_')}.png)",
-            "",
-        ]
+    named = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in floors.items())
+    of = {method: [r for r in results if r.method == method] for method in methods}
+    lines = [
+        f"# Learning on `{task}`",
+        "",
+        f"    {command}",
+        "",
+        f"{time.strftime('%Y-%m-%d')}, {cpu()}, one core per run. The protocol, written before the "
+        "runs: [docs/protocols/learning.md](../../docs/protocols/learning.md). Return of the test "
+        "episodes that end a run: mean ± half of the 95 % interval (Student's t over seeds). "
+        f"Policies that learn nothing: {named}. Foreseen: correlation of predicted with true "
+        "reward over fresh episodes of random actions, mean over seeds; ten steps ahead without "
+        "seeing a frame.",
+        "",
+        "| method | return | seeds | against random | reward foreseen: now | ten steps ahead "
+        "| minutes per run |",
+        "|---|---|---|---|---|---|---|",
+        *(reached(method, mine, floors["random"]) for method, mine in of.items()),
+        "",
+        f"![Return over simulator frames](learning_{task.replace('/', '_')}.png)",
+        "",
+        *dreamt(of),
+    ]
+    if "mapo" in of and len(of["mapo"]) > 1:
+        lines += compared(of)
+    kept = ("|", "!", " ")  # tables, pictures, code
+    return "\n".join(x if x.startswith(kept) else textwrap.fill(x, 120) for x in lines)
+
+
+def reached(method: str, mine: list[Result], random: float) -> str:
+    """Row of one method: returns, rewards foreseen, time."""
+    scores = [r.score for r in mine]
+    seeds = ", ".join(f"{score:.1f}" for score in scores)
+    now, ahead = np.mean([r.foresight for r in mine], axis=0)
+    minutes = 60 * np.mean([r.hours for r in mine])
+    return (
+        f"| `{method}` | {np.mean(scores):.1f} ± {interval(scores):.1f} | {seeds} "
+        f"| {np.mean(scores) / random:.1f}x | {now:.2f} | {ahead:.2f} | {minutes:.1f} |"
+    )
+
+
+def dreamt(of: dict[str, list[Result]]) -> list[str]:
+    """Table of the pre-trained models' errors on held-out videos, beside the yardsticks."""
+    videos = {method: mine for method, mine in of.items() if all(r.dreams for r in mine)}
+    if not videos:
+        return []
+    columns = [f"{name} {ahead}" for ahead in (5, 10) for name in ("told", "untold")]
+    lines = [
+        "Dreams of the pre-trained models: error on held-out videos, thousandths on moving pixels, "
+        "5 and 10 frames ahead, mean ± half of the 95 % interval over seeds. Untold: the same "
+        "weights without the phrases of what follows.",
+        "",
+        "| method | " + " | ".join(f"{name} ahead" for name in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for method, mine in videos.items():
+        found = [[r.dreams[name] for r in mine if name in r.dreams] for name in columns]
+        cells = [f"{np.mean(x):.1f} ± {interval(x):.1f}" if x else "" for x in found]
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    any_run = next(iter(videos.values()))[0].dreams
+    for name in ("copy", "still_scene"):
+        cells = [f"{any_run[f'{name} {ahead}']:.1f} |" for ahead in (5, 10)]
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def compared(of: dict[str, list[Result]]) -> list[str]:
+    """Table of `mapo` against each other method: can their returns be told apart?"""
+    lines = [
+        "`mapo` against each other method. Probability: share of all pairs of runs in which that "
+        "of `mapo` is better (a tie counts half). Difference of the means with Welch's 95 % "
+        "interval; where it holds zero, the two are not told apart, and the last column says how "
+        "many seeds each would show a difference of this size (power 0.8).",
+        "",
+        "| against | probability that `mapo` is better | difference | told apart | seeds needed |",
+        "|---|---|---|---|---|",
+    ]
+    ours = np.array([r.score for r in of["mapo"]])
+    for method, mine in of.items():
+        if method != "mapo":
+            lines.append(f"| `{method}` | {against(ours, np.array([r.score for r in mine]))} |")
+    return [*lines, ""]
+
+
+def against(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
+    """Cells of one comparison."""
+    pairs = ours[:, None] - theirs[None]
+    better = float(np.mean((pairs > 0) + 0.5 * (pairs == 0)))
+    found = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    mean, apart = float(ours.mean() - theirs.mean()), found.low > 0 or found.high < 0
+    variance = float(ours.var(ddof=1) + theirs.var(ddof=1))
+    # Of the normal distribution; with few seeds it promises too much.
+    needed = math.ceil((1.96 + 0.84) ** 2 * variance / mean**2) if mean else None
+    many = "" if apart else ("none would do" if needed is None else f"about {needed}")
+    return (
+        f"{better:.2f} | {mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}] "
+        f"| {'yes' if apart else 'no'} | {many}"
     )
 
 

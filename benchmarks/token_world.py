@@ -72,7 +72,8 @@ def dreams(folder: Path) -> Row:
         module.load_state_dict(weights_of(read_checkpoint(checkpoint)), strict=False)
         report = measure_held_out(module.world_model, data, CLIPS)
         found = {"drawn": last_shown(report)}
-        for name in ("told", "copy", "still_scene"):
+        phrases = ("untold",) if cfg.reads_phrases else ()
+        for name in ("told", *phrases, "copy", "still_scene"):
             found |= {f"{name} {ahead}": report.at(name, ahead).mean for ahead in AHEAD}
         kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
     row: Row = json.loads(kept.read_text(encoding="utf-8"))
