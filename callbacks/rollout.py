@@ -9,12 +9,9 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 from callbacks.recorder import recorder_of
+from mapo_lightning.judging.looks import looks
 from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.training.told import HORIZONS
 from mapo_lightning.types import Batch, Frames
@@ -85,24 +82,24 @@ class ImaginationRollout(L.Callback):
 def drift(truth: Tensor, dream: Tensor, seen: int, name: str = "rollout") -> dict[str, float]:
     """PSNR (dB) and SSIM of the dream at each horizon, for frames (B, T, H, W, 3) in [0, 1].
 
-    ``rollout/psnr_still_*`` is what repeating the last shown frame would score: a dream that does
-    not beat it has only learned that things stay.
+    ``rollout/psnr_moving_*`` is over the pixels that move. Beside it stand what repeating the last
+    shown frame would score, ``rollout/psnr_moving_copy_*``, and the clip's still scene: a dream
+    that does not beat both has not learned what moves.
     """
+    yardsticks = {
+        "copy": truth[:, seen - 1 : seen],
+        "still_scene": truth.median(dim=1, keepdim=True).values,
+    }
     metrics: dict[str, float] = {}
-    still = truth[:, seen - 1].permute(0, 3, 1, 2)
-    for horizon in HORIZONS:
-        t = seen + horizon - 1
-        if t >= truth.shape[1]:
-            break
-        real, dreamt = (x[:, t].permute(0, 3, 1, 2) for x in (truth, dream))
-        psnr = peak_signal_noise_ratio(dreamt, real, data_range=1.0)
-        metrics[f"{name}/psnr_{horizon}"] = float(psnr)
-        ssim = structural_similarity_index_measure(dreamt, real, data_range=1.0)
-        assert isinstance(ssim, Tensor)
-        metrics[f"{name}/ssim_{horizon}"] = float(ssim)
-        metrics[f"{name}/psnr_still_{horizon}"] = float(
-            peak_signal_noise_ratio(still, real, data_range=1.0)
-        )
+    for who, frames in {"": dream, **yardsticks}.items():
+        for measure, found in looks(truth, frames.expand_as(truth), seen, HORIZONS).items():
+            if who and not measure.startswith("psnr"):
+                continue
+            label = f"{name}/{measure}_{who}" if who else f"{name}/{measure}"
+            for column, horizon in enumerate(found.ahead):
+                value = float(np.nanmean(found.values[:, column]))
+                if np.isfinite(value):  # no pixel may have moved
+                    metrics[f"{label}_{horizon}"] = value
     return metrics
 
 

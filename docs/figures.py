@@ -235,11 +235,11 @@ def _robot(axes: Axes) -> None:
 # each, with what is in them.
 FLOORS: list[dict[str, str]] = [
     {
-        "types": "batch keys, time, errors",
-        "files": "atomic writes, locks",
-        "ownership": "whose settings these are",
+        "types": "batch keys,\ntime, errors",
+        "files": "atomic writes,\nlocks",
+        "ownership": "whose settings\nthese are",
         "stopping": "signals",
-        "waiting": "messages of long waits",
+        "waiting": "messages of\nlong waits",
     },
     {
         "config": "YAML and command line\nbecome dataclasses",
@@ -253,6 +253,7 @@ FLOORS: list[dict[str, str]] = [
         "training": "Lightning modules, data modules,\ncheckpoints",
         "label_tools": "gallery, Parquet",
     },
+    {"judging": "what dreams are worth: looks, control, rewards, decisions"},
     {"callbacks": "what happens around an update: collect, evaluate, record"},
     {"run": "composes a run, builds its objects, runs its stages; load_agent; doctor"},
 ]
@@ -293,17 +294,18 @@ PATHS: list[tuple[str, str, list[tuple[str, str]]]] = [
 
 def architecture() -> Figure:
     """The subpackages in their layers, and the files that the two data paths go through."""
-    figure, axes = page(900, 524)
     left, wide, high = 34, 530, 62
+    tall = 28 + high * len(FLOORS)
+    figure, axes = page(900, tall)
     for floor, rooms in enumerate(FLOORS):
         low, each = 16 + high * floor, (wide - 8 * (len(rooms) - 1)) / len(rooms)
         for i, (room, what) in enumerate(rooms.items()):
             corner = (left + i * (each + 8), low)
             box(axes, corner, (each, high - 8), face="#f6f6f6", edge=GREY)
             _room(axes, corner, room, what)
-    arrow(axes, (18, 504), (18, 16), color=GREY)
-    write(axes, 10, 258, "a subpackage imports only from lower layers", 11, GREY, rotation=90)
-    top = 498.0
+    arrow(axes, (18, tall - 20), (18, 16), color=GREY)
+    write(axes, 10, tall / 2, "a subpackage imports only from lower layers", 11, GREY, rotation=90)
+    top = tall - 26.0
     for title, color, files in PATHS:
         write(axes, 586, top, title, 14, color, ha="left", va="baseline", weight="bold")
         for number, (name, what) in enumerate(files, 1):

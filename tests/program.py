@@ -27,6 +27,7 @@ from typing import IO
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "train.py")
 TOLD = str(ROOT / "mapo_lightning" / "told.py")
+DREAMS = str(ROOT / "mapo_lightning" / "dreams.py")
 EXPORT = str(ROOT / "mapo_lightning" / "export.py")
 PATIENCE = 900  # seconds after which a program counts as hanging, on a busy machine too
 SMALL = ["trainer=debug", "env=toy", "world_model.image.channels=[4]", "demo.clips_per_scene=8"]

@@ -10,7 +10,7 @@ deleted, so that a process killed while it writes a checkpoint leaves the previo
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,6 +137,15 @@ class Replay:
     def longest(self) -> int:
         """Entries of the longest whole episode; 0 without one."""
         return max(self._entries.values(), default=0)
+
+    def whole(self) -> Iterator[NDArray[Any]]:
+        """Every whole episode, oldest first: (length,) entries of `ReplaySpec.dtype`, read only.
+
+        Raises:
+            ReplayError: A file is damaged.
+        """
+        for episode in self._entries:
+            yield self._folder.open(episode)
 
     def sample(
         self, rng: np.random.Generator, batch: int, length: int, *, joined: bool = True

@@ -150,6 +150,7 @@ ALLOWED: Mapping[str, float] = {
     "evaluate.keep_best": 0,
     "evaluate.num_envs": 16,
     "evaluate.videos": 100,
+    "evaluate.dreams": 1000,
     "callbacks.codebook": 0,
 }
 """Key or section that is taken -> the largest number that it may hold. The longest one counts."""

@@ -35,6 +35,7 @@ from mapo_lightning.envs.replacement import (
 from mapo_lightning.ownership import sign
 from mapo_lightning.run import build, job
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.judged_agent import judge_episodes
 from mapo_lightning.run.session import Session
 from mapo_lightning.run.trainer import best_device, build_trainer
 from mapo_lightning.stopping import Stopped
@@ -183,7 +184,9 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     if session.resumed.finished("finetune", updates):
         end_curves(session, "finetune")
         if not (session.folder / "evaluation.json").exists():  # stopped in its last episodes
-            test_best(session, best) if best else test(session, cfg, session.resumed.path)
+            test_best(session, best) if best else test(
+                session, cfg, session.resumed.path, dreams=False
+            )
         return
     init_from = init_from or (Path(cfg.init_from) if cfg.init_from else None)
     if session.resumed.phase == "finetune":
@@ -217,15 +220,17 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
 def test_best(session: Session, path: Path) -> None:
     """Play the agent of the best evaluation, on reset seeds that none of them had."""
     log.info("evaluating the best agent on reset seeds that no evaluation has used")
-    test(session, replace(session.cfg, evaluate=session.cfg.evaluate.unseen), path)
+    unseen = replace(session.cfg, evaluate=session.cfg.evaluate.unseen)
+    test(session, unseen, path, dreams=False)
 
 
 def evaluate(session: Session) -> None:
-    """Play a trained agent's test episodes."""
-    test(session, session.cfg, Path(session.cfg.checkpoint or ""))
+    """Play a trained agent's test episodes, and judge its model's dreams if asked to."""
+    cfg = session.cfg
+    test(session, cfg, Path(cfg.checkpoint or ""), dreams=cfg.evaluate.dreams > 0)
 
 
-def test(session: Session, cfg: RunConfig, path: Path) -> None:
+def test(session: Session, cfg: RunConfig, path: Path, *, dreams: bool) -> None:
     """Play the test episodes of a checkpoint's agent in an MLflow run of their own."""
     if not tracking.is_main_process():
         return
@@ -237,8 +242,16 @@ def test(session: Session, cfg: RunConfig, path: Path) -> None:
     baselines = baseline_scores(play, metadata["action_dim"])
     found = Evaluation(Score(tuple(episodes)), baselines, cfg.evaluate.seeds, about)
     found.save_films(session.folder / "videos", films, cfg.env.fps)
+    judged = None
+    if dreams:
+        title = f"Dreams of '{path}' ({cfg.method}), led by the robot's actions"
+        judged = judge_episodes(cfg, module, metadata["action_dim"], title)
+        judged.save(session.folder)
+        log.info("%s", judged.sentence())
     summary(session, found)
     logger = tracking.make_logger(cfg.tracking, "evaluate", session.parent)
+    if judged is not None:
+        judged.record(logger, metadata["env_frames"])
     found.record(logger, films, cfg.env.fps)
 
 

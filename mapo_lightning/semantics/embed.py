@@ -62,6 +62,9 @@ class HashedSlots:
             raise ConfigError(f"dim_per_slot must be at least 16, got {dim_per_slot}")
         self.dim_per_slot = dim_per_slot
         self.semantic_dim = len(SLOTS) * dim_per_slot
+        first = SLOTS.index("direction") * dim_per_slot
+        self.direction = slice(first, first + _RESERVED)
+        """Entries that are opposite for opposite directions."""
 
     def encode(
         self, phrase: Phrase, hidden: NDArray[np.float16] | None = None
@@ -124,6 +127,8 @@ class WithDirection:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder, self.plain_dim = encoder, encoder.semantic_dim
         self.semantic_dim = self.plain_dim + 2 * _RESERVED
+        self.direction = slice(self.plain_dim, self.plain_dim + _RESERVED)
+        """Entries that are opposite for opposite directions."""
 
     def encode(self, phrase: Phrase, hidden: NDArray[np.float16] | None) -> NDArray[np.float32]:
         """Embed one action.

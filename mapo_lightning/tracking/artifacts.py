@@ -29,6 +29,11 @@ _POLICY = (
     "form-action 'none'; base-uri 'none'"
 )
 
+_STYLE = (
+    "body{font:14px sans-serif;margin:2em}img,video{max-width:100%}table{border-collapse:collapse}"
+    "th,td{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}"
+)
+
 
 def log_file(logger: object, path: Path, folder: str = "") -> bool:
     """Copy a file into the artifact folder ``folder``; returns whether it arrived."""
@@ -74,14 +79,17 @@ def log_html(logger: object, body: str, name: str, title: str = "") -> bool:
     Returns:
         Whether it arrived.
     """
-    page = (
+    return log_page(logger, html_page(body, title), name)
+
+
+def html_page(body: str, title: str = "") -> str:
+    """A whole page around a body of HTML; it may load nothing from anywhere."""
+    return (
         "<!doctype html><html><head><meta charset='utf-8'>"
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{html.escape(title)}</title>"
-        "<style>body{font:14px sans-serif;margin:2em}img,video{max-width:100%}</style>"
-        f"</head><body>{body}</body></html>\n"
+        f"<style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
-    return _made(logger, name, lambda path: path.write_text(page, encoding="utf-8"))
 
 
 def log_page(logger: object, page: str, name: str) -> bool:

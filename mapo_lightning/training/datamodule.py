@@ -18,7 +18,7 @@ from mapo_lightning.data.replay import Replay
 from mapo_lightning.data.scan import VideoIndex, scan_videos
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.window_labels import collate_clips, label_pending
-from mapo_lightning.semantics.embed import HashedSlots
+from mapo_lightning.semantics.embed import HashedSlots, WithDirection
 from mapo_lightning.semantics.factory import build_labeler
 from mapo_lightning.semantics.labeler import Labeler
 from mapo_lightning.semantics.settings import VlmConfig
@@ -195,6 +195,12 @@ class VideoDataModule(L.LightningDataModule):
         """Leading entries of a semantic vector that name the body; 0 where slots are not apart."""
         encoder = build_encoder(self.vlm)
         return encoder.dim_per_slot if isinstance(encoder, HashedSlots) else 0
+
+    @property
+    def direction(self) -> slice | None:
+        """Entries of a semantic vector that turn round with its direction; None: not apart."""
+        encoder = build_encoder(self.vlm)
+        return encoder.direction if isinstance(encoder, HashedSlots | WithDirection) else None
 
     def _held_out(self) -> ClipDataset:
         """The held-out clips, with one labeler for the whole run."""

@@ -204,11 +204,15 @@ class EvaluateConfig:
     """Environments that play side by side."""
     videos: int = 3
     """Episodes that stage=evaluate films; evaluations in training film one."""
+    dreams: int = 0
+    """Fresh episodes on which stage=evaluate judges the model's dreams, beside as many for its
+    inverse model; 0 judges none. mapo-dreams takes 48 then."""
 
     def __post_init__(self) -> None:
         check_at_least(self, episodes=1, every=1, num_envs=1)
-        if self.videos < 0:
-            raise ConfigError(f"videos must not be negative, got {self.videos}")
+        for name in ("videos", "dreams"):
+            if (value := getattr(self, name)) < 0:
+                raise ConfigError(f"{name} must not be negative, got {value}")
         if not 0 <= self.seed < SEEDS:
             raise ConfigError(f"seed must lie in [0, {SEEDS}), got {self.seed}")
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from program import SMALL, TOLD, train
+from program import DREAMS, SMALL, TOLD, train
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +31,17 @@ def test_the_toy_is_dreamt_and_told_errs_least(tmp_path: Path) -> None:
     together = (tmp_path / "told/told.md").read_text()
     assert together.startswith("Means over 2 models")
     assert f"| told | {found['told', 1]['mean']:.2f} " in together
+    # The same dreams, judged: they obey the phrases, and so does the table over both.
+    train(tmp_path, *twice, "run_dir=judged", script=DREAMS)
+    rows = json.loads((tmp_path / "judged/1/dreams.json").read_text())
+    keys = ("aspect", "dream", "measure", "frames_ahead")
+    figures = {tuple(row[key] for key in keys): row for row in rows}
+    for way in ("random", "swapped", "negated", "null"):
+        assert figures["control", way, "control_moving", 4]["low"] > 0, way
+    psnr = {who: figures["looks", who, "psnr_moving", 5]["mean"] for who in ("dream", "copy")}
+    assert psnr["dream"] > psnr["copy"]
+    means = json.loads((tmp_path / "judged/dreams.json").read_text())
+    assert [row["mean"] for row in means] == [row["mean"] for row in rows]  # twice the same model
 
 
 @pytest.mark.parametrize(
@@ -42,6 +53,17 @@ def test_the_toy_is_dreamt_and_told_errs_least(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_measured_is_said(tmp_path: Path, words: list[str], sentence: str) -> None:
     assert sentence in train(tmp_path, *words, code=2, script=TOLD)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["evaluate.dreams=4"], "mapo-dreams needs checkpoint=PATH"),
+        (["checkpoint=none.ckpt"], "no checkpoint at 'none.ckpt'"),
+    ],
+)
+def test_what_cannot_be_judged_is_said(tmp_path: Path, words: list[str], sentence: str) -> None:
+    assert sentence in train(tmp_path, *words, code=2, script=DREAMS)
 
 
 def test_a_dream_that_no_phrase_drives_is_refused(tmp_path: Path) -> None:

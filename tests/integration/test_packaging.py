@@ -19,8 +19,8 @@ from mapo_lightning.run.config import conf_folder
 pytestmark = pytest.mark.slow
 
 PROGRAMS = (
-    "mapo-train", "mapo-gallery", "mapo-labels", "mapo-quality", "mapo-told", "mapo-export",
-    "mapo-doctor",
+    "mapo-train", "mapo-gallery", "mapo-labels", "mapo-quality", "mapo-told", "mapo-dreams",
+    "mapo-export", "mapo-doctor",
 )  # fmt: skip
 TINY = [
     "trainer=debug", "env=toy", "world_model.image.channels=[4]", "tracking.enabled=true",

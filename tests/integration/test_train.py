@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sqlite3
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from miniatures import write_ssv2
 from networks import METHODS, TOKEN_METHODS, image
-from program import EXPORT, ROOT, SMALL, TOLD, TRAIN, end, start, train
+from program import DREAMS, EXPORT, ROOT, SMALL, TOLD, TRAIN, end, start, train
 from safetensors.torch import save_file
 
 from mapo_lightning.config.compose import compose
@@ -89,6 +90,7 @@ def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path:
         "env_frames", "told/told_1", "told/untold_5", "told/mistold_15", "told/copy_1",
         "eval/return", "eval/return_random", "eval/success", "vlm/asked", "vlm/null_rate",
         "grad_norm/lower", "grad_norm/actor", "rollout/psnr_1", "rollout/ssim_5",
+        "rollout/psnr_moving_5", "rollout/psnr_moving_copy_5",
         "vlm/rejected", "labels/skipped", "labels/still_null",
     }  # fmt: skip
     assert expected <= keys
@@ -122,6 +124,30 @@ def test_evaluate_plays_a_checkpoint(toy_videos: Path, tmp_path: Path) -> None:
     assert scores[0] == scores[1]
     said_no = train(tmp_path, checkpoint, code=2, script=TOLD)
     assert "is no checkpoint of stage=pretrain; phrases drive only those" in said_no
+
+
+def test_dreams_are_judged_with_the_test_episodes_and_alone(
+    toy_videos: Path, tmp_path: Path
+) -> None:
+    words = with_videos(toy_videos)
+    train(tmp_path, *words, "stage=finetune", "run_dir=run")
+    checkpoint = "checkpoint=run/finetune/last.ckpt"
+    judging = ["evaluate.dreams=4", "tracking.enabled=true", "evaluate.episodes=1", "run_dir=again"]
+    told = train(tmp_path, *words, *judging, "stage=evaluate", checkpoint)
+    assert "frames ahead the dream has a PSNR of" in told
+    page = train(tmp_path, *words, "evaluate.dreams=4", checkpoint, "run_dir=dr", script=DREAMS)
+    rows = json.loads((tmp_path / "dr/dreams.json").read_text())
+    assert json.loads((tmp_path / "again/dreams.json").read_text()) == rows
+    assert {row["aspect"] for row in rows} == {"looks", "control", "executable", "foreseen"}
+    assert "| action | oracle |" in page
+    (logged,) = (tmp_path / "runs/artifacts").rglob("dreams/dreams.html")
+    assert logged.read_text() == (tmp_path / "dr/dreams.html").read_text()
+    db = sqlite3.connect(tmp_path / "runs/mlflow.db")
+    (value,) = db.execute("select value from metrics where key='dream/looks_psnr_moving_5'")
+    wanted = ("looks", "dream", "psnr_moving", 5)
+    keys = ("aspect", "dream", "measure", "frames_ahead")
+    (mean,) = (row["mean"] for row in rows if tuple(row[k] for k in keys) == wanted)
+    assert value[0] == pytest.approx(mean, rel=1e-4)
 
 
 def test_a_token_world_is_told_exported_and_takes_published_weights(

@@ -25,9 +25,18 @@ FLOORS: list[set[str]] = [
     {"envs"},
     {"tracking"},
     {"training", "label_tools"},
+    {"judging"},
     {"callbacks"},
     {"run"},
-    {"doctor", "export", "gallery", "labels", "quality", "told"},  # other ways to type the commands
+    {
+        "doctor",
+        "dreams",
+        "export",
+        "gallery",
+        "labels",
+        "quality",
+        "told",
+    },  # other ways to type the commands
 ]
 # On the ground floor: a lock says that it is waited for, and a key is a file.
 STEPS = {("files", "waiting"), ("ownership", "files")}

@@ -40,7 +40,12 @@ def test_drift_against_written_out_psnr() -> None:
     mse = float((truth[:, 7] - dream[:, 7]).pow(2).mean())
     assert metrics["rollout/psnr_5"] == pytest.approx(-10 * np.log10(mse), rel=1e-4)
     still = float((truth[:, 2] - truth[:, 7]).pow(2).mean())
-    assert metrics["rollout/psnr_still_5"] == pytest.approx(-10 * np.log10(still), rel=1e-4)
+    assert metrics["rollout/psnr_copy_5"] == pytest.approx(-10 * np.log10(still), rel=1e-4)
+    assert metrics["rollout/psnr_moving_5"] == pytest.approx(metrics["rollout/psnr_5"], abs=0.1)
+    scene = truth.median(dim=1).values
+    apart = float((truth[:, 7] - scene).pow(2).mean())
+    found = metrics["rollout/psnr_moving_still_scene_5"]
+    assert found == pytest.approx(-10 * np.log10(apart), abs=0.1)
     assert 0.0 < metrics["rollout/ssim_5"] < 1.0
     assert "rollout/psnr_10" not in metrics  # the clip is too short for it
 

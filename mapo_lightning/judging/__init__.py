@@ -1,0 +1,1 @@
+"""Judges dreams: how they look, whether they obey actions, whether they can be acted on."""

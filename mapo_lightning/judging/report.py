@@ -1,0 +1,269 @@
+"""One table and one page of what dreams are worth: Markdown, CSV, JSON, a picture and HTML."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+
+from mapo_lightning.judging.clips import MISLED
+from mapo_lightning.judging.measure import Estimate, Measure
+from mapo_lightning.tracking import artifacts
+from mapo_lightning.training.told import student
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+ASPECTS = {
+    "looks": "How the dream looks: PSNR in dB, SSIM, on whole frames and on the pixels that move",
+    "control": "What the dream loses when it is misled, in dB of PSNR: 0 means that it does not "
+    "obey what drives it",
+    "executable": "Actions that an inverse model reads off pairs of dreamt frames: R², with the "
+    "true frames as the ceiling",
+    "foreseen": "Rewards and ends of episodes that the dream foresees: R² of a step and of the sum "
+    "up to it, slope (1 if calibrated), bias per step, Brier score of going on",
+}
+"""Aspect -> what its table says."""
+# Okabe and Ito's palette: told apart with any kind of colour vision.
+_COLOURS = {"dream": "#0072B2", "null": "#E69F00", "copy": "#D55E00", "still_scene": "#009E73"}
+_COLOURS |= {"mean_picture": "#999999", "oracle": "#000000"}
+_COLOURS |= {"random": "#0072B2", "swapped": "#CC79A7", "negated": "#D55E00"}
+_LINES = ("dream", "null", "copy", "still_scene", "mean_picture")
+
+Found = Mapping[str, Mapping[str, Mapping[str, Measure]]]
+"""Aspect -> who dreams -> name of the measure -> the measure."""
+
+
+class Row(NamedTuple):
+    """One figure."""
+
+    aspect: str
+    dream: str
+    measure: str
+    ahead: int
+    estimate: Estimate
+
+    def cells(self) -> dict[str, object]:
+        """As a line of a table."""
+        mean, low, high, contexts = self.estimate
+        numbers = {"mean": mean, "low": low, "high": high}
+        return {
+            "aspect": self.aspect,
+            "dream": self.dream,
+            "measure": self.measure,
+            "frames_ahead": self.ahead,
+            **{key: float(f"{x:.5g}") if np.isfinite(x) else None for key, x in numbers.items()},
+            "contexts": contexts,
+        }
+
+
+class DreamReport(NamedTuple):
+    """Everything that was measured of one model's dreams."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+    def at(self, aspect: str, dream: str, measure: str, ahead: int) -> Estimate:
+        """One figure.
+
+        Raises:
+            KeyError: It was not measured.
+        """
+        for row in self.rows:
+            if row[:4] == (aspect, dream, measure, ahead):
+                return row.estimate
+        raise KeyError(f"{aspect}/{dream}/{measure} {ahead} ahead was not measured")
+
+    def metrics(self) -> dict[str, float]:
+        """For a logger: ``dream/looks_psnr_moving_5``; other dreamers by name between."""
+        return {
+            "dream/"
+            + "_".join(
+                [r.aspect, *([] if r.dream == "dream" else [r.dream]), r.measure, str(r.ahead)]
+            ): r.estimate.mean
+            for r in self.rows
+            if np.isfinite(r.estimate.mean)
+        }
+
+    def sentence(self) -> str:
+        """What a newcomer should know of it."""
+        ahead = max((r.ahead for r in self.rows if r.aspect == "looks" and r.ahead <= 5), default=1)
+
+        def psnr(dream: str) -> str:
+            return f"{self.at('looks', dream, 'psnr_moving', ahead).mean:.1f}"
+
+        text = (
+            f"{ahead} frames ahead the dream has a PSNR of {psnr('dream')} dB on moving pixels; "
+            f"copying the last frame has {psnr('copy')}, the still scene {psnr('still_scene')}, "
+            f"the mean picture {psnr('mean_picture')}."
+        )
+        lost = [r for r in self.rows if r[:3] == ("control", "random", "control_moving")]
+        if lost:
+            four = next((r for r in lost if r.ahead == 4), lost[-1])
+            verdict = "It obeys" if four.estimate.low > 0 else "That it obeys is not shown"
+            text += (
+                f" {verdict}: misled at random it loses {four.estimate} dB {four.ahead} frames "
+                "ahead."
+            )
+        return text
+
+    def tables(self) -> Iterator[tuple[str, list[list[str]]]]:
+        """Aspect -> its table, a row per dream and measure, a column per frames ahead."""
+        for aspect in dict.fromkeys(row.aspect for row in self.rows):
+            mine = [row for row in self.rows if row.aspect == aspect]
+            ahead = sorted({row.ahead for row in mine})
+            cells: dict[tuple[str, str], dict[int, str]] = {}
+            measures = list(dict.fromkeys(row.measure for row in mine))
+            for row in sorted(mine, key=lambda row: measures.index(row.measure)):
+                text = str(row.estimate) if row.estimate.contexts else ""
+                cells.setdefault((row.measure, row.dream), {})[row.ahead] = text
+            head = ["measure", "dream", *(f"{n} ahead" for n in ahead)]
+            body = [
+                [_spaced(measure), _spaced(dream), *(line.get(n, "") for n in ahead)]
+                for (measure, dream), line in cells.items()
+            ]
+            yield aspect, [head, *body]
+
+    def markdown(self) -> str:
+        """The sentence and all tables."""
+        parts = [f"# {self.title}", self.sentence()]
+        for aspect, (head, *body) in self.tables():
+            lines = [head, ["---"] * len(head), *body]
+            table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            parts += [f"{ASPECTS[aspect]}.", table]
+        return "\n\n".join(parts) + "\n"
+
+    def page(self) -> str:
+        """A self-contained HTML page with the picture and all tables."""
+        picture = base64.b64encode(_png(self)).decode()
+        parts = [f"<h1>{html.escape(self.title)}</h1><p>{html.escape(self.sentence())}</p>"]
+        parts.append(f'<img alt="figures over frames ahead" src="data:image/png;base64,{picture}">')
+        for aspect, (head, *body) in self.tables():
+            parts.append(f"<h2>{aspect}</h2><p>{html.escape(ASPECTS[aspect])}.</p>")
+            parts.append(f"<table>{_line(head, 'th')}{''.join(_line(x, 'td') for x in body)}")
+            parts.append("</table>")
+        return artifacts.html_page("\n".join(parts), self.title)
+
+    def save(self, folder: Path) -> None:
+        """Write ``dreams.md``, ``.csv``, ``.json``, ``.png`` and ``.html``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [row.cells() for row in self.rows]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        (folder / "dreams.csv").write_text(text.getvalue(), encoding="utf-8")
+        (folder / "dreams.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        (folder / "dreams.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / "dreams.png").write_bytes(_png(self))
+        (folder / "dreams.html").write_text(self.page(), encoding="utf-8")
+
+    def record(self, logger: object, step: int) -> None:
+        """Put figures, table and page into an MLflow run."""
+        if hasattr(logger, "log_metrics"):
+            logger.log_metrics(self.metrics(), step)
+        artifacts.log_table(logger, [row.cells() for row in self.rows], "dreams/dreams")
+        artifacts.log_page(logger, self.page(), "dreams/dreams.html")
+
+
+def report(title: str, found: Found, groups: NDArray[np.int64]) -> DreamReport:
+    """Estimate every figure, with intervals over the groups of contexts.
+
+    Args:
+        title: Whose dreams they are.
+        found: All measures.
+        groups: Number of the group of each context, (C,).
+    """
+    return DreamReport(
+        title,
+        tuple(
+            Row(aspect, dream, name, ahead, measure.estimate(column, groups))
+            for aspect, dreams in found.items()
+            for dream, measures in dreams.items()
+            for name, measure in measures.items()
+            for column, ahead in enumerate(measure.ahead)
+        ),
+    )
+
+
+def over_models(reports: Sequence[DreamReport]) -> DreamReport:
+    """Means over models, of several seeds for example, with 95 % Student's t intervals over them.
+
+    Figures that not all of them have are left out; ``contexts`` counts models.
+    """
+    figures = [{row[:4]: row.estimate.mean for row in report.rows} for report in reports]
+    rows = []
+    for key in figures[0]:
+        found = [mine[key] for mine in figures if np.isfinite(mine.get(key, np.nan))]
+        if len(found) == len(reports):
+            rows.append(Row(*key, Estimate(*student(found), len(found))))
+    return DreamReport(f"Means over {len(reports)} models", tuple(rows))
+
+
+def _png(told: DreamReport) -> bytes:
+    """Four panels: looks on moving pixels, control, and what can be acted on."""
+    figure, panels = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
+    _lines(panels[0], told, ("looks", "psnr_moving"), _LINES, "PSNR on moving pixels (dB)")
+    _lines(panels[1], told, ("looks", "ssim_moving"), _LINES, "SSIM on moving pixels")
+    _lines(panels[2], told, ("control", "control_moving"), MISLED, "lost when misled (dB)")
+    panels[2].axhline(0.0, color="0.4", lw=1, ls="--")
+    _bars(panels[3], [r for r in told.rows if r.measure in ("action", "reward", "reward_sum")])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _lines(
+    axes: Axes, told: DreamReport, what: tuple[str, str], dreams: Sequence[str], title: str
+) -> None:
+    aspect, measure = what
+    ahead: list[int] = []
+    for dream in dreams:
+        mine = [r for r in told.rows if r[:3] == (aspect, dream, measure) and r.estimate.contexts]
+        if not mine:
+            continue
+        ahead = [r.ahead for r in mine]
+        mean, low, high = ([r.estimate[i] for r in mine] for i in range(3))
+        colour = _COLOURS[dream]
+        axes.plot(ahead, mean, marker="o", ms=3, color=colour, label=_spaced(dream))
+        axes.fill_between(ahead, low, high, color=colour, alpha=0.15, lw=0)
+    axes.set(title=title, xlabel="frames ahead", xticks=ahead)
+    if ahead:
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _bars(axes: Axes, rows: Sequence[Row]) -> None:
+    """R² of actions and rewards."""
+    if not rows:
+        axes.axis("off")
+        return
+    names = [f"{_spaced(r.measure)}, {_spaced(r.dream)}, {r.ahead} ahead" for r in rows]
+    mean = np.array([r.estimate.mean for r in rows])
+    low, high = (np.array([r.estimate[i] for r in rows]) for i in (1, 2))
+    axes.barh(names, np.clip(mean, -1.0, 1.0), color=[_COLOURS[r.dream] for r in rows], alpha=0.7)
+    axes.errorbar(mean, names, xerr=[mean - low, high - mean], fmt="none", ecolor="0.2", lw=1)
+    axes.set(xlim=(-1.0, 1.05), title="R² of actions and rewards")
+    axes.tick_params(labelsize=7)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _line(cells: Sequence[str], tag: str) -> str:
+    inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+    return f"<tr>{inside}</tr>"
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")

@@ -1,0 +1,134 @@
+"""Judges the dreams of a checkpoint: ``mapo-dreams``.
+
+Usage: mapo-dreams checkpoint=runs/NAME/finetune/last.ckpt [checkpoint=... more] [words]
+
+A pre-trained model dreams the rest of held-out videos, led by phrases; an agent's model dreams the
+rest of fresh episodes, half of them the agent's own and half of random actions, led by the robot's
+actions. Measured is how the dreams look on the pixels that move, beside copying the last frame, the
+still scene and one mean picture; what they lose when they are misled; and, for an agent's model,
+whether an inverse model can read the actions off the dream, and how well it foresees rewards. The
+settings are those of the checkpoint; further words, as of ``mapo-train``, change them, for example
+``evaluate.dreams=200`` for more clips. Writes tables, a picture and a page into ``run_dir``
+(``runs/dreams`` if none is given); of several checkpoints into the folders 1, 2 ... there, with
+means over all of them beside.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mapo_lightning.config.command_line import small_program
+from mapo_lightning.config.compose import compose
+from mapo_lightning.run.config import RunConfig, conf_folder
+from mapo_lightning.run.from_checkpoint import agent_settings
+from mapo_lightning.run.renamed import RENAMED
+from mapo_lightning.types import ConfigError
+
+if TYPE_CHECKING:
+    from mapo_lightning.judging.report import DreamReport
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Judge every checkpoint, print the tables and write them; returns the exit code."""
+    return small_program(argv, __doc__ or "", _run)
+
+
+def _run(words: Sequence[str]) -> None:
+    paths = [Path(w.partition("=")[2]) for w in words if w.startswith("checkpoint=")]
+    others = [word for word in words if not word.startswith("checkpoint=")]
+    if not paths:
+        raise ConfigError("mapo-dreams needs checkpoint=PATH of a pre-trained or fine-tuned model")
+    folder, reports = Path(), []
+    for number, path in enumerate(paths, 1):
+        videos = _stage(path) == "pretrain"
+        composed = compose(
+            others, RunConfig, conf_folder(), agent_settings(path, others, videos), RENAMED
+        )
+        if composed.text is not None:
+            sys.stdout.write(composed.text + "\n")
+            return
+        if threads := composed.config.trainer.threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        folder = Path(composed.config.run_dir or "runs/dreams")
+        judged = judge_videos if videos else judge_agent
+        found = judged(composed.config, path)
+        found.save(folder / str(number) if len(paths) > 1 else folder)
+        sys.stdout.write(f"{found.markdown()}\n")
+        reports.append(found)
+    if len(reports) > 1:
+        from mapo_lightning.judging.report import over_models
+
+        together = over_models(reports)
+        together.save(folder)
+        sys.stdout.write(f"{together.markdown()}\n")
+    sys.stdout.write(f"Tables, picture and page: {folder}\n")
+
+
+def judge_videos(cfg: RunConfig, path: Path) -> DreamReport:
+    """Judge a pre-trained model on its held-out videos.
+
+    Raises:
+        CheckpointError: The file does not fit its settings.
+        ConfigError: There are too few videos or frames.
+    """
+    from mapo_lightning.judging.clips import Clips
+    from mapo_lightning.judging.judge import judge
+    from mapo_lightning.run import build
+    from mapo_lightning.run.judged_agent import CLIPS, perceptual
+    from mapo_lightning.run.stages import render_demo
+    from mapo_lightning.run.trainer import best_device
+    from mapo_lightning.semantics.factory import log_servers
+    from mapo_lightning.training.checkpoint import read_checkpoint
+    from mapo_lightning.training.metadata import weights_of
+
+    content = read_checkpoint(path, mapped=True)
+    build.check_networks(build.build_pretrain, cfg, content, path)
+    log_servers(cfg.vlm)
+    render_demo(cfg)
+    data, module = build.build_videos(cfg), build.build_pretrain(cfg)
+    module.load_state_dict(weights_of(content), strict=False)  # found to be exactly its own above
+    device = best_device(cfg.trainer.accelerator)
+    batch = data.held_out_batch(cfg.evaluate.dreams or CLIPS)
+    clips = Clips(
+        batch={key: value for key, value in batch.items() if value.ndim > 1},
+        group=batch["video"],
+        still=data.still_scenes(batch["video"]),
+        mean_picture=data.mean_picture(),
+        driver="phrase",
+        direction=data.direction,
+    )
+    title = f"Dreams of '{path}' ({cfg.method}), led by phrases"
+    try:
+        return judge(
+            module.to(device).world_model, clips.to(device), title, perceptual=perceptual(cfg)
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def judge_agent(cfg: RunConfig, path: Path) -> DreamReport:
+    """Judge a fine-tuned model on fresh episodes.
+
+    Raises:
+        CheckpointError: The file holds no agent, or does not fit its settings.
+        ConfigError: The episodes are too short.
+    """
+    from mapo_lightning.run import build
+    from mapo_lightning.run.judged_agent import judge_episodes
+    from mapo_lightning.run.trainer import best_device
+
+    module, metadata = build.load_finetuned(cfg, path)
+    module.to(best_device(cfg.trainer.accelerator))
+    title = f"Dreams of '{path}' ({cfg.method}), led by the robot's actions"
+    return judge_episodes(cfg, module, metadata["action_dim"], title)
+
+
+def _stage(path: Path) -> str:
+    from mapo_lightning.training.checkpoint import read_checkpoint
+
+    return str(read_checkpoint(path, mapped=True)["mapo"].get("stage"))
