@@ -240,7 +240,9 @@ def _lines(
         axes.fill_between(ahead, low, high, color=colour, alpha=0.15, lw=0)
     axes.set(title=title, xlabel="frames ahead", xticks=ahead)
     if ahead:
-        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+        axes.legend(
+            frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18)
+        )
     axes.spines[["top", "right"]].set_visible(False)
 
 
