@@ -6,7 +6,8 @@ A pre-trained model dreams the rest of held-out videos, led by phrases; an agent
 rest of fresh episodes, half of them the agent's own and half of random actions, led by the robot's
 actions. Measured is how the dreams look on the pixels that move, beside copying the last frame, the
 still scene and one mean picture; what they lose when they are misled; and, for an agent's model,
-whether an inverse model can read the actions off the dream, and how well it foresees rewards. The
+whether an inverse model can read the actions off the dream, and how well it foresees rewards. Of a
+pre-trained model with a codebook, ``codebook.png`` shows what its codes stand for. The
 settings are those of the checkpoint; further words, as of ``mapo-train``, change them, for example
 ``evaluate.dreams=200`` for more clips. Writes tables, a picture and a page into ``run_dir``
 (``runs/dreams`` if none is given); of several checkpoints into the folders 1, 2 ... there, with
@@ -29,6 +30,11 @@ from mapo_lightning.types import ConfigError
 
 if TYPE_CHECKING:
     from mapo_lightning.judging.report import DreamReport
+    from mapo_lightning.models.interfaces import WorldModel
+    from mapo_lightning.training.datamodule import VideoDataModule
+
+FRAMES = 8
+"""Frames of each held-out video that are looked up in the codebook."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,9 +61,12 @@ def _run(words: Sequence[str]) -> None:
 
             torch.set_num_threads(threads)
         folder = Path(composed.config.run_dir or "runs/dreams")
-        judged = judge_videos if videos else judge_agent
-        found = judged(composed.config, path)
-        found.save(folder / str(number) if len(paths) > 1 else folder)
+        place = folder / str(number) if len(paths) > 1 else folder
+        if videos:
+            found = judge_videos(composed.config, path, place)
+        else:
+            found = judge_agent(composed.config, path)
+        found.save(place)
         sys.stdout.write(f"{found.markdown()}\n")
         reports.append(found)
     if len(reports) > 1:
@@ -69,8 +78,13 @@ def _run(words: Sequence[str]) -> None:
     sys.stdout.write(f"Tables, picture and page: {folder}\n")
 
 
-def judge_videos(cfg: RunConfig, path: Path) -> DreamReport:
-    """Judge a pre-trained model on its held-out videos.
+def judge_videos(cfg: RunConfig, path: Path, folder: Path) -> DreamReport:
+    """Judge a pre-trained model on its held-out videos; the view of its codebook is written.
+
+    Args:
+        cfg: Settings of the checkpoint.
+        path: The checkpoint.
+        folder: Where ``codebook.png`` and its figures go, if the model has a codebook.
 
     Raises:
         CheckpointError: The file does not fit its settings.
@@ -102,13 +116,34 @@ def judge_videos(cfg: RunConfig, path: Path) -> DreamReport:
         driver="phrase",
         direction=data.direction,
     )
-    title = f"Dreams of '{path}' ({cfg.method}), led by phrases"
+    title = f"Dreams of '{path}' ({cfg.method}){', led by phrases' * cfg.reads_phrases}"
+    world_model = module.to(device).world_model
     try:
-        return judge(
-            module.to(device).world_model, clips.to(device), title, perceptual=perceptual(cfg)
-        )
+        _view_codebook(world_model, data, folder)
+        return judge(world_model, clips.to(device), title, perceptual=perceptual(cfg))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _view_codebook(world_model: WorldModel, data: VideoDataModule, folder: Path) -> None:
+    """Write and print what the codes of the scene stand for, where there are any."""
+    import torch
+
+    from mapo_lightning.judging.codes import codes_report, save_codes, scene_codes
+    from mapo_lightning.models.rssm_world.context import FrameContext
+
+    context = getattr(world_model, "context", None)
+    if not isinstance(context, FrameContext) or not context.quantizers:
+        return
+    found = list(data.held_out_frames(FRAMES))
+    frames = torch.cat([frames for _, frames in found])
+    video = [number for number, (_, taken) in enumerate(found) for _ in taken]
+    labels = [found[number][0] for number in video]
+    with world_model.evaluating():
+        device = next(world_model.parameters()).device
+        report = codes_report(scene_codes(context, frames.to(device), video, labels))
+    save_codes(report, frames.numpy(), folder)
+    sys.stdout.write(f"{report.sentence()}\n\n")
 
 
 def judge_agent(cfg: RunConfig, path: Path) -> DreamReport:

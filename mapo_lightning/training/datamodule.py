@@ -184,6 +184,13 @@ class VideoDataModule(L.LightningDataModule):
         }
         return torch.stack([medians[number] for number in video.tolist()])
 
+    def held_out_frames(self, per_video: int) -> Iterator[tuple[str, Tensor]]:
+        """Class and evenly spread frames, (T, H, W, 3) uint8, of every held-out video."""
+        clips = self._held_out()
+        for number, info in enumerate(clips.videos):
+            spread = 255.0 * _spread_frames(clips, number, per_video)
+            yield info.label, spread.round().to(torch.uint8)
+
     def mean_picture(self) -> Tensor:
         """The mean picture of the training videos, (H, W, 3) in [0, 1]."""
         clips = self.clips("train")

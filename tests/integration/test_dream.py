@@ -32,7 +32,9 @@ def test_the_toy_is_dreamt_and_told_errs_least(tmp_path: Path) -> None:
     assert together.startswith("Means over 2 models")
     assert f"| told | {found['told', 1]['mean']:.2f} " in together
     # The same dreams, judged: they obey the phrases, and so does the table over both.
-    train(tmp_path, *twice, "run_dir=judged", script=DREAMS)
+    judged = train(tmp_path, *twice, "run_dir=judged", script=DREAMS)
+    assert judged.count((tmp_path / "judged/1/codebook.md").read_text()) == 2
+    assert (tmp_path / "judged/2/codebook.png").stat().st_size > 10_000
     rows = json.loads((tmp_path / "judged/1/dreams.json").read_text())
     keys = ("aspect", "dream", "measure", "frames_ahead")
     figures = {tuple(row[key] for key in keys): row for row in rows}
