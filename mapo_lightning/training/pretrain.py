@@ -22,6 +22,8 @@ class PretrainModule(TrainedModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """One evaluation of eq. (2) with its commitment term."""
+        if self.cfg.swap_phrases:
+            batch = batch | {key: batch[key].roll(1, 0) for key in ("semantic", "has_semantic")}
         fit = self.world_model.loss(batch)
         return fit.total, fit.log | {"loss": fit.total.detach()}
 

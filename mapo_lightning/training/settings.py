@@ -55,11 +55,18 @@ class PhaseConfig:
     """Loss weights; the method's file names them."""
     validate_every: int = 5000
     """Updates between passes over the held-out clips."""
+    swap_phrases: bool = False
+    """Give every clip the phrases of the next one in its batch, which is nearly always of another
+    video: a control, from whose phrases nothing can be learned. Held-out clips keep theirs."""
 
     def __post_init__(self) -> None:
         check_at_least(self, updates=1, batch_size=1, validate_every=1, warmup=0)
         if not 0.0 < self.lr < math.inf:
             raise ConfigError(f"lr must be positive and finite, got {self.lr}")
+        if self.swap_phrases and self.batch_size < 2:
+            raise ConfigError(
+                f"swap_phrases needs a batch_size of two clips at least, got {self.batch_size}"
+            )
 
     def rate(self, update: int) -> float:
         """Factor of the learning rate at an update, counted from zero."""

@@ -15,7 +15,7 @@ from mapo_lightning.models.token_world.world_model import TokenWorldModel
 from mapo_lightning.run.build import build_finetune, build_pretrain
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.semantics.factory import semantic_dim
-from mapo_lightning.types import Batch
+from mapo_lightning.types import Batch, ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
 ENVS = ["toy", "dmc/walker_run", "metaworld/door-open"]
@@ -119,6 +119,26 @@ def test_every_phase_of_a_token_method_reaches_its_parts(method: str) -> None:
     module.losses(synthetic(cfg, 2, steps=12))[0].backward()
     found = {n for n, part in module.world_model.parts().items() if _moved(part)}
     assert found == {"tokenizer", "transformer", "control", *["phrases"] * said.phrases}
+
+
+@pytest.mark.parametrize("method", ["mapo", "ivideogpt_semantic"])
+def test_swapped_phrases_are_those_of_another_clip(method: str) -> None:
+    cfg = small(method, "tiny")
+    torch.manual_seed(0)
+    module, batch = build_pretrain(cfg), synthetic(cfg, 0)
+    told = batch | {key: batch[key].flip(0) for key in ("semantic", "has_semantic")}
+    assert not torch.equal(told["semantic"], batch["semantic"])
+
+    def loss(given: Batch, swap: bool) -> float:
+        module.cfg.swap_phrases = swap
+        torch.manual_seed(1)
+        return float(module.losses(given)[0].detach())
+
+    assert loss(batch, swap=True) == loss(told, swap=False) != loss(batch, swap=False)
+    section = cfg.section("pretrain")
+    words = [f"method={method}", f"{section}.swap_phrases=true", f"{section}.batch_size=1"]
+    with pytest.raises(ConfigError, match="swap_phrases needs a batch_size of two clips"):
+        configured(*words)
 
 
 def _moved(part: torch.nn.Module) -> bool:
