@@ -22,7 +22,7 @@ from mapo_lightning.types import Batch, MapoError
 
 log = logging.getLogger(__name__)
 
-COUNTS = ("asked", "hits", "null", "rejected", "unanswered", "windows")
+COUNTS = ("asked", "hits", "null", "rejected", "corrected", "unanswered", "windows")
 
 
 class LabelReport(L.Callback):
@@ -42,7 +42,7 @@ class LabelReport(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on."""
-        self.total = {name: torch.tensor(int(state_dict[name])) for name in COUNTS}
+        self.total = {name: torch.tensor(int(state_dict.get(name, 0))) for name in COUNTS}
 
     def on_train_batch_end(
         self,
@@ -65,6 +65,7 @@ class LabelReport(L.Callback):
                     "vlm/hit_rate": self.total["hits"] / windows,
                     "vlm/null_rate": self.total["null"] / windows,
                     "vlm/rejected": self.total["rejected"].float(),
+                    "vlm/corrected": self.total["corrected"].float(),
                     "vlm/unanswered": self.total["unanswered"].float(),
                 },
             )

@@ -45,6 +45,7 @@ key                 meaning
 ``vlm_null``        ... in which nothing significant happens, or whose label is unreadable,
                     rejected or missing
 ``vlm_rejected``    ... whose label a person has rejected
+``vlm_corrected``   ... whose label a person has corrected
 ``vlm_unanswered``  ... that have no label, because the describer gave no answer
 ``videos_dropped``  videos that this loader's worker can no longer read
 ==================  ========================================================================

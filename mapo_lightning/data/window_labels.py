@@ -173,13 +173,14 @@ def pending_windows(
 
 def count_labels(labels: Iterable[Label]) -> dict[str, int]:
     """Count labels by what became of their windows; keys as in ``mapo_lightning.types``."""
-    names = ("vlm_asked", "vlm_hits", "vlm_null", "vlm_rejected", "vlm_unanswered")
-    counts = dict.fromkeys(names, 0)
+    names = ("asked", "hits", "null", "rejected", "corrected", "unanswered")
+    counts = {f"vlm_{name}": 0 for name in names}
     for label in labels:
         counts["vlm_asked"] += label.asked
         counts["vlm_hits"] += label.answered and not label.asked
         counts["vlm_null"] += not label.known
         counts["vlm_rejected"] += label.rejected
+        counts["vlm_corrected"] += label.corrected
         counts["vlm_unanswered"] += not label.answered
     return counts
 

@@ -1,7 +1,8 @@
 """Shows labels beside their frames: ``mapo-gallery`` writes one HTML page.
 
 The page opens from disk, loads nothing from anywhere, and runs nothing but its own script. Labels
-can be accepted and rejected in it; ``vlm.reviews=FILE`` makes training use what it exports.
+can be accepted, rejected and corrected in it; ``vlm.reviews=FILE`` makes training use what it
+exports.
 """
 
 from __future__ import annotations

@@ -90,10 +90,11 @@ def page(sample: Sample, title: str, reviews: Reviews | None = None) -> str:
     reviews = reviews or Reviews()
     ground_truth = GroundTruth({path.parent for *_, paths in sample.labels for path in paths})
     items = [_item(*entry, ground_truth) for entry in sample.labels]
-    known = {key: "accept" for key in reviews.accepted}
-    known |= {key: "reject" for key in reviews.rejected}
     for item in items:
-        item["mark"] = known.pop(item["key"], "")
+        review = reviews.row(item["key"])
+        item["mark"], item["by"], item["at"] = (review.get(x, "") for x in ("mark", "by", "at"))
+        item["corrected"] = json.dumps(review["slots"]) if "slots" in review else ""
+    others = sorted(reviews.keys - {item["key"] for item in items})
     style, script = ((_PAGES / name).read_text() for name in ("gallery.css", "gallery.js"))
     # Everything is escaped but the page's own style and script; a missing value is an error.
     templates = Environment(
@@ -109,7 +110,8 @@ def page(sample: Sample, title: str, reviews: Reviews | None = None) -> str:
         elsewhere=sample.elsewhere,
         items=items,
         ways=(*COMPASS, *_OTHER_DIRECTIONS),
-        others=json.dumps([{"key": key, "mark": mark} for key, mark in known.items()]),
+        longest=MAX_SLOT,
+        others=json.dumps([reviews.row(key) for key in others]),
     )
 
 
@@ -135,6 +137,7 @@ def _item(
         "text": clean_text(label.text, MAX_TEXT),
         "phrase": label.phrase,
         "slots": list(zip(_TITLES, slots, strict=True)),
+        "was": json.dumps(slots),
         "describer": clean_text(label.describer, MAX_TEXT),
         "video": clean_text(place.name, MAX_TEXT),
         "first": place.first,

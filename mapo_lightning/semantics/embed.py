@@ -151,6 +151,11 @@ class WithDirection:
         return math.sqrt(share * self.plain_dim)
 
 
+def needs_hidden(encoder: Encoder) -> bool:
+    """Whether its vectors are the describer's hidden states, which words alone do not give."""
+    return isinstance(getattr(encoder, "encoder", encoder), HiddenState)
+
+
 @functools.lru_cache(maxsize=65536)
 def _hash_phrase(phrase: Phrase, width: int) -> NDArray[np.float32]:
     slots = np.zeros((len(SLOTS), width), np.float32)

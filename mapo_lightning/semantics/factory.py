@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mapo_lightning.semantics.describer import Describer, NullDescriber
+from mapo_lightning.semantics.embed import needs_hidden
 from mapo_lightning.semantics.flow import FlowDescriber
 from mapo_lightning.semantics.in_process import InProcessDescriber
 from mapo_lightning.semantics.labeler import Labeler
@@ -19,6 +20,7 @@ from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.semantics.store import LabelStore
 from mapo_lightning.semantics.templates import TemplateDescriber
 from mapo_lightning.semantics.text_encoder import build_encoder
+from mapo_lightning.types import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -71,4 +73,11 @@ def build_labeler(cfg: VlmConfig, root: Path, writer: str) -> Labeler:
     durable = cfg.kind not in ("flow", "templates")
     store = LabelStore(Path(root) / cfg.store, writer, durable=durable)
     describer = build_describer(cfg, OutageLog(store.root / "outage"))
-    return Labeler(describer, store, build_encoder(cfg), read_reviews(cfg.reviews), cfg.cached_only)
+    reviews, encoder = read_reviews(cfg.reviews), build_encoder(cfg)
+    if reviews.corrected and needs_hidden(encoder):
+        raise ConfigError(
+            f"vlm.reviews='{cfg.reviews}' corrects labels, and the vectors are the describer's own "
+            "hidden states, which no person can correct: name a sentence encoder with "
+            "vlm.embed.encoder, or reject these labels"
+        )
+    return Labeler(describer, store, encoder, reviews, cfg.cached_only)

@@ -75,6 +75,8 @@ class Label(NamedTuple):
     """False if the query got no answer: null for now, not stored, queried again later."""
     rejected: bool = False
     """True if a person has rejected the answer, which then counts as null."""
+    corrected: bool = False
+    """True if the phrase is a person's, in place of the answer."""
 
 
 class LabelStats(NamedTuple):
@@ -92,6 +94,8 @@ class LabelStats(NamedTuple):
     """Windows that the describer was queried about without an answer; not stored."""
     rejected: int = 0
     """Windows whose label a person has rejected; treated as null."""
+    corrected: int = 0
+    """Windows whose label a person has corrected."""
 
 
 class Labeler:
@@ -103,7 +107,8 @@ class Labeler:
         describer: Answers about windows that are not in the store.
         store: Keeps the answers.
         encoder: Turns an answer into a vector.
-        reviews: A person's verdicts on answers; rejected ones count as null.
+        reviews: A person's verdicts on answers; rejected ones count as null, corrected ones say
+            what the person has written.
         cached_only: Never query the describer; a window that is not in the store is an error.
     """
 
@@ -296,15 +301,18 @@ class Labeler:
             )
 
     def _embed(self, key: str, label: StoredLabel) -> Label:
-        rejected = key in self.reviews.rejected
+        rejected, corrected = key in self.reviews.rejected, self.reviews.corrected.get(key)
         if rejected:
             label = label._replace(phrase=None, status="null")
+        elif corrected is not None:
+            label = label._replace(phrase=corrected, status="slots", hidden=None)
         if label.phrase is None:
             vector = np.zeros(self.semantic_dim, np.float32)
         else:
             vector = self.encoder.encode(label.phrase, label.hidden)
         known = label.phrase is not None
-        return Label(vector, known, label.text, label.status, label.phrase, rejected=rejected)
+        found = Label(vector, known, label.text, label.status, label.phrase)
+        return found._replace(rejected=rejected, corrected=corrected is not None)
 
     def _count(self, labels: Sequence[Label], hits: int) -> None:
         with self._lock:
@@ -315,6 +323,7 @@ class Labeler:
                 unreadable=self.stats.unreadable + sum(x.status == "unreadable" for x in labels),
                 unanswered=self.stats.unanswered + sum(not label.answered for label in labels),
                 rejected=self.stats.rejected + sum(label.rejected for label in labels),
+                corrected=self.stats.corrected + sum(label.corrected for label in labels),
             )
 
 

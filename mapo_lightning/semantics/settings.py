@@ -145,7 +145,8 @@ class VlmConfig:
     store: str = "labels"
     """Folder of the label store; a relative path lies inside the run's work folder."""
     reviews: str = ""
-    """File of accepted and rejected labels, from the gallery; rejected ones count as null."""
+    """File of accepted, rejected and corrected labels, from the gallery; rejected ones count as
+    null, and corrected ones say what a person has written."""
     window: WindowConfig = field(default_factory=WindowConfig)
     """What the describer sees."""
     server: ServerConfig = field(default_factory=ServerConfig)

@@ -58,6 +58,7 @@ def test_clip_content(videos: list[VideoInfo], tmp_path: Path) -> None:
         "vlm_hits": scalar,
         "vlm_null": scalar,
         "vlm_rejected": scalar,
+        "vlm_corrected": scalar,
         "vlm_unanswered": scalar,
     }
     assert clip["position"].tolist() == list(range(9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import io
 import json
 import os
@@ -157,11 +158,9 @@ def test_the_script_writes_what_training_reads(shown: Reader, tmp_path: Path) ->
     script = shown.inline["script"]
     assert set(re.findall(r'"(mapo-label-marks-\d+)"', script)) == {FORMAT}
     # The fields that its export names, filled as its code fills them.
-    fields = re.search(r"map\(\(\{ dataset \}\) => \(\{(.+?)\}\)\)", script, re.DOTALL)
+    fields = re.search(r"return \{ (key, mark, \.\.\.changed,.+?) \};", script)
     assert fields is not None
-    assert {"key: dataset.key", "mark: dataset.mark"} <= {
-        part.strip() for part in fields[1].split(",")
-    }
+    assert "{ slots: words(card), was: JSON.parse(was) }" in script
     row = {"key": shown.cards[0]["data-key"], "mark": "reject", "video": "v", "frames": "0..3"}
     path = tmp_path / "reviews.json"
     path.write_text(json.dumps({"format": FORMAT, "marks": [row]}))
@@ -180,6 +179,24 @@ def test_reviews_come_back_and_those_not_shown_are_kept(corpus: Path) -> None:
     others = re.search(r'data-others="([^"]*)"', text)
     assert others is not None
     assert json.loads(others[1].replace("&#34;", '"')) == [{"key": "0" * 32, "mark": "accept"}]
+
+
+def test_corrected_words_come_back_escaped(corpus: Path) -> None:
+    store, videos = LabelStore(corpus / "labels", "r"), find_videos([corpus / "videos"])
+    everything = draw(store, videos, 10)
+    shown, hidden = everything.labels[0][0], "1" * 32
+    words = Phrase("<b>", "lifts", '"cup"', "up", "")
+    notes = {shown: {"by": "Ada & Bo", "at": "now"}}
+    text = page(everything, "t", Reviews(corrected={shown: words, hidden: words}, notes=notes))
+    assert "<b>" not in text
+    card = next(card for card in read(text).cards if card["data-key"] == shown)
+    assert (card["data-mark"], card["data-by"], card["data-at"]) == ("correct", "Ada & Bo", "now")
+    assert json.loads(card["data-slots"]) == [*words]
+    assert len(json.loads(card["data-was"])) == 5
+    others = re.search(r'data-others="([^"]*)"', text)
+    assert others is not None
+    row = {"key": hidden, "mark": "correct", "slots": [*words]}
+    assert json.loads(html.unescape(others[1])) == [row]
 
 
 def test_the_draw_is_bounded_seeded_and_can_be_narrowed(corpus: Path) -> None:

@@ -70,12 +70,14 @@ def test_labels_are_counted_by_what_became_of_their_windows() -> None:
         KNOWN,
         NULL._replace(asked=True, answered=False),
         NULL._replace(rejected=True),
+        KNOWN._replace(corrected=True),
     ]
     assert count_labels(labels) == {
         "vlm_asked": 2,
-        "vlm_hits": 2,
+        "vlm_hits": 3,
         "vlm_null": 2,
         "vlm_rejected": 1,
+        "vlm_corrected": 1,
         "vlm_unanswered": 1,
     }
     assert set(count_labels([]).values()) == {0}

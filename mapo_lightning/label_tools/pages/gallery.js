@@ -15,14 +15,73 @@ function kept() {
 
 function remember() {
   const reviews = kept();
-  for (const { dataset } of cards) reviews[dataset.key] = dataset.mark;
-  try { localStorage.setItem(place, JSON.stringify(reviews)); } catch { /* a browser may forbid it */ }
+  for (const { dataset } of cards)
+    reviews[dataset.key] = { mark: dataset.mark, slots: dataset.slots, by: dataset.by, at: dataset.at };
+  try {
+    localStorage.setItem(place, JSON.stringify(reviews));
+    localStorage.setItem("mapo-label-by", byId("by").value);
+  } catch { /* a browser may forbid it */ }
 }
 
-function setMark(card, mark) {
-  card.dataset.mark = mark;
-  for (const name of ["accept", "reject"])
+function words(card) {
+  const { mark, slots, was } = card.dataset;
+  return JSON.parse(mark === "correct" && slots ? slots : was);
+}
+
+function show(card) {
+  const shown = words(card);
+  const list = card.querySelector(".slots");
+  list.querySelectorAll("dd").forEach((dd, number) => { dd.textContent = shown[number] || "–"; });
+  list.hidden = shown.every((word) => !word);
+  const nothing = card.querySelector(".nothing");
+  if (nothing) nothing.hidden = !list.hidden;
+  card.classList.remove("edited");
+}
+
+// A review is of whoever is named in the page at that time; one that was loaded keeps its name.
+function setMark(card, mark, by = byId("by").value.trim(), at = new Date().toISOString()) {
+  Object.assign(card.dataset, { mark, by: mark && by ? by : "", at: mark && at ? at : "" });
+  for (const name of ["accept", "reject", "correct"])
     card.querySelector("button." + name).setAttribute("aria-pressed", String(mark === name));
+  show(card);
+}
+
+function review(card, mark) {
+  setMark(card, card.dataset.mark === mark ? "" : mark);
+  remember();
+  filter();
+}
+
+function edit(card) {
+  if (card.classList.contains("edited")) return keep(card);
+  const shown = words(card);
+  const list = card.querySelector(".slots");
+  list.hidden = false;
+  card.classList.add("edited");
+  list.querySelectorAll("dd").forEach((dd, number) => {
+    const input = document.createElement("input");
+    input.maxLength = Number(document.querySelector("main").dataset.longest);
+    input.value = shown[number];
+    input.setAttribute("aria-label", dd.previousElementSibling.textContent);
+    dd.replaceChildren(input);
+  });
+  list.querySelector("input").focus();
+}
+
+function keep(card) {
+  const slots = [...card.querySelectorAll(".slots input")].map((input) => input.value.trim());
+  if (slots.every((word) => !word)) {
+    byId("count").textContent = "a corrected label must say something: reject it instead";
+    return;
+  }
+  if (JSON.stringify(slots) === JSON.stringify(JSON.parse(card.dataset.was))) {
+    setMark(card, "accept");  // these are the describer's own words
+  } else {
+    card.dataset.slots = JSON.stringify(slots);
+    setMark(card, "correct");
+  }
+  remember();
+  filter();
 }
 
 function filter() {
@@ -41,7 +100,8 @@ function filter() {
   }
   const count = (mark) => cards.filter((card) => card.dataset.mark === mark).length;
   byId("count").textContent =
-    `${shown} of ${cards.length}, ${count("accept")} accepted, ${count("reject")} rejected`;
+    `${shown} of ${cards.length}, ${count("accept")} accepted, ${count("reject")} rejected, ` +
+    `${count("correct")} corrected`;
   byId("empty").hidden = shown > 0;
 }
 
@@ -64,33 +124,68 @@ function play(on) {
 }
 
 function exported() {
-  const reviews = cards.filter((card) => card.dataset.mark).map(({ dataset }) => ({
-    key: dataset.key, mark: dataset.mark, video: dataset.video, frames: dataset.frames,
-    describer: dataset.describer,
-  }));
+  const reviews = cards.filter((card) => card.dataset.mark).map((card) => {
+    const { key, mark, video, frames, describer, was, by, at } = card.dataset;
+    const changed = mark === "correct" ? { slots: words(card), was: JSON.parse(was) } : {};
+    return { key, mark, ...changed, video, frames, describer, by: by || "", at: at || "" };
+  });
   const all = [...reviews, ...others.values()];
   return JSON.stringify({ format: "mapo-label-marks-1", marks: all }, null, 1) + "\n";
+}
+
+function take(card, row) {
+  if (row.mark === "correct") {
+    const slots = row.slots;
+    const sound = Array.isArray(slots) && slots.length === 5 && slots.every((x) => typeof x === "string");
+    if (!sound) throw new Error(`the corrected label ${row.key} has not five slots`);
+    card.dataset.slots = JSON.stringify(slots);
+  }
+  if (["accept", "reject", "correct"].includes(row.mark))
+    setMark(card, row.mark, String(row.by || ""), String(row.at || ""));
 }
 
 function load(text) {
   const content = JSON.parse(text);
   if (content.format !== "mapo-label-marks-1") throw new Error("this file holds no reviews");
-  const reviews = new Map(content.marks.map((row) => [row.key, row.mark]));
+  const reviews = new Map(content.marks.map((row) => [row.key, row]));
   for (const row of content.marks) if (!here.has(row.key)) others.set(row.key, row);
-  for (const card of cards) {
-    const mark = reviews.get(card.dataset.key);
-    if (mark === "accept" || mark === "reject") setMark(card, mark);
-  }
+  for (const card of cards) if (reviews.has(card.dataset.key)) take(card, reviews.get(card.dataset.key));
 }
 
+let chosen = null;
+function choose(card) {
+  if (chosen) chosen.classList.remove("here");
+  chosen = card;
+  if (!card) return;
+  card.classList.add("here");
+  card.scrollIntoView({ block: "nearest" });
+}
+
+function step(by) {
+  const shown = cards.filter((card) => !card.hidden);
+  const at = shown.indexOf(chosen);
+  choose(shown[Math.min(Math.max(at + by, 0), shown.length - 1)] || null);
+}
+
+document.addEventListener("keydown", (event) => {
+  const card = event.target.closest("article.edited");
+  if (card && event.key === "Enter") { keep(card); event.preventDefault(); }
+  if (card && event.key === "Escape") show(card);
+  if (event.target.closest("input, select") || event.ctrlKey || event.metaKey || event.altKey) return;
+  const does = {
+    j: () => step(1), k: () => step(-1), a: () => chosen && review(chosen, "accept"),
+    r: () => chosen && review(chosen, "reject"), e: () => chosen && edit(chosen),
+  }[event.key];
+  if (!does) return;
+  does();
+  event.preventDefault();
+});
 document.addEventListener("click", (event) => {
+  const card = event.target.closest("article");
+  if (card) choose(card);
   const button = event.target.closest(".marks button");
   if (!button) return;
-  const card = button.closest("article");
-  const mark = button.className;
-  setMark(card, card.dataset.mark === mark ? "" : mark);
-  remember();
-  filter();
+  if (button.className === "correct") edit(card); else review(card, button.className);
 });
 byId("play").addEventListener("click", () => play(byId("play").getAttribute("aria-pressed") !== "true"));
 byId("export").addEventListener("click", () => {
@@ -109,8 +204,16 @@ byId("load").addEventListener("change", async (event) => {
 });
 byId("filters").addEventListener("input", filter);
 byId("filters").addEventListener("submit", (event) => event.preventDefault());
+try { byId("by").value = localStorage.getItem("mapo-label-by") || ""; } catch { /* forbidden */ }
 for (const card of cards) {
-  const mark = kept()[card.dataset.key];
-  if (!card.dataset.mark && ["accept", "reject"].includes(mark)) setMark(card, mark);
+  const before = kept()[card.dataset.key];
+  const row = typeof before === "string" ? { mark: before } : { ...before };  // version 0.1.0: a word
+  if (row.slots) row.slots = JSON.parse(row.slots);
+  if (!card.dataset.mark && row.mark) take(card, row);
+  show(card);
+}
+if (window.top !== window.self) {
+  byId("framed").hidden = false;
+  byId("export").disabled = true;
 }
 filter();
