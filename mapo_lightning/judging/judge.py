@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from mapo_lightning.judging.clips import Clips, dreamt, misled, yardsticks
@@ -26,6 +28,7 @@ def judge(
     inverse: Reader | None = None,
     perceptual: Distance | None = None,
     seen: int = SEEN,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> DreamReport:
     """Dream the rest of every clip, rightly driven and misled, and measure it.
 
@@ -36,6 +39,7 @@ def judge(
         inverse: Reads actions off pairs of frames; None: executability is left out.
         perceptual: LPIPS; None: it is left out.
         seen: Frames that are shown.
+        keep: Gets the frames of the dream, (C, T, H, W, 3) in [0, 1].
 
     Raises:
         ValueError: The clips are too short, or all of one group.
@@ -46,6 +50,8 @@ def judge(
         )
     truth = clips.truth
     dream = dreamt(world_model, clips.batch, seen)
+    if keep is not None:
+        keep(dream)
     wrong = {name: dreamt(world_model, batch, seen) for name, batch in misled(clips, seen).items()}
     compared: dict[str, Tensor] = {"dream": dream, "null": wrong["null"]}
     compared |= yardsticks(clips, seen)

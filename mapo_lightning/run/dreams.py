@@ -93,7 +93,7 @@ def judge_videos(cfg: RunConfig, path: Path, folder: Path) -> DreamReport:
     from mapo_lightning.judging.clips import Clips
     from mapo_lightning.judging.judge import judge
     from mapo_lightning.run import build
-    from mapo_lightning.run.judged_agent import CLIPS, perceptual
+    from mapo_lightning.run.judged_agent import CLIPS, kept_rollouts, perceptual
     from mapo_lightning.run.stages import render_demo
     from mapo_lightning.run.trainer import best_device
     from mapo_lightning.semantics.factory import log_servers
@@ -120,7 +120,8 @@ def judge_videos(cfg: RunConfig, path: Path, folder: Path) -> DreamReport:
     world_model = module.to(device).world_model
     try:
         _view_codebook(world_model, data, folder)
-        return judge(world_model, clips.to(device), title, perceptual=perceptual(cfg))
+        keep = kept_rollouts(cfg, clips, data.fps)
+        return judge(world_model, clips.to(device), title, perceptual=perceptual(cfg), keep=keep)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

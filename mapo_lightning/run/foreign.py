@@ -179,6 +179,7 @@ REFUSED: Mapping[str, str] = {
     "vlm.embed.encoder": "what is loaded",
     "vlm.embed.revision": "what is loaded",
     "token_world.vgg": "a file",
+    "evaluate.rollouts": "a folder",
     "label": "which part of a corpus is labelled",
     "agent.plan": "the cost of every step",
     "env.num_envs": "processes of this machine",

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mapo_lightning.data.replay import Replay
 from mapo_lightning.envs.collector import Collector
 from mapo_lightning.envs.episodes import Policy, RandomPolicy
+from mapo_lightning.judging.clips import Clips
 from mapo_lightning.judging.episodes import Entries, fresh, halves
 from mapo_lightning.judging.executable import inverse_model
 from mapo_lightning.judging.judge import SEEN, judge
 from mapo_lightning.judging.looks import Distance
 from mapo_lightning.judging.measure import HORIZONS
 from mapo_lightning.judging.report import DreamReport
+from mapo_lightning.judging.rollouts import write_rollouts
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.training.acting import acting
@@ -56,9 +61,28 @@ def judge_episodes(
         judged = halves(episodes, SEEN, HORIZONS[-1], seed)
         inverse = inverse_model({key: x.to(device) for key, x in judged.learned.items()})
         clips = judged.clips.to(device)
-        return judge(module.world_model, clips, title, inverse, perceptual(cfg))
+        keep = kept_rollouts(cfg, clips, cfg.env.fps)
+        return judge(module.world_model, clips, title, inverse, perceptual(cfg), keep=keep)
     except ValueError as error:
         raise ConfigError(f"the dreams cannot be judged: {error}") from error
+
+
+def kept_rollouts(cfg: RunConfig, clips: Clips, fps: float) -> Callable[[Tensor], None] | None:
+    """Writes dreams into ``evaluate.rollouts``, where the user has named a folder."""
+    if not cfg.evaluate.rollouts:
+        return None
+    folder, model = Path(cfg.evaluate.rollouts), f"{cfg.method}, seed {cfg.seed}"
+    return partial(_write, folder, clips, fps, model)
+
+
+def _write(folder: Path, clips: Clips, fps: float, model: str, dream: Tensor) -> None:
+    try:
+        write_rollouts(folder, clips, dream, SEEN, fps, model)
+    except OSError as error:
+        raise ConfigError(
+            f"evaluate.rollouts='{folder}' cannot be written ({error.strerror}): give another "
+            "folder"
+        ) from error
 
 
 def perceptual(cfg: RunConfig) -> Distance | None:

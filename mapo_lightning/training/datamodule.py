@@ -198,6 +198,12 @@ class VideoDataModule(L.LightningDataModule):
         return torch.stack([_spread_frames(clips, n, _MEAN_OF).mean(dim=0) for n in chosen]).mean(0)
 
     @property
+    def fps(self) -> float:
+        """Frames per second of a clip: the median over the held-out videos; 1 where none says."""
+        known = [info.fps for info in self._held_out().videos if info.fps > 0]
+        return float(np.median(known)) / self.data.frame_stride if known else 1.0
+
+    @property
     def body_width(self) -> int:
         """Leading entries of a semantic vector that name the body; 0 where slots are not apart."""
         encoder = build_encoder(self.vlm)

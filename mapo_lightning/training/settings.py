@@ -214,6 +214,9 @@ class EvaluateConfig:
     dreams: int = 0
     """Fresh episodes on which stage=evaluate judges the model's dreams, beside as many for its
     inverse model; 0 judges none. mapo-dreams takes 48 then."""
+    rollouts: str = ""
+    """Folder for the judged dreams and what really happened, in the layout that the scorer
+    worldproof reads; empty: they are not kept."""
 
     def __post_init__(self) -> None:
         check_at_least(self, episodes=1, every=1, num_envs=1)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mapo_lightning.judging.clips import Clips, misled, yardsticks
 from mapo_lightning.judging.control import GENIE
@@ -22,7 +23,8 @@ from mapo_lightning.judging.judge import judge
 from mapo_lightning.judging.looks import looks
 from mapo_lightning.judging.measure import Measure
 from mapo_lightning.judging.report import DreamReport, over_models, report
-from tests.constructed_dreams import KINDS, SIZE, ConstructedWorld, toy_clips
+from mapo_lightning.judging.rollouts import write_rollouts
+from tests.constructed_dreams import KINDS, SIZE, STEPS, ConstructedWorld, toy_clips
 
 SEEN = 5
 
@@ -211,6 +213,22 @@ def test_episodes_are_halved_and_cut_to_one_length() -> None:
     assert 255 * float(found.clips.mean_picture.mean()) == pytest.approx(mean, rel=1e-5)
     with pytest.raises(ValueError, match="four episodes with more than 5 frames are needed, got 0"):
         halves([episode(5, 0)] * 9, SEEN, furthest=15, seed=0)
+
+
+def test_dreams_are_written_without_loss(tmp_path: Path) -> None:
+    dream = torch.rand(24, STEPS, SIZE, SIZE, 3)
+    write_rollouts(tmp_path, clips(), dream, SEEN, 5.0, "a model")
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 24
+    manifest = json.loads((folders[3] / "manifest.json").read_text())
+    assert (manifest["horizon"], manifest["fps"], manifest["resolution"]) == (11, 5.0, [32, 32])
+    truth = clips().batch["obs"][3].numpy()
+    for name, frame in (("context/frame_00004", truth[4]), ("ground_truth/frame_00000", truth[5])):
+        assert (np.asarray(Image.open(folders[3] / f"{name}.png")) == frame).all()
+    last = np.asarray(Image.open(folders[3] / "predictions/sample_00/frame_00010.png"))
+    assert (last == (255 * dream[3, 15]).round().byte().numpy()).all()
+    action = np.load(folders[3] / "actions.npy")
+    assert (action == clips().batch["action"][3, SEEN:].numpy()).all()
 
 
 def test_clips_that_are_too_short_are_refused() -> None:
