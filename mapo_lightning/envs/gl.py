@@ -197,6 +197,16 @@ class OffscreenCamera:
             [size / 2 + right, size / 2 + (up if self._is_upside_down(data) else -up)], axis=1
         )
 
+    def renew_terrain(self) -> None:
+        """Draw height fields as the model has them now; contexts keep those they were made with."""
+        import mujoco
+
+        for renderer in self._renderers.values():
+            if renderer._gl_context:
+                renderer._gl_context.make_current()
+            for field in range(self._model.nhfield):
+                mujoco.mjr_uploadHField(self._model, renderer._mjr_context, field)
+
     def _is_upside_down(self, data: Any) -> bool:
         """Whether the camera's up-vector points down, so that it sees the scene upside down.
 
