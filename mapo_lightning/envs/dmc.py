@@ -12,7 +12,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from mapo_lightning.envs.gl import OffscreenCamera, moving_parts, prepare_gl, tint_scenery
-from mapo_lightning.envs.mujoco_state import restore_mujoco, save_mujoco
+from mapo_lightning.envs.mujoco_state import memory_of, restore_mujoco, save_mujoco
 from mapo_lightning.envs.snapshots import Freezer, Snapshot, attributes, set_attributes
 from mapo_lightning.envs.wrappers import Outcome, no_such_task
 from mapo_lightning.types import Frames
@@ -101,7 +101,9 @@ class DmcTask:
 
     @property
     def _freezer(self) -> Freezer:
-        return Freezer(f"dmc/{self.name}", {"physics": self.physics, "task": self._env.task})
+        memory = memory_of(self.physics.model.ptr, self.physics.data.ptr)
+        live = {"physics": self.physics, "task": self._env.task}
+        return Freezer(f"dmc/{self.name}", live, memory)
 
     def close(self) -> None:
         """Free the OpenGL contexts and the simulation."""

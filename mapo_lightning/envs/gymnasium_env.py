@@ -10,7 +10,7 @@ import numpy as np
 
 from mapo_lightning.envs.actions import action_width, to_space
 from mapo_lightning.envs.gl import prepare_gl
-from mapo_lightning.envs.mujoco_state import restore_mujoco, save_mujoco
+from mapo_lightning.envs.mujoco_state import memory_of, restore_mujoco, save_mujoco
 from mapo_lightning.envs.snapshots import Freezer, Snapshot, attributes, set_attributes
 from mapo_lightning.envs.wrappers import Outcome, described, resize_area
 from mapo_lightning.types import EnvironmentSetupError, Frames
@@ -181,9 +181,11 @@ class GymnasiumTask:
     def _freezer(self) -> Freezer:
         layers = self._layers()
         live = {f"layer {number}": layer for number, layer in enumerate(layers)}
-        if self._viewer is not None:
-            live |= {name: getattr(layers[-1], name) for name in _LIVE}
-        return Freezer(f"gym/{self.name}", live)
+        if self._viewer is None:
+            return Freezer(f"gym/{self.name}", live)
+        live |= {name: getattr(layers[-1], name) for name in _LIVE}
+        memory = memory_of(layers[-1].model, layers[-1].data)
+        return Freezer(f"gym/{self.name}", live, memory)
 
     def _tried(self) -> list[bytes]:
         """What follows the present state under fixed actions: pictures, rewards, ends."""

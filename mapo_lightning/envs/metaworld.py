@@ -9,7 +9,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from mapo_lightning.envs.gl import OffscreenCamera, moving_parts, prepare_gl, tint_scenery
-from mapo_lightning.envs.mujoco_state import restore_mujoco, save_mujoco
+from mapo_lightning.envs.mujoco_state import memory_of, restore_mujoco, save_mujoco
 from mapo_lightning.envs.snapshots import Freezer, Snapshot, attributes, set_attributes
 from mapo_lightning.envs.wrappers import Outcome, no_such_task
 from mapo_lightning.types import EnvironmentSetupError, Frames
@@ -89,7 +89,8 @@ class MetaWorldTask:
     @property
     def _freezer(self) -> Freezer:
         live = {name: getattr(self._env, name) for name in _LIVE}
-        return Freezer(f"metaworld/{self.name}", {"environment": self._env, **live})
+        memory = memory_of(self._env.model, self._env.data)
+        return Freezer(f"metaworld/{self.name}", {"environment": self._env, **live}, memory)
 
     def close(self) -> None:
         """Free the OpenGL contexts and the simulation."""

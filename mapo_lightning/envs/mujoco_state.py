@@ -74,6 +74,15 @@ def restore_mujoco(model: Any, data: Any, saved: dict[str, Any]) -> None:
     _write(data, saved["data"])
 
 
+def memory_of(model: Any, data: Any) -> Arrays:
+    """Arrays of a simulation that keep their place, by name: a task may hold views of them."""
+    import mujoco
+
+    fixed = _arrays(mujoco.MjData(model))  # those of contacts and constraints are empty there
+    found = {f"data.{k}": v for k, v in _arrays(data).items() if k in fixed and fixed[k].size}
+    return found | {f"model.{k}": v for k, v in _arrays(model).items() if v.size}
+
+
 def _arrays(struct: Any) -> Arrays:
     names = (name for name in dir(struct) if not name.startswith("_"))
     found = ((name, getattr(struct, name)) for name in names)

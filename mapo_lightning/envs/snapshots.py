@@ -12,6 +12,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mapo_lightning.types import EnvironmentSetupError
 
 
@@ -55,11 +58,17 @@ class Freezer:
         task: Name of the task, for messages.
         live: Objects that every simulator of this task has one of, by name, such as its model. A
             reference to one becomes, in another simulator, a reference to that one's own.
+        memory: Arrays of the simulation, by name. Tasks keep views of them, some without meaning
+            to, and what they read there changes with every step: a view stays one.
     """
 
-    def __init__(self, task: str, live: Mapping[str, object]) -> None:
-        self.task, self._live = task, dict(live)
-        self._names = {id(thing): name for name, thing in live.items()}
+    def __init__(
+        self,
+        task: str,
+        live: Mapping[str, object],
+        memory: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        self.task, self._live, self._memory = task, dict(live), dict(memory or {})
 
     def freeze(self, content: object) -> Snapshot:
         """Copy a tree of objects.
@@ -88,13 +97,19 @@ class Freezer:
                 "environment of the same task"
             )
         reader = pickle.Unpickler(io.BytesIO(snapshot.content))
-        reader.persistent_load = lambda name: self._live[name]  # type: ignore[method-assign]
+        reader.persistent_load = self._found  # type: ignore[method-assign]
         return reader.load()
+
+    def _found(self, name: Any) -> Any:
+        """What a name stands for in this simulator."""
+        if isinstance(name, str):
+            return self._live[name]
+        field, *form = name
+        return _view(self._memory[field], *form)
 
     def _dump(self, content: object) -> bytes:
         stream = io.BytesIO()
-        writer = _Writer(stream, self._names)
-        writer.dump(content)
+        _Writer(stream, self._live, self._memory).dump(content)
         return stream.getvalue()
 
     def _culprit(self, content: object) -> str:
@@ -111,14 +126,40 @@ class Freezer:
 
 
 class _Writer(pickle.Pickler):
-    """Writes names in place of what is alive."""
+    """Writes names in place of what is alive, and views as views of what they look at."""
 
-    def __init__(self, stream: io.BytesIO, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, stream: io.BytesIO, live: Mapping[str, object], memory: Mapping[str, NDArray[Any]]
+    ) -> None:
         super().__init__(stream, pickle.HIGHEST_PROTOCOL)
-        self._names = names
+        self._names = {id(thing): name for name, thing in live.items()}
+        bounds = ((name, *np.lib.array_utils.byte_bounds(x)) for name, x in memory.items())
+        self._bounds = [(name, low, high) for name, low, high in bounds if high > low]
 
-    def persistent_id(self, thing: Any) -> str | None:
+    def persistent_id(self, thing: Any) -> Any:
+        if isinstance(thing, np.ndarray) and thing.size and not thing.flags.owndata:
+            low, high = np.lib.array_utils.byte_bounds(thing)
+            for name, first, end in self._bounds:
+                if first <= low and high <= end:
+                    start = thing.__array_interface__["data"][0] - first
+                    return name, start, thing.shape, thing.strides, thing.dtype.str
         return self._names.get(id(thing))
+
+    def reducer_override(self, thing: Any) -> Any:
+        base = thing.base if type(thing) is np.ndarray else None
+        if type(base) is not np.ndarray or not base.flags.owndata or not base.flags.c_contiguous:
+            return NotImplemented
+        start = thing.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+        form = start, thing.shape, thing.strides, thing.dtype.str
+        return (_view, (base, *form)) if thing.dtype == base.dtype else NotImplemented
+
+
+def _view(
+    array: NDArray[Any], start: int, shape: tuple[int, ...], strides: tuple[int, ...], kind: str
+) -> NDArray[Any]:
+    """Part of an array, as a view."""
+    found: NDArray[Any] = np.ndarray(shape, kind, array.data, start, strides)
+    return found
 
 
 def attributes(thing: object, without: Collection[str] = ()) -> dict[str, Any]:
