@@ -253,6 +253,7 @@ FLOORS: list[dict[str, str]] = [
         "training": "Lightning modules, data modules,\ncheckpoints",
         "label_tools": "gallery, Parquet",
     },
+    {"judging": "futures of one state, and how good dreams of them are"},
     {"callbacks": "what happens around an update: collect, evaluate, record"},
     {"run": "composes a run, builds its objects, runs its stages; load_agent; doctor"},
 ]

@@ -2,7 +2,7 @@
 
 MuJoCo reads ``MUJOCO_GL`` once, when it is first imported, and a bad choice shows only at the
 first frame, sometimes as a crash. So the choice is made before that import, by drawing one frame
-in a child process. The only file that imports ``mujoco``.
+in a child process. Only this file and `mujoco_state.py` import ``mujoco``.
 """
 
 from __future__ import annotations

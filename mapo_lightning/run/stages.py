@@ -35,6 +35,7 @@ from mapo_lightning.envs.replacement import (
 from mapo_lightning.ownership import sign
 from mapo_lightning.run import build, job
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.decisions import judge_decisions, sentence
 from mapo_lightning.run.session import Session
 from mapo_lightning.run.trainer import best_device, build_trainer
 from mapo_lightning.stopping import Stopped
@@ -235,7 +236,8 @@ def test(session: Session, cfg: RunConfig, path: Path) -> None:
     episodes, films = play(greedy(module), cfg.evaluate.videos)
     about = cfg.about | {"checkpoint": str(path), "env_frames": metadata["env_frames"]}
     baselines = baseline_scores(play, metadata["action_dim"])
-    found = Evaluation(Score(tuple(episodes)), baselines, cfg.evaluate.seeds, about)
+    dream = judge_decisions(cfg, module) if cfg.evaluate.decisions else {}
+    found = Evaluation(Score(tuple(episodes)), baselines, cfg.evaluate.seeds, about, dream)
     found.save_films(session.folder / "videos", films, cfg.env.fps)
     summary(session, found)
     logger = tracking.make_logger(cfg.tracking, "evaluate", session.parent)
@@ -354,7 +356,8 @@ def end_curves(session: Session, phase: str) -> None:
 def summary(session: Session, found: Evaluation) -> None:
     """Print what came out of it, and write it down."""
     found.save(session.folder / "evaluation.json")
-    lines = ["", *found.lines(), f"Everything of this run: {session.folder}"]
+    dream = [sentence(found.dream)] if found.dream else []
+    lines = ["", *found.lines(), *dream, f"Everything of this run: {session.folder}"]
     if session.cfg.tracking.enabled:
         store = redact_text(tracking.store_uri(session.cfg.tracking))
         page = f"mlflow ui --backend-store-uri {store}" if store.startswith("sqlite:") else store

@@ -204,11 +204,15 @@ class EvaluateConfig:
     """Environments that play side by side."""
     videos: int = 3
     """Episodes that stage=evaluate films; evaluations in training film one."""
+    decisions: int = 0
+    """States from which stage=evaluate plays and dreams five random action sequences, to see
+    whether the dream knows the best of them (docs/evaluate.md); 0: none."""
 
     def __post_init__(self) -> None:
         check_at_least(self, episodes=1, every=1, num_envs=1)
-        if self.videos < 0:
-            raise ConfigError(f"videos must not be negative, got {self.videos}")
+        for name in ("videos", "decisions"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.seed < SEEDS:
             raise ConfigError(f"seed must lie in [0, {SEEDS}), got {self.seed}")
 

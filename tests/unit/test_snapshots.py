@@ -173,5 +173,5 @@ def test_a_state_of_another_task_or_of_no_episode_is_refused() -> None:
     with pytest.raises(MapoError, match="no episode is under way: call reset first"):
         env.save()
     env.reset(seed=0)
-    with pytest.raises(EnvironmentSetupError, match="toy/disc was given to .*toy/disc_anywhere"):
+    with pytest.raises(EnvironmentSetupError, match=r"toy/disc was given to .*toy/disc_anywhere"):
         other.restore(env.save())

@@ -1,0 +1,1 @@
+"""Judges dreams: their looks, whether actions matter in them, and what decisions they support."""
