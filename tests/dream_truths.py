@@ -101,7 +101,7 @@ def dreamt_returns(
     spread = returns.std(axis=1, keepdims=True)
     return {
         "oracle": returns,
-        "noisy oracle": returns + 0.7 * spread * rng.normal(size=returns.shape),
+        "noisy oracle": returns + spread * rng.normal(size=returns.shape),
         "copy of the last frame": np.zeros_like(returns),
         "blind to actions": np.broadcast_to(returns.mean(axis=1, keepdims=True), returns.shape),
         "wrong direction": wrong,

@@ -159,7 +159,9 @@ def _context(
         rng = np.random.default_rng([*seed, attempt])
         start, reset_seed = int(rng.integers(first, last + 1)), int(rng.integers(2**32))
         player = _Player(env, label, policy_of(reset_seed), plan.shown)
-        if not player.play_to(reset_seed, start):
+        ended = player.play_to(reset_seed, start)
+        if ended is not None:
+            last = max(first, min(last, ended - 1))  # episodes are shorter than their limit
             continue
         snapshot, branches = env.save(), []
         for actions in sequences(player.shown, rng):
@@ -169,9 +171,9 @@ def _context(
             branches.append(player.go_on(env.restore(snapshot), plan.steps))
         return player.shown, branches
     raise MapoError(
-        f"{_TRIES} episodes of {env.name} in a row ended before the agent step from which futures "
-        f"of {plan.steps} steps were to be played (drawn between {first} and {last}): ask for "
-        "shorter ones, or let another policy play"
+        f"{_TRIES} episodes of {env.name} in a row ended before futures were to be played, after "
+        f"{first} to {last} agent steps: show fewer frames than {plan.shown}, or let another "
+        "policy play"
     )
 
 
@@ -195,16 +197,16 @@ class _Player:
         self.entries: list[Step] = []
         self.action = np.zeros((1, *env.action_space.shape), np.float32)
 
-    def play_to(self, reset_seed: int, start: int) -> bool:
-        """Begin an episode and take ``start`` steps; tells whether it goes on after them."""
+    def play_to(self, reset_seed: int, start: int) -> int | None:
+        """Begin an episode and take ``start`` steps; the step at which it ended, if it did."""
         obs, _ = self.env.reset(seed=reset_seed)
         self._see(obs, first=True)
-        for _ in range(start):
+        for step in range(start):
             obs, _, terminated, truncated, _ = self.env.step(self.action[0])
             if terminated or truncated:
-                return False
+                return step + 1
             self._see(obs)
-        return True
+        return None
 
     @property
     def shown(self) -> Step:
