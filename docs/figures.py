@@ -235,11 +235,11 @@ def _robot(axes: Axes) -> None:
 # each, with what is in them.
 FLOORS: list[dict[str, str]] = [
     {
-        "types": "batch keys, time, errors",
-        "files": "atomic writes, locks",
-        "ownership": "whose settings these are",
+        "types": "batch keys,\ntime, errors",
+        "files": "atomic writes,\nlocks",
+        "ownership": "whose settings\nthese are",
         "stopping": "signals",
-        "waiting": "messages of long waits",
+        "waiting": "messages of\nlong waits",
     },
     {
         "config": "YAML and command line\nbecome dataclasses",
@@ -294,7 +294,7 @@ PATHS: list[tuple[str, str, list[tuple[str, str]]]] = [
 
 def architecture() -> Figure:
     """The subpackages in their layers, and the files that the two data paths go through."""
-    figure, axes = page(900, 524)
+    figure, axes = page(900, 586)
     left, wide, high = 34, 530, 62
     for floor, rooms in enumerate(FLOORS):
         low, each = 16 + high * floor, (wide - 8 * (len(rooms) - 1)) / len(rooms)
@@ -302,9 +302,9 @@ def architecture() -> Figure:
             corner = (left + i * (each + 8), low)
             box(axes, corner, (each, high - 8), face="#f6f6f6", edge=GREY)
             _room(axes, corner, room, what)
-    arrow(axes, (18, 504), (18, 16), color=GREY)
-    write(axes, 10, 258, "a subpackage imports only from lower layers", 11, GREY, rotation=90)
-    top = 498.0
+    arrow(axes, (18, 566), (18, 16), color=GREY)
+    write(axes, 10, 290, "a subpackage imports only from lower layers", 11, GREY, rotation=90)
+    top = 560.0
     for title, color, files in PATHS:
         write(axes, 586, top, title, 14, color, ha="left", va="baseline", weight="bold")
         for number, (name, what) in enumerate(files, 1):
