@@ -103,8 +103,8 @@ def foresight(found: Foresight) -> Mapping[str, Values]:
     For ``executed`` (the imagined actions) and ``closed`` (the agent's own loop):
 
     - ``NAME_frames``: mean squared error of the imagined picture, colours in [0, 1], on the pixels
-      that move in the real film or in the imagined one. ``NAME_still`` is that of a picture in
-      which nothing moves: an imagination that is not below it foresees nothing.
+      that move in the real film or in the imagined one. ``NAME_still`` is that of the real
+      picture of the start, in which nothing moves: an imagination that is not below it foresees nothing.
     - ``NAME_belief``: distance of the imagined belief from that after the real frames, over the
       mean distance of the latter from the beliefs of other contexts; 1: as far as from any.
 
@@ -118,7 +118,7 @@ def foresight(found: Foresight) -> Mapping[str, Values]:
     """
     values: dict[str, Values] = {}
     for name, real in (("executed", found.executed), ("closed", found.closed)):
-        still = np.broadcast_to(found.imagined.frames[:, :1], real.frames.shape)
+        still = np.broadcast_to(real.frames[:, :1], real.frames.shape)
         moving = moves(real.frames) | moves(found.imagined.frames)
         values[f"{name}_frames"] = error_on(moving, real.frames, found.imagined.frames)
         values[f"{name}_still"] = error_on(moving, real.frames, still)
