@@ -201,7 +201,7 @@ class OffscreenCamera:
         """Draw height fields as the model has them now; contexts keep those they were made with."""
         import mujoco
 
-        for renderer in self._renderers.values():
+        for renderer in self._renderers.values() if self._model.nhfield else ():
             if renderer._gl_context:
                 renderer._gl_context.make_current()
             for field in range(self._model.nhfield):

@@ -103,8 +103,8 @@ def foresight(found: Foresight) -> Mapping[str, Values]:
     For ``executed`` (the imagined actions) and ``closed`` (the agent's own loop):
 
     - ``NAME_frames``: mean squared error of the imagined picture, colours in [0, 1], on the pixels
-      that move in the real film or in the imagined one. ``NAME_still`` is that of the real
-      picture of the start, in which nothing moves: an imagination that is not below it foresees nothing.
+      that move in the real film or in the imagined one. ``NAME_still`` is that of the real picture
+      of the start, in which nothing moves: an imagination that is not below it foresees nothing.
     - ``NAME_belief``: distance of the imagined belief from that after the real frames, over the
       mean distance of the latter from the beliefs of other contexts; 1: as far as from any.
 

@@ -233,10 +233,11 @@ def test(session: Session, cfg: RunConfig, path: Path) -> None:
     module, metadata = build.load_finetuned(cfg, path)
     module.to(best_device(cfg.trainer.accelerator))
     play = partial(play_episodes, cfg)
+    # First, because it refuses what it cannot judge at once.
+    dream = judge_decisions(cfg, module) if cfg.evaluate.decisions else {}
     episodes, films = play(greedy(module), cfg.evaluate.videos)
     about = cfg.about | {"checkpoint": str(path), "env_frames": metadata["env_frames"]}
     baselines = baseline_scores(play, metadata["action_dim"])
-    dream = judge_decisions(cfg, module) if cfg.evaluate.decisions else {}
     found = Evaluation(Score(tuple(episodes)), baselines, cfg.evaluate.seeds, about, dream)
     found.save_films(session.folder / "videos", films, cfg.env.fps)
     summary(session, found)
