@@ -65,14 +65,14 @@ def with_negatives(count: int, steps: int, width: int) -> Sequences:
 
 
 @cache
-def truth(kind: Any, name: str, width: int, contexts: int = 16, steps: int = 10) -> Branches:
+def truth(kind: Any, name: str, width: int, contexts: int, steps: int = 10) -> Branches:
     """Five random sequences and their negatives from each state."""
     cfg = EnvConfig(kind=kind, name=name, size=64)
     return record(cfg, with_negatives(5, steps, width), BranchPlan(contexts, steps))
 
 
 @cache
-def opposed(kind: Any, name: str, width: int, contexts: int = 16, steps: int = 10) -> Branches:
+def opposed(kind: Any, name: str, width: int, contexts: int, steps: int = 10) -> Branches:
     """A random sequence and its negative from each state."""
     cfg = EnvConfig(kind=kind, name=name, size=64)
     return record(cfg, opposed_sequences(steps, width, hold=6), BranchPlan(contexts, steps))
