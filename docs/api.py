@@ -101,6 +101,12 @@ SECTIONS = (
         False,
     ),
     Section(
+        "Judging dreams",
+        "Futures really played from one state, and what dreams of them are worth.",
+        lambda item: item.module.startswith("mapo_lightning.judging"),
+        False,
+    ),
+    Section(
         "Errors",
         "Each says what was asked, what was found and what to do.",
         _derived("Exception", "MapoError"),

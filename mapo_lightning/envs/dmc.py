@@ -12,8 +12,14 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from mapo_lightning.envs.gl import OffscreenCamera, moving_parts, prepare_gl, tint_scenery
+from mapo_lightning.envs.mujoco_state import memory_of, restore_mujoco, save_mujoco
+from mapo_lightning.envs.snapshots import Freezer, Snapshot, attributes, set_attributes
 from mapo_lightning.envs.wrappers import Outcome, no_such_task
 from mapo_lightning.types import Frames
+
+# No public names for them.
+_CLOCK = ("_step_count", "_reset_next_step")
+_SHARED = ("_random",)  # this object's own random stream
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +41,7 @@ class DmcTask:
         from dm_control import suite
 
         # The suite keeps this object, so seeding it seeds every later episode.
-        self._random = np.random.RandomState()
+        self.name, self._random = name, np.random.RandomState()
         domain, task = _split(name, suite.ALL_TASKS)
         with _notes_of_the_suite():
             self._env = suite.load(domain, task, task_kwargs={"random": self._random})
@@ -58,6 +64,7 @@ class DmcTask:
         if seed is not None:
             self._random.seed(np.random.SeedSequence(seed).generate_state(4))
         self._env.reset()
+        self._camera.renew_terrain()
 
     def step(self, action: NDArray[np.float64]) -> Outcome:
         """Advance one control frame; ``action`` (A,) in the task's own bounds."""
@@ -70,6 +77,33 @@ class DmcTask:
     def frame(self, size: int) -> Frames:
         """Draw the current state, (size, size, 3) uint8."""
         return self._camera.frame(self.physics.data.ptr, size)
+
+    def save(self) -> Snapshot:
+        """The whole state; see `Restorable`."""
+        return self._freezer.freeze(
+            {
+                "mujoco": save_mujoco(self.physics.model.ptr, self.physics.data.ptr),
+                "random": self._random.get_state(),
+                "clock": {name: getattr(self._env, name) for name in _CLOCK},
+                "task": attributes(self._env.task, _SHARED),
+            }
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a saved state; see `Restorable`."""
+        saved = self._freezer.thaw(snapshot)
+        restore_mujoco(self.physics.model.ptr, self.physics.data.ptr, saved["mujoco"])
+        self._random.set_state(saved["random"])
+        for name, value in saved["clock"].items():
+            setattr(self._env, name, value)
+        set_attributes(self._env.task, saved["task"], _SHARED)
+        self._camera.renew_terrain()
+
+    @property
+    def _freezer(self) -> Freezer:
+        memory = memory_of(self.physics.model.ptr, self.physics.data.ptr)
+        live = {"physics": self.physics, "task": self._env.task}
+        return Freezer(f"dmc/{self.name}", live, memory)
 
     def close(self) -> None:
         """Free the OpenGL contexts and the simulation."""

@@ -2,7 +2,7 @@
 
 MuJoCo reads ``MUJOCO_GL`` once, when it is first imported, and a bad choice shows only at the
 first frame, sometimes as a crash. So the choice is made before that import, by drawing one frame
-in a child process. The only file that imports ``mujoco``.
+in a child process. Only this file and `mujoco_state.py` import ``mujoco``.
 """
 
 from __future__ import annotations
@@ -196,6 +196,16 @@ class OffscreenCamera:
         return np.stack(
             [size / 2 + right, size / 2 + (up if self._is_upside_down(data) else -up)], axis=1
         )
+
+    def renew_terrain(self) -> None:
+        """Draw height fields as the model has them now; contexts keep those they were made with."""
+        import mujoco
+
+        for renderer in self._renderers.values() if self._model.nhfield else ():
+            if renderer._gl_context:
+                renderer._gl_context.make_current()
+            for field in range(self._model.nhfield):
+                mujoco.mjr_uploadHField(self._model, renderer._mjr_context, field)
 
     def _is_upside_down(self, data: Any) -> bool:
         """Whether the camera's up-vector points down, so that it sees the scene upside down.

@@ -8,7 +8,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from mapo_lightning.envs.actions import action_width, to_space
 from mapo_lightning.envs.gl import prepare_gl
+from mapo_lightning.envs.mujoco_state import memory_of, restore_mujoco, save_mujoco
+from mapo_lightning.envs.snapshots import Freezer, Snapshot, attributes, set_attributes
 from mapo_lightning.envs.wrappers import Outcome, described, resize_area
 from mapo_lightning.types import EnvironmentSetupError, Frames
 
@@ -16,6 +19,10 @@ _STEP = (
     "step must return observation, reward, terminated, truncated and an info dict (the old Gym "
     "interface returned four values)"
 )
+_LIVE = ("model", "data", "mujoco_renderer")  # of Gymnasium's MuJoCo environments
+_CONSTANT = ("spec", "_cached_spec", "env")  # may hold functions, which cannot be copied
+_CAMERA = ("lookat", "distance", "azimuth", "elevation")
+_TRIED = 12  # steps that prove that an environment can be restored
 _INTERFACE = "; gymnasium.utils.env_checker.check_env(env) tests an environment for such faults"
 
 
@@ -58,6 +65,7 @@ class GymnasiumTask:
                 "reach the replay: set env.time_limit (agent steps)"
             )
         self._viewer: Any = self._aim(quality) if draws_with_mujoco(name) else None
+        self.name, self._proven = name, False
 
     def _aim(self, quality: str) -> Any:
         """Fix where a MuJoCo task is seen from.
@@ -115,9 +123,96 @@ class GymnasiumTask:
             )
         return resize_area(image, size)
 
+    def save(self) -> Snapshot:
+        """The whole state; see `Restorable`.
+
+        An environment may hide state where Python does not see it. So the first state saved is
+        tried: the steps after it must go the same way twice.
+
+        Raises:
+            EnvironmentSetupError: Something cannot be copied, or the steps differ.
+        """
+        snapshot = self._freezer.freeze(self._state())
+        if not self._proven:
+            tries = []
+            for _ in range(2):
+                tries.append(self._tried())
+                self.restore(snapshot)
+            if tries[0] != tries[1]:
+                kind = type(self._env.unwrapped)
+                raise EnvironmentSetupError(
+                    f"the state of '{self.name}' cannot be restored: its class {kind.__module__}."
+                    f"{kind.__qualname__} goes another way after the same state, because it keeps "
+                    "part of it outside its attributes or draws numbers that no seed determines"
+                )
+            self._proven = True
+        return snapshot
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a saved state; see `Restorable`."""
+        saved = self._freezer.thaw(snapshot)
+        for layer, found in zip(self._layers(), saved["layers"], strict=True):
+            set_attributes(layer, found, {*_left_alone(layer), *saved["left"]})
+        if self._viewer is not None:
+            task: Any = self._env.unwrapped
+            restore_mujoco(task.model, task.data, saved["mujoco"])
+            for name, value in saved["camera"].items():
+                setattr(self._viewer.cam, name, value)
+
+    def _state(self) -> dict[str, Any]:
+        left = set().union(*(_left_alone(layer) for layer in self._layers()))
+        layers = [attributes(layer, left) for layer in self._layers()]
+        found = {"layers": layers, "left": left}
+        if self._viewer is None:
+            return found
+        task: Any = self._env.unwrapped
+        camera = {name: np.array(getattr(self._viewer.cam, name))[()] for name in _CAMERA}
+        mujoco = save_mujoco(task.model, task.data)
+        return found | {"mujoco": mujoco, "camera": camera}
+
+    def _layers(self) -> list[Any]:
+        """The environment and what it is wrapped in, from the outside."""
+        layers: list[Any] = [self._env]
+        while isinstance(layers[-1], gym.Wrapper):
+            layers.append(layers[-1].env)
+        return layers
+
+    @property
+    def _freezer(self) -> Freezer:
+        layers = self._layers()
+        live = {f"layer {number}": layer for number, layer in enumerate(layers)}
+        if self._viewer is None:
+            return Freezer(f"gym/{self.name}", live)
+        live |= {name: getattr(layers[-1], name) for name in _LIVE}
+        memory = memory_of(layers[-1].model, layers[-1].data)
+        return Freezer(f"gym/{self.name}", live, memory)
+
+    def _tried(self) -> list[bytes]:
+        """What follows the present state under fixed actions: pictures, rewards, ends."""
+        rng, seen = np.random.default_rng(0), [self.frame(64).tobytes()]
+        width = action_width(self.action_space)
+        for _ in range(_TRIED):
+            outcome = self.step(to_space(self.action_space, rng.uniform(-1.0, 1.0, width)))
+            seen += [repr(outcome).encode(), self.frame(64).tobytes()]
+            if outcome.terminated or outcome.truncated:
+                break
+        return seen
+
     def close(self) -> None:
         """Close the environment."""
+        if self._viewer is not None:
+            # Gymnasium leaves this to Python, which may free it while another task's context is
+            # current, and so delete the buffers that bear the same numbers there.
+            self._viewer.make_context_current()
+            self._viewer.con.free()
+            self._viewer = None
         self._env.close()
+
+
+def _left_alone(layer: Any) -> set[str]:
+    """Names of attributes that are no state: constants, what is alive, and surfaces to draw on."""
+    drawn_on = (n for n, x in vars(layer).items() if type(x).__module__.startswith("pygame"))
+    return {*_CONSTANT, *_LIVE, *drawn_on}
 
 
 @functools.cache

@@ -9,8 +9,12 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from mapo_lightning.envs.gl import OffscreenCamera, moving_parts, prepare_gl, tint_scenery
+from mapo_lightning.envs.mujoco_state import memory_of, restore_mujoco, save_mujoco
+from mapo_lightning.envs.snapshots import Freezer, Snapshot, attributes, set_attributes
 from mapo_lightning.envs.wrappers import Outcome, no_such_task
 from mapo_lightning.types import EnvironmentSetupError, Frames
+
+_LIVE = ("model", "data", "mujoco_renderer")
 
 
 class MetaWorldTask:
@@ -64,6 +68,29 @@ class MetaWorldTask:
     def frame(self, size: int) -> Frames:
         """Draw the current state, upright, (size, size, 3) uint8."""
         return self._camera.frame(self._env.data, size)
+
+    def save(self) -> Snapshot:
+        """The whole state; see `Restorable`."""
+        return self._freezer.freeze(
+            {
+                "mujoco": save_mujoco(self._env.model, self._env.data),
+                "task": attributes(self._env, _LIVE),
+                "state": self.state,
+            }
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a saved state; see `Restorable`."""
+        saved = self._freezer.thaw(snapshot)
+        restore_mujoco(self._env.model, self._env.data, saved["mujoco"])
+        set_attributes(self._env, saved["task"], _LIVE)
+        self.state = saved["state"]
+
+    @property
+    def _freezer(self) -> Freezer:
+        live = {name: getattr(self._env, name) for name in _LIVE}
+        memory = memory_of(self._env.model, self._env.data)
+        return Freezer(f"metaworld/{self.name}", {"environment": self._env, **live}, memory)
 
     def close(self) -> None:
         """Free the OpenGL contexts and the simulation."""

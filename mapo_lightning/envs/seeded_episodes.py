@@ -1,7 +1,7 @@
 """Episodes that can be played again: each has a seed of its own, and the environment counts them.
 
-A simulator cannot be saved. But an episode is its seed and the actions taken, so a fresh simulator
-gets to the same state by repeating them.
+Checkpoints hold no states of simulators, some of which cannot be saved. But an episode is its seed
+and the actions taken, so a fresh simulator gets to the same state by repeating them.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mapo_lightning.envs.snapshots import Freezer, Snapshot, attributes, set_attributes
 from mapo_lightning.envs.wrappers import Outcome
 from mapo_lightning.types import EnvironmentSetupError, Frames
 
@@ -64,7 +65,7 @@ class ToyDisc:
     def __init__(self, name: str = "disc") -> None:
         if name not in ("disc", "disc_anywhere"):
             raise EnvironmentSetupError(f"toy has no task '{name}'; it has: disc, disc_anywhere")
-        self._pad_moves = name == "disc_anywhere"
+        self.name, self._pad_moves = name, name == "disc_anywhere"
         self.action_space: spaces.Space[Any] = spaces.Box(-1.0, 1.0, (2,), np.float32)
         self._rng = np.random.default_rng()
         self.disc: Point = np.array([0.5, 0.5])
@@ -121,6 +122,18 @@ class ToyDisc:
             name: (float(point[0] * size), float(point[1] * size))
             for name, point in (("disc", self.disc), ("pad", self.pad))
         }
+
+    def save(self) -> Snapshot:
+        """The whole state; see `Restorable`."""
+        return self._freezer.freeze(attributes(self))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a saved state; see `Restorable`."""
+        set_attributes(self, self._freezer.thaw(snapshot))
+
+    @property
+    def _freezer(self) -> Freezer:
+        return Freezer(f"toy/{self.name}", {})
 
     def close(self) -> None:
         """Nothing to free."""

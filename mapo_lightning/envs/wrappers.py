@@ -19,8 +19,10 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from mapo_lightning.envs.actions import action_width, to_space
+from mapo_lightning.envs.snapshots import Freezer, Restorable, Snapshot
 from mapo_lightning.types import EnvironmentSetupError, Frames, MapoError
 
+_COUNTERS = ("_first_seed", "_agent_steps", "_np_random", "_np_random_seed")
 _LARGEST = float(np.finfo(np.float32).max)  # replay stores rewards as float32
 
 Observation = dict[str, Frames]
@@ -164,6 +166,56 @@ class PixelEnv(gym.Env[Any, Any]):
             self._agent_steps = None
         info = {} if success is None else {"success": success}
         return observation, reward, terminated, truncated, info
+
+    def save(self) -> Snapshot:
+        """Save the episode as it stands: the simulator's state and the count of agent steps.
+
+        Raises:
+            MapoError: No episode is under way, or this simulator cannot save its state.
+            EnvironmentSetupError: The simulator failed, or holds what cannot be copied.
+        """
+        if self._agent_steps is None:
+            raise MapoError("save was called where no episode is under way: call reset first")
+        simulator = self._restorable()
+        self._moment = f"where it is saved, after step {self._agent_steps} of an episode"
+        with self._guarded():
+            inner = simulator.save()
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return self._freezer.freeze({"simulator": inner, "counters": counters})
+
+    def restore(self, snapshot: Snapshot) -> Observation:
+        """Go on from a state that this environment, or another of the same task, has saved.
+
+        Size, action repeat and limits stay those of this environment.
+
+        Returns:
+            What the restored state looks like.
+
+        Raises:
+            MapoError: This simulator cannot restore a state.
+            EnvironmentSetupError: The simulator failed, or the state is of another task.
+        """
+        simulator = self._restorable()
+        self._moment = "where a state is restored"
+        with self._guarded():
+            saved = self._freezer.thaw(snapshot)
+            simulator.restore(saved["simulator"])
+            for name, value in saved["counters"].items():
+                setattr(self, name, value)
+            return self._observe()
+
+    def _restorable(self) -> Restorable:
+        if not isinstance(self.simulator, Restorable):
+            raise MapoError(
+                f"the state of {self.name} cannot be saved: its simulator "
+                f"{type(self.simulator).__name__} has no methods save and restore "
+                "(docs/extending.md says how to write them)"
+            )
+        return self.simulator
+
+    @property
+    def _freezer(self) -> Freezer:
+        return Freezer(f"an environment of {self.name}", {})
 
     def render(self) -> Frames:
         """Draw the current state at the largest observed size, (S, S, 3) uint8."""

@@ -1,1 +1,1 @@
-"""Judges dreams: how they look, whether they obey actions, whether they can be acted on."""
+"""Judges dreams: looks, control, what can be read off them, what decisions they support."""

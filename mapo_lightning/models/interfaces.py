@@ -152,6 +152,23 @@ class DifferentiableWorldModel(WorldModel, Protocol):
         ...
 
 
+@runtime_checkable
+class Draughtsman(Protocol):
+    """A world model that draws the states of its dreams, which hold no frames."""
+
+    def draw(self, feat: Tensor, shown: Tensor) -> Tensor:
+        """Draw states.
+
+        Args:
+            feat: Their features, (B, T, F).
+            shown: Frames of the same scenes that were seen before, (B, S, H, W, 3) uint8.
+
+        Returns:
+            Frames (B, T, H, W, 3) in [0, 1].
+        """
+        ...
+
+
 class AgentLoss(NamedTuple):
     """What an agent adds to one update."""
 

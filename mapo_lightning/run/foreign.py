@@ -184,6 +184,7 @@ REFUSED: Mapping[str, str] = {
     "agent.plan": "the cost of every step",
     "env.num_envs": "processes of this machine",
     "env.deaths_per_hour": "processes of this machine",
+    "evaluate.decisions": "the cost of an evaluation",
     "callbacks.rollout_every": "what is recorded, and when",
     "callbacks.checkpoint_every": "what is recorded, and when",
     "callbacks.phrases": "what is recorded, and when",

@@ -35,6 +35,7 @@ from mapo_lightning.envs.replacement import (
 from mapo_lightning.ownership import sign
 from mapo_lightning.run import build, job
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.decisions import judge_decisions, sentence
 from mapo_lightning.run.judged_agent import judge_episodes
 from mapo_lightning.run.session import Session
 from mapo_lightning.run.trainer import best_device, build_trainer
@@ -237,10 +238,12 @@ def test(session: Session, cfg: RunConfig, path: Path, *, dreams: bool) -> None:
     module, metadata = build.load_finetuned(cfg, path)
     module.to(best_device(cfg.trainer.accelerator))
     play = partial(play_episodes, cfg)
+    # First, because it refuses what it cannot judge at once.
+    dream = judge_decisions(cfg, module) if cfg.evaluate.decisions else {}
     episodes, films = play(greedy(module), cfg.evaluate.videos)
     about = cfg.about | {"checkpoint": str(path), "env_frames": metadata["env_frames"]}
     baselines = baseline_scores(play, metadata["action_dim"])
-    found = Evaluation(Score(tuple(episodes)), baselines, cfg.evaluate.seeds, about)
+    found = Evaluation(Score(tuple(episodes)), baselines, cfg.evaluate.seeds, about, dream)
     found.save_films(session.folder / "videos", films, cfg.env.fps)
     judged = None
     if dreams:
@@ -367,7 +370,8 @@ def end_curves(session: Session, phase: str) -> None:
 def summary(session: Session, found: Evaluation) -> None:
     """Print what came out of it, and write it down."""
     found.save(session.folder / "evaluation.json")
-    lines = ["", *found.lines(), f"Everything of this run: {session.folder}"]
+    dream = [sentence(found.dream)] if found.dream else []
+    lines = ["", *found.lines(), *dream, f"Everything of this run: {session.folder}"]
     if session.cfg.tracking.enabled:
         store = redact_text(tracking.store_uri(session.cfg.tracking))
         page = f"mlflow ui --backend-store-uri {store}" if store.startswith("sqlite:") else store

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,17 +117,20 @@ class Evaluation:
         baselines: Name -> score of a policy that learns nothing.
         seeds: Reset seed of every episode.
         about: What was played: method, task, checkpoint, environment frames and the like.
+        dream: What was found about the agent's dreams, by name.
     """
 
     score: Score
     baselines: Mapping[str, Score]
     seeds: tuple[int, ...]
     about: Mapping[str, Any]
+    dream: Mapping[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """What the tracker is told: the agent's statistics and the baselines' means."""
         means = {f"eval/return_{name}": score.mean for name, score in self.baselines.items()}
-        return self.score.metrics() | means
+        dream = {f"dream/{name}": value for name, value in self.dream.items()}
+        return self.score.metrics() | means | dream
 
     def lines(self) -> Iterator[str]:
         """The summary for people: one line per policy."""
@@ -146,7 +149,8 @@ class Evaluation:
         """Everything as plain dicts: what was played, and each policy's statistics and episodes."""
         policies = {name: self._entry(score) for name, score in self.baselines.items()}
         policies["agent"] = self._entry(self.score)
-        return {**self.about, "confidence": CONFIDENCE, "policies": policies}
+        dream = {"dream": dict(self.dream)} if self.dream else {}
+        return {**self.about, "confidence": CONFIDENCE, "policies": policies, **dream}
 
     def save(self, path: Path) -> None:
         """Write `tree` as JSON."""

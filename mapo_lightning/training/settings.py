@@ -217,10 +217,13 @@ class EvaluateConfig:
     rollouts: str = ""
     """Folder for the judged dreams and what really happened, in the layout that the scorer
     worldproof reads; empty: they are not kept."""
+    decisions: int = 0
+    """States from which stage=evaluate plays and dreams five random action sequences, to see
+    whether the dream knows the best of them (docs/evaluate.md); 0: none."""
 
     def __post_init__(self) -> None:
         check_at_least(self, episodes=1, every=1, num_envs=1)
-        for name in ("videos", "dreams"):
+        for name in ("videos", "dreams", "decisions"):
             if (value := getattr(self, name)) < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")
         if not 0 <= self.seed < SEEDS:

@@ -14,6 +14,7 @@ from gymnasium.utils.env_checker import check_env
 
 from mapo_lightning.envs.factory import make_env, make_vector_env, needs_gl
 from mapo_lightning.envs.settings import EnvConfig
+from mapo_lightning.envs.snapshots import Restorable
 from mapo_lightning.envs.wrappers import PixelEnv
 from mapo_lightning.types import EnvironmentSetupError
 
@@ -126,6 +127,30 @@ def test_the_same_seed_gives_the_same_episodes(case: tuple[EnvConfig, PixelEnv])
     runs = [play(env, seed=3) + play(env, seed=None) for _ in range(2)]
     for one, two in zip(*runs, strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.slow
+def test_a_restored_state_goes_on_as_if_nothing_had_been_saved(
+    case: tuple[EnvConfig, PixelEnv],
+) -> None:
+    _, env = case
+    assert isinstance(env.simulator, Restorable)
+    rng = np.random.default_rng(2)
+    ways = rng.uniform(-0.2, 0.2, (3, 3, *env.action_space.shape)).astype(np.float32)
+    env.reset(seed=3)
+    for action in ways[0]:
+        shown = env.step(action)[0]["image"]
+    snapshot, seen = env.save(), {}
+    for turn, way in enumerate((1, 2, 1, 1, 2)):
+        if turn:
+            np.testing.assert_array_equal(env.restore(snapshot)["image"], shown)
+        found: list[Any] = []
+        for action in ways[way]:
+            obs, *rest = env.step(action)
+            found.append((obs["image"].tobytes(), *rest))
+            if rest[1] or rest[2]:  # the pendulum falls
+                break
+        assert seen.setdefault(way, found) == found
 
 
 @pytest.mark.slow

@@ -118,10 +118,19 @@ def test_evaluate_plays_a_checkpoint(toy_videos: Path, tmp_path: Path) -> None:
     words = with_videos(toy_videos)
     train(tmp_path, *words, "stage=finetune", "run_dir=run", "vlm.collect.late=true")
     checkpoint = "checkpoint=run/finetune/last.ckpt"
-    said = [train(tmp_path, *words, "stage=evaluate", checkpoint) for _ in range(2)]
+    more = ["stage=evaluate", checkpoint, "evaluate.decisions=3"]
+    said = [train(tmp_path, *words, *more, f"run_dir={name}") for name in ("one", "two")]
     scores = [[line for line in text.splitlines() if line.startswith("  mapo")] for text in said]
     assert scores[0]
     assert scores[0] == scores[1]
+    assert "  decisions by dream, 5 random sequences of 15 steps: regret 0." in said[0]
+    one, two = (
+        json.loads((tmp_path / name / "evaluation.json").read_text())["dream"]
+        for name in ("one", "two")
+    )
+    assert one == two
+    assert {"regret", "accuracy", "spearman_low", "value_regret"} <= set(one)
+    assert one["states"] == one["decided"] == 3
     said_no = train(tmp_path, checkpoint, code=2, script=TOLD)
     assert "is no checkpoint of stage=pretrain; phrases drive only those" in said_no
 

@@ -57,7 +57,7 @@ DOORS = {
     "jinja2": {"label_tools/page.py"},
     "metaworld": {"envs/metaworld.py", "envs/demo.py"},
     "mlflow": {"tracking/mlflow_client.py"},
-    "mujoco": {"envs/gl.py"},
+    "mujoco": {"envs/gl.py", "envs/mujoco_state.py"},
     "omegaconf": {"config/compose.py"},
     "openai": {"semantics/chat_client.py"},
     "pyarrow": {"label_tools/parquet.py"},

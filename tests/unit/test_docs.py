@@ -203,6 +203,12 @@ def test_the_examples_of_extending_fulfil_their_interfaces() -> None:
     assert [parsed.status for parsed in read] == ["null", "slots", "slots"]
     assert [parsed.phrase.action for parsed in read[1:]] == ["brightening", "dimming"]
     check_env(PixelEnv(names["Lamp"]()), skip_render_check=True)
+    env = PixelEnv(names["SavedLamp"]())
+    env.reset(seed=0)
+    snapshot, action = env.save(), np.ones(1, np.float32)
+    one = env.step(action)
+    env.restore(snapshot)
+    assert env.step(action)[1:] == one[1:]
 
 
 @pytest.mark.slow

@@ -61,6 +61,10 @@ def test_the_tracker_the_file_and_the_summary_say_the_same(tmp_path: Path) -> No
     metrics = found.metrics()
     assert metrics["eval/return_random"] == 1.0
     assert metrics["eval/success"] == 1.0
+    assert "dream" not in found.tree()
+    judged = replace(found, dream={"regret": 0.25})
+    assert judged.metrics() == metrics | {"dream/regret": 0.25}
+    assert judged.tree() == found.tree() | {"dream": {"regret": 0.25}}
     found.save(tmp_path / "evaluation.json")
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     agent = tree["policies"]["agent"]

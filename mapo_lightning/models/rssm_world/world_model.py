@@ -268,9 +268,17 @@ class RSSMWorldModel(nn.Module):
             belief.at(seen - 1).control, lambda _: next(actions), ahead
         )[1:]
         feat_BTF = torch.cat([belief.feat, dreamt_IBF.transpose(0, 1)], dim=1)
-        mean_NCHW = self.decoder(feat_BTF.flatten(0, 1), self._look(shown["obs"]).maps).float()
+        return self.draw(feat_BTF, shown["obs"])
+
+    @torch.no_grad()
+    def draw(self, feat: Tensor, shown: Tensor) -> Tensor:
+        """Frames (B, T, H, W, 3) in [0, 1] of features (B, T, F), as `Draughtsman` says.
+
+        The scene's context comes from the frames that were ``shown``, (B, S, H, W, 3) uint8.
+        """
+        mean_NCHW = self.decoder(feat.flatten(0, 1), self._look(shown).maps).float()
         frame_NHWC: Tensor = (mean_NCHW + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1)
-        return frame_NHWC.reshape(batch["obs"].shape)
+        return frame_NHWC.reshape(*feat.shape[:2], *shown.shape[2:])
 
     def parts(self) -> Mapping[str, nn.Module]:
         """Every part that this method has: encoder, context, source, lower, upper, decoder ..."""
