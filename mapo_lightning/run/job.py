@@ -1,19 +1,29 @@
 """What a scheduler says about this start: which job, which rank, and whether it began before.
 
-SLURM and torchrun start the processes of a job and may start them again; a run then goes on where
-it was, with an unchanged command line.
+SLURM, torchrun and sweeps start the processes of a job and may start them again; a run then goes on
+where it was, with an unchanged command line.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import subprocess
 import time
 
 import psutil
 
+from mapo_lightning.stopping import Stopped
+
 log = logging.getLogger(__name__)
+
+AGAIN = "MAPO_RESTART_COUNT"
+"""Variable by which a sweep says that it has started a run before."""
+LAUNCHER = "MAPO_LAUNCHER"
+"""Variable that holds the process id of the sweep that a run belongs to."""
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that comes when the parent is gone
 
 
 def job_name() -> str | None:
@@ -37,8 +47,8 @@ def job_name() -> str | None:
 
 
 def restarted() -> bool:
-    """Whether SLURM or torchrun has started this job before."""
-    names = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    """Whether SLURM, torchrun or a sweep has started this job before."""
+    names = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", AGAIN)
     return any(int(os.environ.get(name) or "0") > 0 for name in names)
 
 
@@ -52,6 +62,22 @@ def world_size() -> int:
     """Processes of the job that torchrun or srun have started."""
     names = ("WORLD_SIZE", "SLURM_NTASKS")
     return int(next((os.environ[name] for name in names if os.environ.get(name)), "1"))
+
+
+def end_with_launcher() -> None:
+    """Have this run saved and ended when the sweep that has started it is killed.
+
+    Otherwise it would go on unseen, in a folder where the next start of the sweep begins it again.
+
+    Raises:
+        Stopped: The sweep is gone already.
+    """
+    launcher = os.environ.pop(LAUNCHER, None)  # not for what this process starts itself
+    if launcher is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != int(launcher):
+        raise Stopped(signal.SIGTERM, "before it began, because its sweep has ended")
 
 
 def requeue() -> None:
