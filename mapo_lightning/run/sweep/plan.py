@@ -134,9 +134,11 @@ def _shown(sweep: Sweep) -> str:
     common = shared(sweep.points)
     lines = [f"{sweep.about()}; the same command without --show starts them:"]
     for point in sweep.points:
-        words = " ".join(f"{key}={value}" for key, value in point.choice.items())
-        end = f"   (pre-training {common[point.name]}, shared)" if point.name in common else ""
-        lines.append(f"  {redact_text(point.name)}: {redact_text(words)}{end}")
+        words = [f"{key}={value}" for key, value in point.choice.items()]
+        notes = [f"in {point.name}"] if point.name != "+".join(words) else []
+        notes += [f"shares pre-training {common[point.name]}"] if point.name in common else []
+        end = f"   ({', '.join(notes)})" if notes else ""
+        lines.append(f"  {redact_text(' '.join(words))}{end}")
     lines.append("Commas and A..B outside brackets and quotes divide the values of a sweep.")
     lines.append("--show with one value of each key prints all settings of a run.")
     return "\n".join(lines)

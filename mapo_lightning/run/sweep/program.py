@@ -115,8 +115,9 @@ def _run(sweep: Sweep, folder: Path, lock: FileLock) -> dict[str, str]:
 def _announce(sweep: Sweep, tasks: Sequence[Task], folder: Path) -> None:
     left = [task for task in tasks if not task.finished]
     common = len(tasks) - len(sweep.points)
-    more = f" and {common} pre-trainings that several of them share" if common else ""
-    log.info("%s%s, in %s", sweep.about(), more, folder)
+    log.info("%s, in %s", sweep.about(), folder)
+    if common:
+        log.info("pre-training that several of them share is done once: %d more runs", common)
     if len(left) < len(tasks):
         log.info("%d are finished, %d are left", len(tasks) - len(left), len(left))
 

@@ -29,7 +29,9 @@ class Row(NamedTuple):
     """Seeds, or names, of its finished points."""
     points: int
     figures: Mapping[str, AcrossSeeds]
-    """Name -> statistics over the seeds: ``return`` and, where there are, others."""
+    """Name -> statistics over the seeds: of the return, or of the errors of dreams."""
+    success: float | None
+    """Mean share of successful episodes; None where the task does not say."""
     floors: Mapping[str, float]
     """Name of a policy that learns nothing -> its mean return."""
 
@@ -53,12 +55,15 @@ def _row(points: Sequence[Point], folder: Path) -> Row:
             values.setdefault(name, []).append(value)
         for name, value in _floors(folder / point.name):
             floors.setdefault(name, []).append(value)
+    played = [_policies(folder / p.name) for p in done if (folder / p.name / _RESULT).is_file()]
+    success = [float(one["agent"]["success"]) for one in played if "success" in one["agent"]]
     setting = {key: value for key, value in points[0].choice.items() if key != "seed"}
     return Row(
         setting,
         tuple(point.choice.get("seed", str(point.composed.config.seed)) for point in done),
         len(points),
         {name: across_seeds(found) for name, found in values.items()},
+        sum(success) / len(success) if success else None,
         {name: sum(found) / len(found) for name, found in floors.items()},
     )
 
@@ -68,8 +73,6 @@ def _figures(run: Path) -> Iterator[tuple[str, float]]:
     if (run / _RESULT).is_file():
         agent = _policies(run)["agent"]
         yield "return", float(agent["return"])
-        if "success" in agent:
-            yield "success", float(agent["success"])
     elif (run / _TOLD).is_file():
         for row in json.loads((run / _TOLD).read_text(encoding="utf-8")):
             if row["dream"] in _DREAMS and row["frames_ahead"] == _HORIZON:
@@ -96,6 +99,7 @@ def flat(row: Row) -> dict[str, object]:
         iqm_low, iqm_high = found.iqm_interval or ("", "")
         line |= {name: found.mean, f"{name}_low": low, f"{name}_high": high}
         line |= {f"{name}_iqm": found.iqm, f"{name}_iqm_low": iqm_low, f"{name}_iqm_high": iqm_high}
+    line["success"] = "" if row.success is None else row.success
     return line | {f"return_{name}": value for name, value in row.floors.items()}
 
 
@@ -118,15 +122,18 @@ def as_markdown(rows: Sequence[Row]) -> str:
     head = [*(f"`{key}`" for key in keys), "finished runs"]
     for name in figures:
         head += [name, f"{name}, interquartile mean"]
+    succeeds = any(row.success is not None for row in rows)
+    head += ["success"] * succeeds
     lines = [_line([*head, *floors]), "|---" * (len(head) + len(floors)) + "|"]
     for row in rows:
         cells = [*(f"`{_in_cell(row.setting[key])}`" for key in keys)]
         cells.append(f"{len(row.finished)} of {row.points}")
         for name in figures:
             found = row.figures.get(name)
-            digits = 2 if name == "success" else 1
-            cells.append(_with(found and found.mean, found and found.interval, digits))
-            cells.append(_with(found and found.iqm, found and found.iqm_interval, digits))
+            cells.append(_with(found and found.mean, found and found.interval))
+            cells.append(_with(found and found.iqm, found and found.iqm_interval))
+        if succeeds:
+            cells.append("-" if row.success is None else f"{row.success:.0%}")
         cells += [f"{row.floors[name]:.1f}" if name in row.floors else "-" for name in floors]
         lines.append(_line(cells))
     if not any(row.finished for row in rows):
@@ -148,12 +155,12 @@ def _about(figures: Sequence[str], floors: Sequence[str]) -> Iterator[str]:
         yield f"Errors: thousandths, moving pixels of held-out videos, {_HORIZON} frames ahead."
 
 
-def _with(value: float | None, interval: tuple[float, float] | None, digits: int) -> str:
+def _with(value: float | None, interval: tuple[float, float] | None) -> str:
     if value is None:
         return "-"
     if interval is None:
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+        return f"{value:.1f}"
+    return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -175,6 +182,8 @@ def metrics(rows: Sequence[Row]) -> dict[str, float]:
             if value.interval is not None:
                 low, high = value.interval
                 found |= {f"{name}/{figure}_low": low, f"{name}/{figure}_high": high}
+        if row.success is not None:
+            found[f"{name}/success"] = row.success
         found |= {f"{name}/return_{floor}": mean for floor, mean in row.floors.items()}
     return found
 

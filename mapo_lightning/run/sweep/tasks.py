@@ -19,8 +19,8 @@ from mapo_lightning.run.sweep.sharing import shared
 
 LOG = "log.txt"
 """What a run says, in its folder."""
-SHARED = "pretrained"
-"""Folder of pre-trainings that points share, in that of the sweep."""
+SHARED = "pretrained-"
+"""How the folders begin that hold pre-training that points share."""
 _FOLDER_OF_RUN = "MAPO_RUN_DIR"
 _PROGRAM = "mapo_lightning.run.main"
 _TOLD = 65536  # bytes at the end of a log in which an error is looked for
@@ -85,9 +85,9 @@ def tasks_of(sweep: Sweep, folder: Path, parent: str | None) -> list[Task]:
             continue
         digest = common[point.name]
         if digest not in trained:
-            at = folder / SHARED / digest
+            at = folder / f"{SHARED}{digest}"
             first = (*words, "stage=pretrain", f"run_dir={at}")
-            trained[digest] = Task(f"{SHARED}/{digest}", at, first)
+            trained[digest] = Task(at.name, at, first)
             found.append(trained[digest])
         start = trained[digest].folder / "pretrain" / "last.ckpt"
         tuned = (*words, "stage=finetune", f"init_from={start}", f"run_dir={place}")
@@ -130,12 +130,8 @@ def import_path(outside: Mapping[str, str]) -> str | None:
     installed = [*site.getsitepackages(), site.getusersitepackages()]
     if root in installed:
         return None
-    given = outside.get("PYTHONPATH", "")
-    return (
-        given
-        if given.split(os.pathsep)[0] == root
-        else os.pathsep.join(filter(None, (root, given)))
-    )
+    given = [folder for folder in outside.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    return os.pathsep.join(dict.fromkeys([root, *given]))
 
 
 def become(words: list[str], folder: str, needs: str) -> None:

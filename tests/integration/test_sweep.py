@@ -1,0 +1,111 @@
+"""Sweeps of tiny runs: killed, with a run that fails, with shared pre-training, under SLURM."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import time
+from pathlib import Path
+
+import program
+import pytest
+from killing import differences, state_of
+from program import SMALL, TRAIN, end, start, train
+from slurm import fake_slurm
+from sweeps import checkpoints, finished, kill_when, recorded, repeated_points
+
+pytestmark = pytest.mark.slow
+
+TUNE = [*SMALL, "stage=finetune", "callbacks.rollout_every=1000", "callbacks.checkpoint_every=5"]
+NAMES = ("disc", "nowhere")
+RECORD = ["tracking.enabled=true"]
+
+
+def test_a_sweep_survives_kills_and_a_run_that_fails(tmp_path: Path) -> None:
+    folder = tmp_path / "runs/s"
+    words = [*TUNE, *RECORD, "method=mapo,apv", "env.name=disc,nowhere", "launch.jobs=2"]
+    words += ["run_dir=runs/s", "finetune.agent_steps=300"]
+    kill_when(tmp_path, words, lambda: bool(checkpoints(folder)), runs_too=True)
+    begun = {path: path.stat().st_mtime_ns for path in checkpoints(folder)}
+
+    def goes_on() -> bool:
+        return any(p.stat().st_mtime_ns > begun.get(p, 0) for p in checkpoints(folder))
+
+    kill_when(tmp_path, words, goes_on, runs_too=False)
+    before = finished(folder)
+    said = train(tmp_path, "resume=runs/s", code=2)
+    assert "a sweep of 4 runs: 2 of method x 2 of env.name" in said
+    assert said.count("failed method=") == 2
+    assert "2 runs of the sweep failed (method=mapo+name=nowhere: " in said
+    assert f"resume={folder} tries them again" in said
+    after = finished(folder)
+    assert set(after) == {"method=mapo+name=disc", "method=apv+name=disc"}
+    assert all(after[name] == when for name, when in before.items())
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    done = [(row["method"], row["env.name"], row["finished"]) for row in rows]
+    assert done == [
+        (method, name, "01"[name == "disc"]) for method in ("mapo", "apv") for name in NAMES
+    ]
+    for name in after:
+        played = json.loads((folder / name / "evaluation.json").read_text())
+        (row,) = [r for r in rows if f"method={r['method']}+name={r['env.name']}" == name]
+        assert float(row["return"]) == played["policies"]["agent"]["return"]
+        assert (folder / name / "log.txt").read_text().count("goes on") >= 1
+    assert recorded(tmp_path / "runs/mlflow.db") == sorted(
+        [("s", "FAILED", "")]
+        + [(name, "FINISHED", "s") for name in after]
+        + [("finetune", "FINISHED", name) for name in after]
+    )
+    assert repeated_points(tmp_path / "runs/mlflow.db", "train/actor", 220) == 0
+
+
+def test_shared_pre_training_runs_once_and_changes_nothing(tmp_path: Path) -> None:
+    words = [*SMALL, "agent.horizon=3,5"]
+    train(tmp_path, *words, "run_dir=s", "launch.jobs=2")
+    (pretrained,) = (tmp_path / "s").glob("pretrained-*")
+    assert set(finished(tmp_path / "s")) == {"horizon=3", "horizon=5"}
+    assert not list((tmp_path / "s").glob("horizon=*/pretrain"))
+    train(tmp_path, *SMALL, "agent.horizon=5", "run_dir=alone")
+    for one, other in (
+        (tmp_path / "alone/pretrain/last.ckpt", pretrained / "pretrain/last.ckpt"),
+        (tmp_path / "alone/finetune/last.ckpt", tmp_path / "s/horizon=5/finetune/last.ckpt"),
+    ):
+        assert list(differences(state_of(one), state_of(other))) == []
+    # A second start finds nothing to do, and sums up again.
+    before = finished(tmp_path / "s")
+    (tmp_path / "s/results.csv").unlink()
+    assert "3 are finished, 0 are left" in train(tmp_path, *words, "run_dir=s")
+    assert finished(tmp_path / "s") == before
+    assert (tmp_path / "s/results.csv").is_file()
+
+
+def test_an_array_of_slurm_runs_a_sweep_with_a_requeue_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "s"
+    words = [*TUNE, "method=mapo,apv", "launch=slurm", "run_dir=s", "finetune.agent_steps=400"]
+    with fake_slurm(tmp_path / "slurm") as slurm, (tmp_path / "said.txt").open("w") as said:
+        for name in ("PATH", "FAKE_SLURM"):
+            monkeypatch.setitem(program.ENVIRONMENT, name, slurm.environment[name])
+        process = start(tmp_path, TRAIN, *words, said=said)
+        deadline = time.monotonic() + program.PATIENCE
+        first = folder / "method=mapo/finetune/last.ckpt"
+        while not first.exists():
+            assert time.monotonic() < deadline
+            assert process.poll() is None, (tmp_path / "said.txt").read_text()
+            time.sleep(0.01)
+        jobs = {slurm.about(job)["task"]: job for job in slurm.jobs()}
+        slurm.signal(jobs[0], signal.SIGUSR2)
+        code = process.wait(timeout=program.PATIENCE)
+        end(process)
+        told = (tmp_path / "said.txt").read_text()
+        assert code == 0, told
+        restarts = [slurm.about(jobs[task])["restarts"] for task in (0, 1)]
+    log = (folder / "method=mapo/log.txt").read_text()
+    assert restarts == [1, 0], log
+    assert "stopped by SIGUSR2 after update" in log
+    assert f"this job was started again: the run in '{folder}/method=mapo' goes on" in log
+    assert "submitted 2 runs as job 1001" in told
+    assert set(finished(folder)) == {"method=mapo", "method=apv"}
+    assert "| `apv` | 1 of 1 |" in told
