@@ -91,7 +91,9 @@ def requeue() -> None:
     command = ["scontrol", "requeue", job]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        reason = "" if done.returncode == 0 else done.stderr.strip() or f"code {done.returncode}"
+        # SLURM ends all that belongs to the job, and so perhaps the very command that has asked it.
+        taken = done.returncode in (0, -signal.SIGTERM)
+        reason = "" if taken else done.stderr.strip() or f"code {done.returncode}"
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
     if reason:

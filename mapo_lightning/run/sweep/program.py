@@ -57,8 +57,9 @@ def run_sweep(sweep: Sweep, words: Sequence[str]) -> None:
             raise
     if failed:
         named = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        count, them = ("1 run", "it") if len(failed) == 1 else (f"{len(failed)} runs", "them")
         raise MapoError(
-            f"{len(failed)} runs of the sweep failed ({named}); resume={folder} tries them again"
+            f"{count} of the sweep failed ({named}); resume={folder} tries {them} again"
         )
 
 

@@ -10,13 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from mapo_lightning.config.schema import flatten
 from mapo_lightning.run.config import RunConfig
 
 if TYPE_CHECKING:
@@ -39,18 +36,17 @@ NOT_READ = (
 """Keys and sections that change nothing in pre-training. `env` is another: see `_env_not_read`."""
 
 
-def digest(cfg: RunConfig, text: str) -> str:
+def digest(cfg: RunConfig, flat: Mapping[str, Any]) -> str:
     """Digest of every setting of a run that its pre-training may read.
 
     Args:
         cfg: The run.
-        text: The same, as YAML.
+        flat: The same by dotted keys.
 
     Returns:
         12 hexadecimal digits.
     """
-    tree = yaml.safe_load(text)
-    read = {key: value for key, value in flatten(tree) if _is_read(key, cfg)}
+    read = {key: value for key, value in flat.items() if _is_read(key, cfg)}
     content = json.dumps(read, sort_keys=True, default=str)
     return hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
 
@@ -58,7 +54,7 @@ def digest(cfg: RunConfig, text: str) -> str:
 def shared(points: Sequence[Point]) -> dict[str, str]:
     """Name of a point -> digest of the pre-training that it shares with others."""
     found = {
-        point.name: digest(point.composed.config, point.composed.yaml)
+        point.name: digest(point.composed.config, point.composed.flat)
         for point in points
         if _pretrains_and_tunes(point.composed.config)
     }
