@@ -200,7 +200,7 @@ def test_without_slurm_one_sentence_says_where_to_go(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="does not have sbatch, srun, sacct: .* a login node"):
+    with pytest.raises(ConfigError, match=r"does not have sbatch, srun, sacct: .* a login node"):
         slurm.check_slurm()
 
 
