@@ -67,6 +67,14 @@ def test_shared_pre_training_runs_once_and_changes_nothing(tmp_path: Path) -> No
     assert (tmp_path / "s/results.csv").is_file()
 
 
+def test_preflight_measures_one_run_of_each_setting(tmp_path: Path) -> None:
+    said = train(tmp_path, *TUNE, "method=mapo,dreamerv2", "seed=0..4", "run_dir=s", "--preflight")
+    assert "method=mapo+seed=0, one of 5:\nmeasured on 8 updates" in said
+    assert "method=dreamerv2+seed=0, one of 5:" in said
+    assert said.count("in all: ") == 2
+    assert not (tmp_path / "s").exists()
+
+
 def test_an_array_of_slurm_runs_a_sweep_with_a_requeue_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

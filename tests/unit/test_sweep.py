@@ -200,6 +200,19 @@ def test_points_that_share_start_from_one_pre_training(tmp_path: Path) -> None:
         assert Path(cfg.run_dir) == task.folder
 
 
+@pytest.mark.slow
+def test_a_run_that_was_begun_alone_goes_on_alone(tmp_path: Path) -> None:
+    (tmp_path / "horizon=3/pretrain").mkdir(parents=True)
+    found = tasks_of(swept("env=toy", "agent.horizon=3..5"), tmp_path, None)
+    assert [task.name[:10] for task in found] == [
+        "horizon=3",
+        "pretrained",
+        "horizon=4",
+        "horizon=5",
+    ]
+    assert not any(word.startswith("stage=") for word in found[0].words)
+
+
 def test_a_stage_of_its_own_shares_nothing() -> None:
     assert shared(swept("env=toy", "agent.horizon=3,5", "stage=finetune").points) == {}
 

@@ -167,6 +167,15 @@ def test_a_run_whose_sweep_is_gone_does_not_begin(
     assert "because its sweep has ended" in capsys.readouterr().err
 
 
+def test_a_sweep_is_started_once_and_not_by_every_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], in_tmp: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["env=toy", "seed=0,1"]) == 2
+    assert "start it without srun or torchrun" in capsys.readouterr().err
+    assert list(in_tmp.iterdir()) == []
+
+
 def test_what_slurm_is_asked_for() -> None:
     wanted = SlurmConfig(
         partition="long", time=60, warning=120, mem_gb=8, additional={"qos": "low"}

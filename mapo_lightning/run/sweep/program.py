@@ -34,6 +34,11 @@ def run_sweep(sweep: Sweep, words: Sequence[str]) -> None:
         MapoError: It cannot be begun, or some of its runs failed.
         Stopped: It was told to stop.
     """
+    if job.world_size() > 1:
+        raise ConfigError(
+            f"a sweep is one process, which starts those of its runs, and this is one of "
+            f"{job.world_size()}: start it without srun or torchrun"
+        )
     if CommandLine.parse(words).preflight:
         sys.stdout.write(_preflight(sweep))
         return

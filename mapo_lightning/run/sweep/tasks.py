@@ -79,7 +79,7 @@ def tasks_of(sweep: Sweep, folder: Path, parent: str | None) -> list[Task]:
     for point in sweep.points:
         words = [*_without(point, "stage", "tracking.parent"), *_under(parent)]
         place = folder / point.name
-        if point.name not in common:
+        if point.name not in common or _pretrains_itself(place):
             own = [word for word in point.words if word.startswith("stage=")]
             found.append(Task(point.name, place, (*words, *own, f"run_dir={place}")))
             continue
@@ -93,6 +93,11 @@ def tasks_of(sweep: Sweep, folder: Path, parent: str | None) -> list[Task]:
         tuned = (*words, "stage=finetune", f"init_from={start}", f"run_dir={place}")
         found.append(Task(point.name, place, tuned, trained[digest]))
     return found
+
+
+def _pretrains_itself(place: Path) -> bool:
+    """Whether a run was begun when it shared its pre-training with no other point yet."""
+    return any((place / phase).is_dir() for phase in ("tokenizer", "pretrain"))
 
 
 def _without(point: Point, *keys: str) -> list[str]:
