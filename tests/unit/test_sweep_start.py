@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from slurm import fake_slurm
 
 from mapo_lightning.files import FileLock
 from mapo_lightning.run import job
@@ -211,6 +212,19 @@ def test_without_slurm_one_sentence_says_where_to_go(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"does not have sbatch, srun, sacct: .* a login node"):
         slurm.check_slurm()
+
+
+@pytest.mark.slow
+def test_a_slurm_without_accounts_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with fake_slurm(tmp_path / "slurm") as cluster:
+        monkeypatch.setenv("PATH", cluster.environment["PATH"])
+        monkeypatch.setenv("FAKE_SLURM", cluster.environment["FAKE_SLURM"])
+        slurm.check_slurm()
+        cluster.add("sacct", "echo Slurm accounting storage is disabled >&2; exit 1")
+        with pytest.raises(ConfigError, match="it answers: Slurm accounting storage is disabled;"):
+            slurm.check_slurm()
 
 
 def test_a_new_python_finds_this_package(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:

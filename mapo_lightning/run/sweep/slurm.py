@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,13 @@ def check_slurm() -> None:
         raise ConfigError(
             f"launch=slurm needs SLURM's commands, and this machine does not have "
             f"{', '.join(missing)}: type the command on a login node, or use launch=local"
+        )
+    asked = subprocess.run(["sacct", "-n", "-j", "1"], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise ConfigError(
+            f"launch=slurm asks sacct what became of its jobs, and it answers: "
+            f"{' '.join(asked.stderr.split()) or asked.returncode}; write an array of your own "
+            "(docs/cluster.md), or use launch=local"
         )
 
 
