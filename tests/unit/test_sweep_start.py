@@ -122,16 +122,18 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, lock: FileLock) -> None
 STOPPED = """
 import sys
 from pathlib import Path
-from test_sweep_start import PROGRAM, task
 from mapo_lightning.files import FileLock
 from mapo_lightning.run.sweep import local
+from mapo_lightning.run.sweep.tasks import Task
 from mapo_lightning.stopping import Stopped, watched
-local.command = lambda task, *more: [sys.executable, "-c", PROGRAM, *task.words]
-lock = FileLock(Path(sys.argv[1]) / ".lock")
+folder = Path(sys.argv[1])
+local.command = lambda task, *more: [sys.executable, "-c", sys.argv[2], *task.words]
+lock = FileLock(folder / ".lock")
 lock.acquire()
 try:
     with watched():
-        local.run_local([task(Path(sys.argv[1]), "wait")], [local.Place("", 0)], lock)
+        run = Task("wait", folder / "wait", ("do=wait", f"run_dir={folder}/wait"))
+        local.run_local([run], [local.Place("", 0)], lock)
 except Stopped as stopped:
     sys.exit(stopped.code)
 """
@@ -142,9 +144,9 @@ except Stopped as stopped:
 def test_a_sweep_that_is_stopped_has_its_runs_save(
     tmp_path: Path, root: Path, how: signal.Signals
 ) -> None:
-    path = os.pathsep.join([str(root), str(Path(__file__).parent)])
     process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED, str(tmp_path)], env=os.environ | {"PYTHONPATH": path}
+        [sys.executable, "-c", STOPPED, str(tmp_path), PROGRAM],
+        env=os.environ | {"PYTHONPATH": str(root)},
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "wait/waits").exists():
