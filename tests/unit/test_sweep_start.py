@@ -119,6 +119,19 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, lock: FileLock) -> None
     assert (bad.folder / "starts").read_text() == f"0{os.getpid()}\n1{os.getpid()}\n"
 
 
+def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path, lock: FileLock) -> None:
+    busy, free = task(tmp_path, "end", None, "busy"), task(tmp_path, "end", None, "free")
+    other = FileLock(busy.folder / tasks.LOCK)
+    other.acquire()
+    failed = local.run_local([busy, free], [local.Place("", 0)], lock)
+    assert list(failed) == ["busy"]
+    assert "another process runs it" in failed["busy"]
+    assert free.finished
+    assert not (busy.folder / "starts").exists()
+    other.release()
+    assert local.run_local([busy, free], [local.Place("", 0)], lock) == {}
+
+
 STOPPED = """
 import sys
 from pathlib import Path

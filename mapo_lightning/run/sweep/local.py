@@ -16,7 +16,7 @@ import torch
 from mapo_lightning.files import FileLock
 from mapo_lightning.run import job
 from mapo_lightning.run.config import RunConfig
-from mapo_lightning.run.sweep.tasks import Task, command, environment
+from mapo_lightning.run.sweep.tasks import LOCK, Task, command, environment
 from mapo_lightning.run.trainer import best_device
 from mapo_lightning.stopping import Stopped
 from mapo_lightning.types import ConfigError
@@ -114,7 +114,12 @@ def run_local(tasks: Sequence[Task], free: list[Place], lock: FileLock) -> dict[
                     break
                 waiting.remove(task)
                 log.info("starts %s (%d of %d)", task.name, total - len(waiting), total)
-                running.append(_start(task, free.pop(0), lock))
+                one = _start(task, free[0], lock)
+                if one is None:
+                    failed[task.name] = "another process runs it, such as a job of SLURM"
+                    continue
+                running.append(one)
+                free.remove(one.place)
             time.sleep(_GLANCE)
             for one in [r for r in running if r.process.poll() is not None]:
                 running.remove(one)
@@ -135,20 +140,25 @@ def _ready(waiting: list[Task], failed: dict[str, str]) -> list[Task]:
     return [task for task in waiting if task.needs is None or task.needs.finished]
 
 
-def _start(task: Task, place: Place, lock: FileLock) -> _Running:
+def _start(task: Task, place: Place, lock: FileLock) -> _Running | None:
+    """Start a run; None where another process is at it."""
     variables = environment(task.folder, os.environ) | {job.LAUNCHER: str(os.getpid())}
     if place.gpus:
         variables["CUDA_VISIBLE_DEVICES"] = place.gpus
     if place.threads:
         variables.setdefault("OMP_NUM_THREADS", str(place.threads))
-    task.folder.mkdir(parents=True, exist_ok=True)
+    own = FileLock(task.folder / LOCK)
+    if not own.acquire(wait=False):
+        return None
     logged = task.log_size()
     with task.log.open("ab") as said:
         # A session of its own: Ctrl-C at a terminal reaches the sweep only, which passes it on.
         process = subprocess.Popen(
             command(task, "trainer.requeue=false"), env=variables, stdin=subprocess.DEVNULL,
-            stdout=said, stderr=said, start_new_session=True, pass_fds=[lock.fileno()],
+            stdout=said, stderr=said, start_new_session=True,
+            pass_fds=[lock.fileno(), own.fileno()],
         )  # fmt: skip
+    own.release()  # the run has it now
     return _Running(task, process, place, logged)
 
 

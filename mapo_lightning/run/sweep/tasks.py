@@ -19,6 +19,8 @@ from mapo_lightning.run.sweep.sharing import shared
 
 LOG = "log.txt"
 """What a run says, in its folder."""
+LOCK = ".lock"
+"""File that is locked as long as a process runs, in the folder of its run."""
 SHARED = "pretrained-"
 """How the folders begin that hold pre-training that points share."""
 _FOLDER_OF_RUN = "MAPO_RUN_DIR"
@@ -160,7 +162,7 @@ def become(words: list[str], folder: str, needs: str) -> None:
         os.write(2, f"error: the pre-training in '{needs}' is not finished\n".encode())
         sys.exit(2)
     if job.rank() == 0:  # an earlier job may still be ending
-        lock = FileLock(place / ".lock")
+        lock = FileLock(place / LOCK)
         lock.acquire()
         os.set_inheritable(lock.fileno(), True)
     os.execve(sys.executable, [sys.executable, "-m", _PROGRAM, *words], variables)
