@@ -62,7 +62,7 @@ def test_shared_pre_training_runs_once_and_changes_nothing(tmp_path: Path) -> No
     # A second start finds nothing to do, and sums up again.
     before = finished(tmp_path / "s")
     (tmp_path / "s/results.csv").unlink()
-    assert "3 are finished, 0 are left" in train(tmp_path, *words, "run_dir=s")
+    assert "3 of 3 are finished" in train(tmp_path, *words, "run_dir=s")
     assert finished(tmp_path / "s") == before
     assert (tmp_path / "s/results.csv").is_file()
 

@@ -125,7 +125,7 @@ def _announce(sweep: Sweep, tasks: Sequence[Task], folder: Path) -> None:
     if common:
         log.info("pre-training that several of them share is done once: %d more runs", common)
     if len(left) < len(tasks):
-        log.info("%d are finished, %d are left", len(tasks) - len(left), len(left))
+        log.info("%d of %d are finished", len(tasks) - len(left), len(tasks))
 
 
 def _sum_up(sweep: Sweep, folder: Path, parent: str | None) -> None:
