@@ -79,13 +79,14 @@ def test_an_array_of_slurm_runs_a_sweep_with_a_requeue_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "s"
-    words = [*TUNE, "method=mapo,apv", "launch=slurm", "run_dir=s", "finetune.agent_steps=400"]
+    words = [*SMALL, "callbacks.rollout_every=1000", "callbacks.checkpoint_every=5", "run_dir=s"]
+    words += ["agent.horizon=3,5", "launch=slurm", "finetune.agent_steps=400"]
     with fake_slurm(tmp_path / "slurm") as slurm, (tmp_path / "said.txt").open("w") as said:
         for name in ("PATH", "FAKE_SLURM"):
             monkeypatch.setitem(program.ENVIRONMENT, name, slurm.environment[name])
         process = start(tmp_path, TRAIN, *words, said=said)
         deadline = time.monotonic() + program.PATIENCE
-        first = folder / "method=mapo/finetune/last.ckpt"
+        first = folder / "horizon=3/finetune/last.ckpt"
         while not first.exists():
             assert time.monotonic() < deadline
             assert process.poll() is None, (tmp_path / "said.txt").read_text()
@@ -96,11 +97,14 @@ def test_an_array_of_slurm_runs_a_sweep_with_a_requeue_in_it(
         end(process)
         told = (tmp_path / "said.txt").read_text()
         assert code == 0, told
-        restarts = [slurm.about(jobs[task])["restarts"] for task in (0, 1)]
-    log = (folder / "method=mapo/log.txt").read_text()
-    assert restarts == [1, 0], log
+        about = {task: slurm.about(job) for task, job in jobs.items()}
+    log = (folder / "horizon=3/log.txt").read_text()
+    # The shared pre-training is a job of its own, for which the array of both runs waits.
+    assert {task: known["restarts"] for task, known in about.items()} == {None: 0, 0: 1, 1: 0}, log
+    assert about[0]["options"]["dependency"] == "afterany:1001"
     assert "stopped by SIGUSR2 after update" in log
-    assert f"this job was started again: the run in '{folder}/method=mapo' goes on" in log
-    assert "submitted 2 runs as job 1001" in told
-    assert set(finished(folder)) == {"method=mapo", "method=apv"}
-    assert "| `apv` | 1 of 1 |" in told
+    assert f"this job was started again: the run in '{folder}/horizon=3' goes on" in log
+    assert "submitted job 1001 (tasks: 1)\nsubmitted job 1002 (tasks: 2)" in told
+    assert set(finished(folder)) == {"horizon=3", "horizon=5"}
+    assert len(list(folder.glob("pretrained-*/finished.json"))) == 1
+    assert "| `5` | 1 of 1 |" in told

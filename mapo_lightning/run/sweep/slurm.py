@@ -142,7 +142,7 @@ def _submit(
     noted = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     with atomic_write(path) as draft:
         draft.write_text(json.dumps(noted | numbers, indent=1), encoding="utf-8")
-    log.info("submitted %d runs as job %s", len(tasks), jobs[0].job_id.partition("_")[0])
+    log.info("submitted job %s (tasks: %d)", jobs[0].job_id.partition("_")[0], len(tasks))
     return numbers
 
 
