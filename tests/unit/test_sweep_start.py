@@ -22,6 +22,7 @@ from mapo_lightning.run.main import main
 from mapo_lightning.run.sweep import local, slurm, tasks
 from mapo_lightning.run.sweep.settings import LaunchConfig, SlurmConfig
 from mapo_lightning.run.sweep.tasks import Task
+from mapo_lightning.stopping import Stopped
 from mapo_lightning.training.settings import TrainerConfig
 from mapo_lightning.types import ConfigError
 
@@ -240,6 +241,38 @@ def test_a_slurm_without_accounts_is_refused(
         cluster.add("sacct", "echo Slurm accounting storage is disabled >&2; exit 1")
         with pytest.raises(ConfigError, match="it answers: Slurm accounting storage is disabled;"):
             slurm.check_slurm()
+
+
+@pytest.mark.slow
+def test_jobs_go_on_without_the_sweep_and_are_not_submitted_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    todo = [task(tmp_path, "end", None, name) for name in ("one", "two")]
+
+    def stop(_: float) -> None:
+        raise Stopped(signal.SIGINT)
+
+    with fake_slurm(tmp_path / "slurm") as cluster:
+        for name in ("PATH", "FAKE_SLURM"):
+            monkeypatch.setenv(name, cluster.environment[name])
+        cluster.add("srun", "exec sleep 600")
+        for _ in range(2):
+            with monkeypatch.context() as patch:
+                patch.setattr(slurm.time, "sleep", stop)
+                with pytest.raises(Stopped) as caught:
+                    slurm.run_slurm(todo, run(accelerator="cpu"), tmp_path)
+            said = f"they go on: resume={tmp_path} waits for them again, and 'scancel 1001' ends"
+            assert said in str(caught.value)
+            assert cluster.jobs() == [1001, 1002]  # both tasks of one array
+        subprocess.run(["scancel", "1001"], check=True)
+        assert [cluster.wait(job) for job in cluster.jobs()] == [143, 143]
+        cluster.add("srun", "exit 3")  # what was cancelled is submitted again
+        failed = slurm.run_slurm(todo, run(accelerator="cpu"), tmp_path)
+        assert failed == {
+            name: f"SLURM's job 1003_{number} ended as FAILED"
+            for number, name in enumerate(("one", "two"))
+        }
+        assert cluster.jobs() == [1001, 1002, 1003, 1004]
 
 
 def test_a_new_python_finds_this_package(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
