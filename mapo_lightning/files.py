@@ -114,6 +114,16 @@ class FileLock:
             with waiting(f"'{self.path}', which another process holds"):
                 fcntl.flock(file, fcntl.LOCK_EX)
 
+    def fileno(self) -> int:
+        """Return the descriptor of the held lock; a child that inherits it holds the lock too.
+
+        Raises:
+            ValueError: The lock is not held.
+        """
+        if self._file is None:
+            raise ValueError(f"the lock '{self.path}' is not held")
+        return self._file.fileno()
+
     def release(self) -> None:
         """Give the lock back; does nothing if it is not held."""
         # Closed, not unlocked: a forked child has a copy, and must not unlock it for its parent.

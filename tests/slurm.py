@@ -1,8 +1,9 @@
 """A SLURM of one machine: `sbatch`, `srun`, `scontrol` and `scancel` that really start processes.
 
-They know what scripts of this project use: arrays, tasks, requeueing, output files, signals. Jobs
-start at once, and options that are about machines (memory, GPUs, time) change nothing. Each job
-has a folder below `$FAKE_SLURM`, which is all that the commands share.
+They know what scripts of this project, and of submitit, use: arrays, tasks, jobs that wait for the
+end of others, requeueing, output files, signals; `sacct` tells what became of jobs. Jobs start at
+once, and options that are about machines (memory, GPUs, time) change nothing. Each job has a folder
+below `$FAKE_SLURM`, which is all that the commands share.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-COMMANDS = ("sbatch", "srun", "scontrol", "scancel")
+COMMANDS = ("sbatch", "srun", "scontrol", "scancel", "sacct")
 PATIENCE = 600  # seconds after which a job counts as hanging
 
 
@@ -56,12 +58,16 @@ class Slurm:
             capture_output=True, text=True,
         ).stdout  # fmt: skip
         number = int(said.split()[-1])
-        return [job for job in self._jobs() if self.about(job)["array_job"] == number]
+        return [job for job in self.jobs() if self.about(job)["array_job"] == number]
 
     def about(self, job: int) -> dict[str, Any]:
         """What the fake knows of a job; `code` is there once it has ended."""
         found: dict[str, Any] = json.loads((self.folder / str(job) / "job.json").read_text())
         return found
+
+    def jobs(self) -> list[int]:
+        """Numbers of all jobs so far."""
+        return sorted(int(path.parent.name) for path in self.folder.glob("*/job.json"))
 
     def signal(self, job: int, number: signal.Signals, *, batch: bool = False) -> None:
         """Send what `--signal=USR1@300` (or, with ``batch``, `B:USR1@300`) sends near the end."""
@@ -77,16 +83,13 @@ class Slurm:
 
     def end(self) -> None:
         """Kill what is still running."""
-        for job in self._jobs():
+        for job in self.jobs():
             if "code" not in self.about(job):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     runner = psutil.Process(self.about(job)["runner"])
                     for process in [*runner.children(recursive=True), runner]:
                         with contextlib.suppress(psutil.NoSuchProcess):
                             process.kill()
-
-    def _jobs(self) -> list[int]:
-        return sorted(int(path.parent.name) for path in self.folder.glob("*/job.json"))
 
 
 @contextlib.contextmanager
@@ -126,6 +129,7 @@ def options_of(words: list[str]) -> tuple[dict[str, str], list[str]]:
     while rest and rest[0].startswith("-"):
         name, equals, value = rest.pop(0).lstrip("-").partition("=")
         flags = ["requeue", "no-requeue", "exclusive", "overlap", "parsable", "kill-on-bad-exit"]
+        flags += ["unbuffered"]
         if not equals and name not in flags and rest:
             value = rest.pop(0)
         found[short.get(name, name)] = value
@@ -169,11 +173,13 @@ def run(job: Path) -> int:
         time.sleep(0.01)
     about = json.loads((job / "job.json").read_text())
     asked, task = about["options"], about["task"]
+    for before in re.findall(r"\d+", asked.get("dependency", "")):  # afterany:1001:1004
+        while any("code" not in json.loads(x.read_text()) for x in array_of(job.parent, before)):
+            time.sleep(0.05)
     ids = {"SLURM_JOB_ID": job.name, "SLURM_JOBID": job.name}
     if task is not None:
         ids |= {"SLURM_ARRAY_JOB_ID": str(about["array_job"]), "SLURM_ARRAY_TASK_ID": str(task)}
-    name = asked.get("output", "slurm-%j.out").replace("%j", job.name).replace("%a", str(task))
-    output = name.replace("%A", str(about["array_job"])).replace("%x", asked.get("job-name", "x"))
+    output = file_name(asked.get("output", "slurm-%j.out"), about, job.name)
     ids |= {"SLURM_JOB_NAME": asked.get("job-name", "sbatch"), "SLURM_JOB_NODELIST": "localhost"}
     ids |= {"SLURM_NODELIST": "localhost", "SLURM_SUBMIT_DIR": os.getcwd(), "SLURM_PROCID": "0"}
     ids |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": asked.get("nodes", "1")}
@@ -197,6 +203,21 @@ def run(job: Path) -> int:
     raise AssertionError("a hundred restarts")
 
 
+def array_of(folder: Path, number: str) -> list[Path]:
+    """What is known of the tasks of an array, or of the only one of a job."""
+    paths = folder.glob("*/job.json")
+    return [x for x in paths if json.loads(x.read_text())["array_job"] == int(number)]
+
+
+def file_name(pattern: str, about: dict[str, Any], job: str, rank: int = 0) -> str:
+    """Fill in the pattern of an output file."""
+    filled = {"%j": job, "%A": about["array_job"], "%a": about["task"], "%t": rank}
+    filled["%x"] = about["options"].get("job-name", "x")
+    for sign, value in filled.items():
+        pattern = pattern.replace(sign, str(value))
+    return pattern
+
+
 def srun(words: list[str]) -> int:
     """Start tasks; the highest exit code counts, and a task that fails ends the others."""
     asked, command = options_of(words)
@@ -205,10 +226,13 @@ def srun(words: list[str]) -> int:
     step = sum(1 for _ in job.glob("step-*-0.pid"))
     both = {"SLURM_NTASKS": str(count), "SLURM_STEP_ID": str(step)}
     both["SLURM_STEP_NUM_TASKS"] = str(count)
-    tasks = []
+    tasks, about = [], json.loads((job / "job.json").read_text())
     for number in range(count):
+        out = None
+        if "output" in asked:
+            out = open(file_name(asked["output"], about, job.name, number), "a")  # noqa: SIM115
         own = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number), "SLURM_NODEID": "0"}
-        tasks.append(subprocess.Popen(command, env=os.environ | both | own))
+        tasks.append(subprocess.Popen(command, env=os.environ | both | own, stdout=out, stderr=out))
         (job / f"step-{step}-{number}.pid").write_text(str(tasks[-1].pid))
     for caught in (signal.SIGTERM, signal.SIGINT):
         signal.signal(caught, lambda number, _: [task.send_signal(number) for task in tasks])
@@ -245,6 +269,20 @@ def scancel(words: list[str]) -> int:
     return 0
 
 
+def sacct(words: list[str]) -> int:
+    """Tell the states of jobs, as `--parsable2 -o JobID,State,NodeList -j 1001` does."""
+    numbers = [value for option, value in pairwise(words) if option == "-j"]
+    lines = ["JobID|State|NodeList"]
+    for number in numbers:
+        for path in array_of(Path(os.environ["FAKE_SLURM"]), number):
+            about = json.loads(path.read_text())
+            name = number if about["task"] is None else f"{number}_{about['task']}"
+            ended = "FAILED" if about.get("code") else "COMPLETED"
+            lines.append(f"{name}|{ended if 'code' in about else 'RUNNING'}|localhost")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
 def jobs_called(name: str) -> list[Path]:
     """Folders of a job, of an array (`1001`) or of a task of one (`1001_2`)."""
     array, underscore, task = name.partition("_")
@@ -267,4 +305,5 @@ if __name__ == "__main__":
     if name == "run":
         sys.exit(run(Path(words[0])))
     commands = {"sbatch": sbatch, "srun": srun, "scontrol": scontrol, "scancel": scancel}
+    commands["sacct"] = sacct
     sys.exit(commands[name](words))

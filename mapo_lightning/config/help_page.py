@@ -51,7 +51,8 @@ def help_text(
         lines += [
             "--show prints the resolved run; --preflight measures a few updates of it and prints"
         ]
-        lines += ["hours, memory and disk, and refuses what does not fit.", ""]
+        lines += ["hours, memory and disk, and refuses what does not fit."]
+        lines += ["Several values, group=a,b key=0..4, are one run for each combination.", ""]
     if shown:
         lines.append("Groups (group=file or group=file/variant; * is this run's choice)")
         for group in shown:

@@ -12,6 +12,7 @@ from mapo_lightning.envs.settings import DemoConfig, EnvConfig
 from mapo_lightning.models.agents.settings import AgentConfig
 from mapo_lightning.models.rssm_world.settings import WorldModelConfig
 from mapo_lightning.models.token_world.settings import TokenWorldConfig
+from mapo_lightning.run.sweep.settings import LaunchConfig
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.tracking.settings import TrackingConfig
 from mapo_lightning.training.settings import (
@@ -76,6 +77,8 @@ class RunConfig:
     """Hardware."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """How the runs of a sweep are started."""
 
     @property
     def tokens(self) -> bool:

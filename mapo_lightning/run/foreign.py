@@ -193,6 +193,7 @@ REFUSED: Mapping[str, str] = {
     "callbacks.told": "what is recorded, and when",
     "callbacks.progress": "what is shown",
     "trainer": "hardware of this machine",
+    "launch": "processes and jobs that are started",
     "tracking": "addresses and folders",
 }
 """Key or section that is never taken -> why."""

@@ -100,6 +100,7 @@ def agent_settings(path: Path, words: Sequence[str] = (), videos: bool = False) 
         base.pop(name, None)
     for name in _OF_THE_MACHINE:
         base.get("trainer", {}).pop(name, None)
+    base.get("tracking", {}).pop("parent", None)  # of the sweep that it was trained in
     played = base.get("evaluate", {})
     numbers = all(isinstance(played.get(name), int) for name in ("seed", "episodes"))
     if played.get("keep_best") and numbers:  # these seeds have chosen the agent

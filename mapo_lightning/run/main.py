@@ -7,11 +7,15 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mapo_lightning
 from mapo_lightning.run import job
 from mapo_lightning.stopping import REQUEUE, Stopped, watched
 from mapo_lightning.types import ConfigError, DivergedError, MapoError
+
+if TYPE_CHECKING:
+    from mapo_lightning.run.sweep.plan import Sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         with watched():
+            job.end_with_launcher()
             run(sys.argv[1:] if argv is None else argv)
     except DivergedError as error:
         if job.rank() == 0:
@@ -59,7 +64,12 @@ def run(words: Sequence[str]) -> None:
     from mapo_lightning.config.command_line import CommandLine
     from mapo_lightning.run.config import conf_folder
     from mapo_lightning.run.from_checkpoint import configure
+    from mapo_lightning.run.sweep.plan import read_sweep
 
+    sweep = read_sweep(words)
+    if sweep is not None:
+        _several(sweep, words)
+        return
     composed = configure(words, conf_folder())
     if composed.text is not None:
         sys.stdout.write(composed.text + "\n")
@@ -87,6 +97,17 @@ def run(words: Sequence[str]) -> None:
         raise
 
 
+def _several(sweep: Sweep, words: Sequence[str]) -> None:
+    """Show a sweep, or run it."""
+    if sweep.text is not None:
+        sys.stdout.write(sweep.text + "\n")
+        return
+    from mapo_lightning.run.sweep.program import run_sweep
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    run_sweep(sweep, words)
+
+
 def check_callbacks() -> None:
     """Refuse a package named ``callbacks`` that is not ours; the name is a common one.
 
@@ -102,3 +123,7 @@ def check_callbacks() -> None:
             f"{', '.join(map(repr, places)) or 'none'}: uninstall the other package of that name, "
             "or take its folder off PYTHONPATH"
         )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

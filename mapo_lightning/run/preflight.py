@@ -20,6 +20,7 @@ from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
 from mapo_lightning.run.job import restarted
+from mapo_lightning.run.sweep.plan import is_sweep
 from mapo_lightning.run.trainer import best_device, check_hardware
 from mapo_lightning.semantics.factory import build_labeler, log_servers
 from mapo_lightning.tracking.logger import check_store, is_main_process
@@ -105,6 +106,11 @@ def _check_unused(cfg: RunConfig, earlier: Resumed) -> None:
         return
     if restarted():  # the results are those of this job's earlier start
         return
+    if is_sweep(folder):
+        raise ConfigError(
+            f"run_dir='{cfg.run_dir}' is the folder of a sweep: resume={cfg.run_dir} continues it, "
+            "or give another folder"
+        )
     for result in (*sorted(folder.glob("*/*.ckpt")), *folder.glob("evaluation.json")):
         more = f"resume={cfg.run_dir} continues it, or " if result.suffix == ".ckpt" else ""
         raise ConfigError(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from mapo_lightning.config.compose import Composed
 from mapo_lightning.files import atomic_write
-from mapo_lightning.run import job
+from mapo_lightning.run import finished, job
 from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.from_checkpoint import Resumed, resumed
 from mapo_lightning.stopping import Stopped
@@ -61,14 +61,12 @@ class Session(NamedTuple):
 
     def tracked(self, name: str) -> str | None:
         """The MLflow run that a phase goes on with; None where it gets one of its own."""
-        return self.resumed.tracked(name) or _noted(self.folder, self.continues).get(name)
+        return self.resumed.tracked(name) or noted(self.folder, self.continues).get(name)
 
     def note(self, name: str, run: str | None) -> None:
         """Write down a phase's MLflow run: it may be stopped before its first checkpoint."""
         if run is not None:
-            noted = _noted(self.folder, True) | {name: run}
-            with atomic_write(self.folder / _TRACKED) as draft:
-                draft.write_text(json.dumps(noted), encoding="utf-8")
+            note(self.folder, name, run)
 
 
 @contextmanager
@@ -86,7 +84,9 @@ def opened(composed: Composed[RunConfig]) -> Iterator[Session]:
     if not continues:
         _check_job_folder(folder, cfg)
     tags = {"method": cfg.method, "stage": cfg.stage, "run_dir": str(folder)}
-    known = earlier.tracked("parent") or _noted(folder, continues).get("parent")
+    if cfg.tracking.parent:
+        tags["mlflow.parentRunId"] = cfg.tracking.parent
+    known = earlier.tracked("parent") or noted(folder, continues).get("parent")
     parent = tracking.start_parent(cfg.tracking, folder.name, tags, known)
     status: tracking.Status = "FAILED"
     inherited = os.environ.get(_SHARED)
@@ -109,6 +109,8 @@ def opened(composed: Composed[RunConfig]) -> Iterator[Session]:
         if inherited is None:  # the next run of this process has a folder of its own
             del os.environ[_SHARED]
         tracking.finish_parent(parent, status, cfg.tracking)
+        if status == "FINISHED" and tracking.is_main_process():
+            finished.write(folder, cfg.stage)
         if dist.is_initialized():  # without this, gloo aborts now and then at exit
             if status == "FINISHED":
                 dist.barrier()
@@ -189,8 +191,19 @@ def _check_job_folder(folder: Path, cfg: RunConfig) -> None:
         )
 
 
-def _noted(folder: Path, continues: bool) -> dict[str, str]:
-    """MLflow runs that an earlier start has written down."""
+def note(folder: Path, name: str, run: str) -> None:
+    """Write down an MLflow run in a folder, for later starts."""
+    found = noted(folder, True) | {name: run}
+    with atomic_write(folder / _TRACKED) as draft:
+        draft.write_text(json.dumps(found), encoding="utf-8")
+
+
+def noted(folder: Path, continues: bool) -> dict[str, str]:
+    """MLflow runs that an earlier start has written down.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
     path = folder / _TRACKED
     if not continues or not path.is_file():
         return {}
@@ -229,6 +242,7 @@ def _make_folder(folder: Path, composed: Composed[RunConfig]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if tracking.is_main_process():
+            finished.remove(folder)
             composed.save(folder / "config.yaml")
     except OSError as error:
         raise _unwritable(folder, error) from error

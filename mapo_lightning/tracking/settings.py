@@ -22,6 +22,9 @@ class TrackingConfig:
     experiment: str = "mapo"
     """Name of the MLflow experiment that collects the runs."""
 
+    parent: str = ""
+    """MLflow run that this run is shown under, as a sweep does with its runs; empty: none."""
+
     artifacts: str = "runs/artifacts"
     """Folder for videos, pictures and checkpoints; counts when the experiment is first created, and
     not with a server, which has its own."""

@@ -19,6 +19,7 @@ from scipy import stats
 
 from mapo_lightning.data.video import write_mp4
 from mapo_lightning.envs.episodes import Episode, Policy, RandomPolicy, StillPolicy
+from mapo_lightning.files import atomic_write
 from mapo_lightning.tracking import artifacts
 from mapo_lightning.tracking.logger import RunLogger, is_main_process
 from mapo_lightning.types import Frames
@@ -154,7 +155,8 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """Write `tree` as JSON."""
-        path.write_text(json.dumps(self.tree(), indent=1) + "\n", encoding="utf-8")
+        with atomic_write(path) as draft:
+            draft.write_text(json.dumps(self.tree(), indent=1) + "\n", encoding="utf-8")
 
     def save_films(self, folder: Path, films: Sequence[Frames], fps: float) -> None:
         """Write one enlarged video per filmed episode, as ``seed_1000.mp4``."""

@@ -62,7 +62,13 @@ DOORS = {
     "openai": {"semantics/chat_client.py"},
     "pyarrow": {"label_tools/parquet.py"},
     "safetensors": {"training/export.py", "training/published_weights.py"},
-    "scipy": {"training/evaluation.py", "training/told.py", "semantics/agreement.py"},
+    "scipy": {
+        "semantics/agreement.py",
+        "training/across_seeds.py",
+        "training/evaluation.py",
+        "training/told.py",
+    },
+    "submitit": {"run/sweep/slurm.py"},
     "transformers": {
         "semantics/image_text.py",
         "semantics/in_process.py",
@@ -135,13 +141,21 @@ from mapo_lightning.run.main import main
 code = main(sys.argv[1:])
 heavy = {"torch", "lightning", "torchmetrics", "transformers", "mlflow", "cv2", "decord", "av"}
 heavy |= {"gymnasium", "mujoco", "dm_control", "metaworld", "scipy", "pyarrow", "openai"}
+heavy |= {"submitit"}
 sys.exit(f"imported: {sorted(heavy & sys.modules.keys())}" if heavy & sys.modules.keys() else code)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "code"), [("--help", 0), ("--show env=toy", 0), ("method=mapoo", 2), ("--amp", 2)]
+    ("words", "code"),
+    [
+        ("--help", 0),
+        ("--show env=toy", 0),
+        ("--show seed=0..2", 0),
+        ("method=mapoo", 2),
+        ("--amp", 2),
+    ],
 )
 def test_the_command_line_is_read_without_heavy_packages(words: str, code: int) -> None:
     command = [sys.executable, "-c", WORDS, *words.split()]

@@ -17,10 +17,12 @@ import yaml
 from gymnasium.utils.env_checker import check_env
 
 from mapo_lightning.config.compose import compose
+from mapo_lightning.config.product import Product
 from mapo_lightning.envs.wrappers import PixelEnv
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.doctor import CHECKS
 from mapo_lightning.run.renamed import RENAMED
+from mapo_lightning.run.sweep.plan import WHOLE
 from mapo_lightning.semantics.describer import Describer
 from mapo_lightning.semantics.phrase import parse_reply
 
@@ -116,10 +118,12 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def composed(words: list[str]) -> dict[str, Any]:
-    """The run that words describe, with placeholders filled in; no file is read."""
+    """The last run that words describe, with placeholders filled in; no file is read."""
     filled = [re.sub(r"\$\w+", "0", word) for word in words]
     open_ = ("...", "vlm=NAME", "method=NAME")  # any file of a group
-    return compose([w for w in filled if w not in open_], RunConfig, ROOT / "conf").flat
+    product = Product.read([w for w in filled if w not in open_], WHOLE)
+    runs = [product.words_of(choice) for choice in product.choices()]
+    return [compose(run, RunConfig, ROOT / "conf").flat for run in runs][-1]
 
 
 COMMANDS = list(commands())
