@@ -32,6 +32,16 @@ ASPECTS = {
     "true frames as the ceiling",
     "foreseen": "Rewards and ends of episodes that the dream foresees: R² of a step and of the sum "
     "up to it, slope (1 if calibrated), bias per step, Brier score of going on",
+    "consistency": "Two opposite action sequences from one state: how the difference of the dreamt "
+    "pictures compares with the true one. Direction 1 and size 1 are right, 0: actions change "
+    "nothing; spill is the share of the difference that lies elsewhere",
+    "decisions": "Five random action sequences from one state, run and dreamt: true return lost by "
+    "the one that the dream prefers (share of their range; 0 is best), share of pairs in the right "
+    "order (0.5 by guessing), rank correlation",
+    "foresight": "What the agent imagined of its own future, against what its imagined actions led "
+    "to (executed) and what it then did (closed): squared error on moving pixels, with that of the "
+    "start picture (still), and distance of beliefs (1: as far as from any other state). Last, its "
+    "return and success where it stayed near its dream, and where not",
 }
 """Aspect -> what its table says."""
 # Okabe and Ito's palette: told apart with any kind of colour vision.
@@ -84,13 +94,19 @@ class DreamReport(NamedTuple):
                 return row.estimate
         raise KeyError(f"{aspect}/{dream}/{measure} {ahead} ahead was not measured")
 
+    def with_more(self, other: DreamReport) -> DreamReport:
+        """The same with the rows of another report behind its own."""
+        return self._replace(rows=self.rows + other.rows)
+
     def metrics(self) -> dict[str, float]:
         """For a logger: ``dream/looks_psnr_moving_5``; other dreamers by name between."""
         return {
             "dream/"
             + "_".join(
                 [r.aspect, *([] if r.dream == "dream" else [r.dream]), r.measure, str(r.ahead)]
-            ): r.estimate.mean
+            )
+            .replace(",", "")
+            .replace(" ", "_"): r.estimate.mean
             for r in self.rows
             if np.isfinite(r.estimate.mean)
         }

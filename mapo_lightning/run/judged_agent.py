@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +21,11 @@ from mapo_lightning.judging.executable import inverse_model
 from mapo_lightning.judging.judge import SEEN, judge
 from mapo_lightning.judging.looks import Distance
 from mapo_lightning.judging.measure import HORIZONS
-from mapo_lightning.judging.report import DreamReport
+from mapo_lightning.judging.report import DreamReport, report
 from mapo_lightning.judging.rollouts import write_rollouts
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.judged_futures import judge_futures
 from mapo_lightning.training.acting import acting
 from mapo_lightning.training.evaluation import HELD
 from mapo_lightning.training.finetune import FinetuneModule
@@ -62,9 +64,12 @@ def judge_episodes(
         inverse = inverse_model({key: x.to(device) for key, x in judged.learned.items()})
         clips = judged.clips.to(device)
         keep = kept_rollouts(cfg, clips, cfg.env.fps)
-        return judge(module.world_model, clips, title, inverse, perceptual(cfg), keep=keep)
+        found = judge(module.world_model, clips, title, inverse, perceptual(cfg), keep=keep)
     except ValueError as error:
         raise ConfigError(f"the dreams cannot be judged: {error}") from error
+    states = max(2, (cfg.evaluate.dreams or CLIPS) // 2)
+    futures = judge_futures(cfg, module, states, seed)
+    return found.with_more(report(title, futures, np.arange(states)))
 
 
 def kept_rollouts(cfg: RunConfig, clips: Clips, fps: float) -> Callable[[Tensor], None] | None:
