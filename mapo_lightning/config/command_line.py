@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mapo_lightning.types import ConfigError, MapoError
 
@@ -62,6 +63,26 @@ def _checked(word: str) -> str:
     else:
         advice = "write name=value"
     raise ConfigError(f"cannot read '{word}' on the command line: {advice}.")
+
+
+def checkpoints_of(words: Sequence[str], program: str, what: str) -> tuple[list[Path], list[str]]:
+    """Take the words ``checkpoint=PATH`` out, which may be given several times.
+
+    Args:
+        words: Of the command line.
+        program: Name of the command, for the message.
+        what: What the checkpoint is to be of, for the message.
+
+    Returns:
+        The paths, and the other words.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    paths = [Path(w.partition("=")[2]) for w in words if w.startswith("checkpoint=")]
+    if not paths:
+        raise ConfigError(f"{program} needs checkpoint=PATH of a {what} model")
+    return paths, [word for word in words if not word.startswith("checkpoint=")]
 
 
 def small_program(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mapo_lightning.models.interfaces import WorldModel
+from mapo_lightning.training.told import of_another
 from mapo_lightning.types import Batch
 
 Driver = Literal["phrase", "action"]
@@ -80,9 +81,14 @@ def misled(clips: Clips, seen: int, seed: int = 0) -> Mapping[str, Batch]:
         clips: Of two groups at least.
         seen: Frames that are shown, whose drivers stay as they are.
         seed: Of the random drivers.
+
+    Raises:
+        ValueError: All clips are of one group.
     """
     generator = torch.Generator().manual_seed(seed)
-    other = _of_another_group(clips.group)
+    if len(set(clips.group.tolist())) < 2:
+        raise ValueError("clips of two videos or episodes are needed to swap what drives them")
+    other = of_another(clips.group)
     if clips.driver == "action":
         action = clips.batch["action"]
         drawn = 2.0 * torch.rand(action.shape, generator=generator).to(action) - 1.0
@@ -128,18 +134,3 @@ def dreamt(world_model: WorldModel, batch: Batch, seen: int, seed: int = 0) -> T
 def _after(seen: int, before: Tensor, then: Tensor) -> Tensor:
     """``before`` up to the frames that were shown, ``then`` from there on; axes (C, T, ...)."""
     return torch.cat([before[:, :seen], then[:, seen:]], dim=1)
-
-
-def _of_another_group(group: Tensor) -> Tensor:
-    """For each clip the nearest one before it, in a circle, that is of another group, (C,).
-
-    Raises:
-        ValueError: All are of one group.
-    """
-    numbers, found = group.tolist(), []
-    if len(set(numbers)) < 2:
-        raise ValueError("clips of two videos or episodes are needed to swap what drives them")
-    for clip, number in enumerate(numbers):
-        before = (clip - step for step in range(1, len(numbers)))
-        found.append(next(i % len(numbers) for i in before if numbers[i] != number))
-    return torch.tensor(found, device=group.device)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mapo_lightning.config.command_line import small_program
+from mapo_lightning.config.command_line import checkpoints_of, small_program
 from mapo_lightning.config.compose import compose
 from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.from_checkpoint import agent_settings
@@ -43,10 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> None:
-    paths = [Path(w.partition("=")[2]) for w in words if w.startswith("checkpoint=")]
-    others = [word for word in words if not word.startswith("checkpoint=")]
-    if not paths:
-        raise ConfigError("mapo-dreams needs checkpoint=PATH of a pre-trained or fine-tuned model")
+    paths, others = checkpoints_of(words, "mapo-dreams", "pre-trained or fine-tuned")
     folder, reports = Path(), []
     for number, path in enumerate(paths, 1):
         videos = _stage(path) == "pretrain"

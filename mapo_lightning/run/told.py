@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mapo_lightning.config.command_line import small_program
+from mapo_lightning.config.command_line import checkpoints_of, small_program
 from mapo_lightning.config.compose import compose
 from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.from_checkpoint import agent_settings
@@ -34,10 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> None:
-    paths = [Path(w.partition("=")[2]) for w in words if w.startswith("checkpoint=")]
-    others = [word for word in words if not word.startswith("checkpoint=")]
-    if not paths:
-        raise ConfigError("mapo-told needs checkpoint=PATH of a pre-trained model")
+    paths, others = checkpoints_of(words, "mapo-told", "pre-trained")
     from callbacks.told import save_report  # here: it imports torch, which takes seconds
 
     reports, folder = [], Path()

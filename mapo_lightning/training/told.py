@@ -176,7 +176,7 @@ def measure_told(
     truth = obs.float() / 255.0
     dreams = {
         name: _dream(world_model, told, seen, seed)
-        for name, told in versions(clips, seen, body, _of_another_video(video)).items()
+        for name, told in versions(clips, seen, body, of_another(video)).items()
     }
     yardsticks = {
         "copy": truth[:, seen - 1 : seen],
@@ -231,6 +231,19 @@ def versions(batch: Batch, seen: int, body: int, other: Tensor) -> Mapping[str, 
     return found
 
 
+def of_another(group_N: Tensor) -> Tensor:
+    """For each clip the nearest one before it, in a circle, that is of another video, (N,).
+
+    Args:
+        group_N: Number of each clip's video or episode; two of them at least.
+    """
+    found, numbers = [], group_N.tolist()
+    for clip, number in enumerate(numbers):
+        before = (clip - step for step in range(1, len(numbers)))
+        found.append(next(i % len(numbers) for i in before if numbers[i] != number))
+    return torch.tensor(found, device=group_N.device)
+
+
 def told_strip(report: ToldReport, clips: int = 4, zoom: int = 0) -> Frames:
     """Draw clips as rows of frames: truth, told (green edge), untold (orange), mistold (red).
 
@@ -259,15 +272,6 @@ def told_strip(report: ToldReport, clips: int = 4, zoom: int = 0) -> Frames:
             lines.append(np.concatenate([strip[:, :cut], gap, strip[:, cut:]], axis=1))
         lines.append(np.full((4 * edge, lines[-1].shape[1], 3), 255, np.uint8))
     return np.concatenate(lines[:-1], axis=0)
-
-
-def _of_another_video(video_N: Tensor) -> Tensor:
-    """For each clip the nearest one before it, in a circle, that is of another video, (N,)."""
-    found, numbers = [], video_N.tolist()
-    for clip, number in enumerate(numbers):
-        before = (clip - step for step in range(1, len(numbers)))
-        found.append(next(i % len(numbers) for i in before if numbers[i] != number))
-    return torch.tensor(found, device=video_N.device)
 
 
 def _dream(world_model: WorldModel, batch: Batch, seen: int, seed: int) -> Tensor:
