@@ -42,6 +42,10 @@ ASPECTS = {
     "to (executed) and what it then did (closed): squared error on moving pixels, with that of the "
     "start picture (still), and distance of beliefs (1: as far as from any other state). Last, its "
     "return and success where it stayed near its dream, and where not",
+    "physics": "How far bodies are from where they really are, in pixels, as a network reads their "
+    "places off true and dreamt frames: without action, under a held one, and when it is turned "
+    "round half-way; and how far a dreamt step jumps beyond the largest true one. The reader's own "
+    "error is that on real frames",
 }
 """Aspect -> what its table says."""
 # Okabe and Ito's palette: told apart with any kind of colour vision.

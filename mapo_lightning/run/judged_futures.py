@@ -26,6 +26,7 @@ from mapo_lightning.judging.dreams import dream_sequences
 from mapo_lightning.judging.foresight import Foresight, foresight, record_foresight
 from mapo_lightning.judging.judge import SEEN
 from mapo_lightning.judging.measure import Measure, Values, reachable
+from mapo_lightning.judging.physics import learn_to_see, physical_sequences, physics
 from mapo_lightning.models.interfaces import Valuer
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
@@ -34,6 +35,9 @@ from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.evaluation import HELD
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.types import MapoError
+
+EPISODES = 32
+"""Of random actions, from which a network learns to read places off frames."""
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +93,28 @@ def _measured(
         "consistency": {"dream": _columns(consistency)},
         "decisions": _decisions(cfg, module, drawn, seed),
         "foresight": _foresight(seen),
+        **_physics(env, labeler, module, plan, seed),
     }
+
+
+def _physics(
+    env: PixelEnv, labeler: LiveLabeler, module: FinetuneModule, plan: BranchPlan, seed: int
+) -> Aspects:
+    """Places of bodies; empty where the simulator does not know them."""
+    device = next(module.parameters()).device
+    eyes = learn_to_see(env, EPISODES, seed + 3, device)
+    if eyes is None:
+        return {}
+    three = physical_sequences(plan.steps, module.agent.action_dim)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        played = record_branches(env, labeler.update, greedy(module), three, plan, seed + 4)
+    dreams = dream_sequences(module.world_model, played.shown, played.actions, seed)
+    truth, start = eyes.places(played.frames), played.frames[:, :, :1]
+    copy = np.broadcast_to(start, played.frames.shape)
+    ways = {"dream": eyes.places(dreams.frames), "copy": eyes.places(copy)}
+    found = {who: _columns(physics(truth, places)) for who, places in ways.items()}
+    found["reader"] = {"error": Measure((0,), np.full((len(truth), 1), eyes.error))}
+    return {"physics": found}
 
 
 def _decisions(

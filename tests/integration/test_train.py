@@ -147,7 +147,7 @@ def test_dreams_are_judged_with_the_test_episodes_and_alone(
     page = train(tmp_path, *words, "evaluate.dreams=4", checkpoint, "run_dir=dr", script=DREAMS)
     rows = json.loads((tmp_path / "dr/dreams.json").read_text())
     assert json.loads((tmp_path / "again/dreams.json").read_text()) == rows
-    futures = {"consistency", "decisions", "foresight"}
+    futures = {"consistency", "decisions", "foresight", "physics"}
     aspects = {row["aspect"] for row in rows}
     assert aspects == {"looks", "control", "executable", "foreseen"} | futures
     assert "| action | oracle |" in page
