@@ -190,6 +190,7 @@ REFUSED: Mapping[str, str] = {
     "callbacks.quality": "queries to a describer",
     "callbacks.told": "what is recorded, and when",
     "callbacks.progress": "what is shown",
+    "play": "where a page is served, and how fast",
     "trainer": "hardware of this machine",
     "tracking": "addresses and folders",
 }
