@@ -188,10 +188,11 @@ class _Player:
             await self.inbox.put(message.get("bytes") if text is None else text)
 
     async def _loop(self) -> None:
-        clock, period = asyncio.get_running_loop().time, 1.0 / self.session.cfg.fps
+        clock = asyncio.get_running_loop().time
         due, step, messages = clock(), False, list[str | bytes | None]()
         while True:
             await self._show(messages, step)
+            period = 1.0 / self.session.fps
             if self.session.running:
                 messages = await self._until(due)
                 step = clock() >= due

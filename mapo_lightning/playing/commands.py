@@ -19,6 +19,7 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "slots": {"slots": list},
     "auto": {"on": bool},
     "run": {"on": bool},
+    "speed": {"fps": int},
     "step": {},
     "rewind": {"steps": int},
     "go": {"number": int},

@@ -15,7 +15,7 @@ from torch import Tensor
 from mapo_lightning.playing import recording
 from mapo_lightning.playing.commands import CommandError, action_of, parse, phrase_of, slots_of
 from mapo_lightning.playing.scene import Drive, Moment, Scene
-from mapo_lightning.playing.settings import MOST_MOMENTS, PlayConfig
+from mapo_lightning.playing.settings import FASTEST, MOST_MOMENTS, PlayConfig
 from mapo_lightning.types import MapoError
 
 Event = dict[str, Any]
@@ -33,6 +33,8 @@ class Session:
     def __init__(self, scene: Scene, cfg: PlayConfig, folder: Path) -> None:
         self.scene, self.cfg, self.folder = scene, cfg, folder
         self.running = False
+        self.fps = cfg.fps
+        """Steps a second while it runs."""
         self.saved: dict[str, Path] = {}
         """Recordings of this play, by file name."""
         self._drive = Drive((0.0,) * scene.drive_dim)
@@ -49,7 +51,7 @@ class Session:
         return {
             "is": "hello", "names": list(scene.names), "driver": scene.driver,
             "width": scene.drive_dim, "reach": scene.reach, "auto": scene.auto,
-            "starts": scene.starts, "fps": self.cfg.fps, "side": self.now.real.shape[0],
+            "starts": scene.starts, "fps": self.fps, "side": self.now.real.shape[0],
             "longest": MOST_MOMENTS, **scene.about,
         }  # fmt: skip
 
@@ -137,10 +139,17 @@ class Session:
     def _do_auto(self, on: bool) -> None:
         if on and not self.scene.auto:
             raise CommandError("nothing but you can lead this dream")
+        if on and self._ended:
+            raise CommandError(
+                f"{self.now.ended}, so {self.scene.auto} cannot lead on: begin again, or go back"
+            )
         self._drive = self._drive._replace(auto=on)
 
     def _do_run(self, on: bool) -> None:
         self.running = on
+
+    def _do_speed(self, fps: int) -> None:
+        self.fps = max(1, min(fps, FASTEST))
 
     def _do_step(self) -> None:
         self.running = False
@@ -167,7 +176,7 @@ class Session:
             self._film = [self.now]
             return []
         film, self._film = self._film or [], None
-        files = recording.save(film, self.folder, self.cfg.fps)
+        files = recording.save(film, self.folder, self.fps)
         self.saved |= {path.name: path for path in files}
         names = [path.name for path in files]
         return [{"is": "saved", "files": names, "folder": str(self.folder)}]

@@ -66,10 +66,15 @@ function greet(said) {
   $("start").max = said.starts - 1;
   $("auto").hidden = !said.auto;
   $("auto-name").textContent = said.driver === "action" ? "Agent drives" : "Phrases of the clip";
-  $("doubt").hidden = true;
+  speed(said.fps);
   if (said.driver === "phrase") phrases(said.suggestions);
   else if (said.width) axes();
   $("unled").hidden = said.driver !== "nothing";
+}
+
+function speed(fps) {
+  $("speed").value = fps;
+  $("fps").textContent = `${fps} / s`;
 }
 
 function axes() {
@@ -139,7 +144,7 @@ function show(data) {
   real[now.number] = now.reward;
   expected[now.number] = now.dreamt || now.number ? now.expected : [];
   doubts[now.number] = now.uncertainty;
-  facts[0].note.textContent = now.ended || `moment ${now.number}`;
+  facts[0].note.textContent = `${now.ended ? now.ended + ", " : ""}moment ${now.number}`;
   facts[0].line.textContent = [now.phrase, now.reward === null ? "" : `reward ${two(now.reward)}`].filter(Boolean).join(" · ");
   now.expected.forEach((reward, i) => {
     facts[i + 1].note.textContent = now.dreamt ? `${now.dreamt} steps deep` : "watching";
@@ -190,12 +195,15 @@ function charts() {
 }
 
 function chart(canvas, rows) {
-  const pen = canvas.getContext("2d"), { width, height } = canvas, last = 160;
+  const zoom = window.devicePixelRatio || 1, width = canvas.clientWidth, height = canvas.clientHeight;
+  canvas.width = Math.round(width * zoom);
+  canvas.height = Math.round(height * zoom);
+  const pen = canvas.getContext("2d"), last = 160;
+  pen.scale(zoom, zoom);
   const from = Math.max(0, now.number - last), to = Math.max(now.number, from + 20);
   const seen = rows.flatMap((row) => row.values.slice(from, to + 1)).filter((x) => typeof x === "number");
   const low = Math.min(0, ...seen), high = Math.max(1e-6, ...seen);
   const x = (n) => 44 + (width - 52) * (n - from) / (to - from), y = (v) => 8 + (height - 16) * (high - v) / (high - low);
-  pen.clearRect(0, 0, width, height);
   pen.fillStyle = tone("soft");
   pen.font = "12px sans-serif";
   pen.fillText(two(high), 2, 16);
@@ -215,7 +223,6 @@ function chart(canvas, rows) {
     }
     pen.stroke();
   }
-  pen.lineWidth = 1;
 }
 
 function saved(said) {
@@ -239,6 +246,10 @@ const COMMANDS = {
 const SHORT = { " ": "run", ".": "step", Backspace: "rewind", d: "dream", a: "auto", r: "record" };
 for (const id of Object.keys(COMMANDS)) $(id).addEventListener("click", () => { COMMANDS[id](); $(id).blur(); });
 $("place").addEventListener("input", () => say({ do: "go", number: Number($("place").value) }));
+$("speed").addEventListener("input", () => {
+  speed(Number($("speed").value));
+  say({ do: "speed", fps: Number($("speed").value) });
+});
 $("begin").addEventListener("submit", (event) => {
   event.preventDefault();
   say({ do: "begin", start: Math.trunc(Number($("start").value)) || 0 });
