@@ -145,10 +145,10 @@ function show(data) {
   expected[now.number] = now.dreamt || now.number ? now.expected : [];
   doubts[now.number] = now.uncertainty;
   facts[0].note.textContent = `${now.ended ? now.ended + ", " : ""}moment ${now.number}`;
-  facts[0].line.textContent = [now.phrase, now.reward === null ? "" : `reward ${two(now.reward)}`].filter(Boolean).join(" · ");
+  facts[0].line.textContent = now.reward === null ? "" : `reward ${two(now.reward)}`;
   now.expected.forEach((reward, i) => {
     facts[i + 1].note.textContent = now.dreamt ? `${now.dreamt} steps deep` : "watching";
-    const said = [reward === null ? "" : `expects reward ${two(reward)}`, now.uncertainty[i] === null ? "" : `uncertainty ${two(now.uncertainty[i])} nats`];
+    const said = [now.phrase && `led by ${now.phrase}`, reward === null ? "" : `expects reward ${two(reward)}`, now.uncertainty[i] === null ? "" : `uncertainty ${two(now.uncertainty[i])} nats`];
     facts[i + 1].line.textContent = said.filter(Boolean).join(" · ");
   });
   for (const [id, on] of [["run", now.running], ["auto", now.auto], ["record", now.recording]]) $(id).setAttribute("aria-pressed", String(on));
