@@ -18,7 +18,7 @@ GL_PACKAGES := libegl1 libgl1 libgl1-mesa-dri
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gl demo vlm-check lint test-fast test test-hard ui doctor format clean
+.PHONY: help setup gl demo vlm-check lint test-fast test test-hard ui play doctor format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ ui: setup ## open the MLflow pages of the runs on 127.0.0.1 (PORT=5000)
 	@$(VENV)/bin/mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db" \
 		--default-artifact-root "$(CURDIR)/runs/artifacts"
+
+play: setup ## play with a model's dream in a browser (ARGS="checkpoint=runs/NAME/finetune/last.ckpt")
+	@$(PY) -m mapo_lightning.play $(ARGS)
 
 doctor: $(STAMP) ## check this machine; add the answer to a bug report
 	@$(PY) -m mapo_lightning.doctor
