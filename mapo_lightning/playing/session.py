@@ -108,7 +108,8 @@ class Session:
 
     def _do_act(self, action: list[Any], serial: int) -> None:
         if not self.scene.drive_dim:
-            raise CommandError(f"no action leads this dream, but {self.scene.driver}")
+            led = ", but phrases do" if self.scene.driver == "phrase" else ""
+            raise CommandError(f"no action leads this dream{led}")
         found = action_of(action, self.scene.drive_dim, self.scene.reach)
         self._serial = max(0, min(serial, 2**53))
         self._drive = self._drive._replace(action=found)
@@ -125,9 +126,9 @@ class Session:
 
     def _check_told(self) -> None:
         if self.scene.driver != "phrase":
-            led = "what was inferred" if self.scene.driver == "latent" else self.scene.driver
+            led = {"latent": ", but inferred actions do", "action": ", but actions do"}
             raise CommandError(
-                f"no phrase leads this dream, but {led}: phrases lead the dreams of checkpoints "
+                f"no phrase leads this dream{led.get(self.scene.driver, '')}: phrases lead the dreams of checkpoints "
                 "of pre-training with method=mapo"
             )
 

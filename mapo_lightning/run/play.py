@@ -1,13 +1,14 @@
 """Opens a page on which a model's dream is played with: ``mapo-play``.
 
-Usage: mapo-play checkpoint=runs/NAME/finetune/last.ckpt [checkpoint=ANOTHER] [words]
+Usage: mapo-play [checkpoint=runs/NAME/finetune/last.ckpt] [checkpoint=ANOTHER] [words]
 
 Prints an address of this machine; open it in a browser. An agent's model dreams beside the
 simulator: keys drive both, or the agent does. A pre-trained model dreams beside held-out clips, led
-by the phrase that you type. Two checkpoints dream side by side, led by the same. Pause, step, go
-back, choose the start, and record a film. The settings are those of the checkpoint; further words,
-as of ``mapo-train``, change them, for example ``play.fps=30`` or ``data.root=DIR`` for other
-videos. Recordings go into ``run_dir`` (``runs/play`` if none is given). Ctrl-C ends it.
+by the phrase that you type. Without checkpoint=, a small agent of the toy is played that comes with
+the package. Two checkpoints dream side by side, led by the same. Pause, step, go back, choose the
+start, and record a film. The settings are those of the checkpoint; further words, as of
+``mapo-train``, change them, for example ``play.fps=30`` or ``data.root=DIR`` for other videos.
+Recordings go into ``run_dir`` (``runs/play`` if none is given). Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from mapo_lightning.playing.scene import Scene
     from mapo_lightning.training.datamodule import VideoDataModule
 
+SHIPPED = Path(__file__).resolve().parents[1] / "playing" / "shipped"
+"""An export of a small agent of the toy; ``make shipped`` makes it."""
 _MOST = 2  # models that are compared
 _SUGGESTED = 12  # values of a slot that the page suggests
 _LABELS = 48  # labels of held-out videos that they are taken from
@@ -40,16 +43,17 @@ _LABELS = 48  # labels of held-out videos that they are taken from
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until Ctrl-C; returns the exit code."""
-    return small_program(argv, __doc__ or "", _run)
+    words = sys.argv[1:] if argv is None else list(argv)
+    return small_program(words or [f"checkpoint={SHIPPED}"], __doc__ or "", _run)
 
 
 def _run(words: Sequence[str]) -> None:
     paths = [Path(w.partition("=")[2]) for w in words if w.startswith("checkpoint=")]
     others = [word for word in words if not word.startswith("checkpoint=")]
-    if not 1 <= len(paths) <= _MOST:
+    paths = paths or [SHIPPED]
+    if len(paths) > _MOST:
         raise ConfigError(
-            f"mapo-play needs checkpoint=PATH of a pre-trained or fine-tuned model, or two of "
-            f"them to compare, got {len(paths)}"
+            f"mapo-play compares two checkpoints at most, got {len(paths)}: leave out the others"
         )
     videos = _stage(paths) == "pretrain"
     composed = [

@@ -224,7 +224,7 @@ def test_the_page_is_played_in_a_browser(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["play.port=0"], "mapo-play needs checkpoint=PATH"),
+        (["checkpoint=a", "checkpoint=b", "checkpoint=c"], "two checkpoints at most, got 3"),
         (["checkpoint=none.ckpt"], "no checkpoint at 'none.ckpt'"),
         (["checkpoint=run/finetune/last.ckpt", "play.port=99999"], "play.port must lie in"),
         (
