@@ -13,12 +13,16 @@ ARGS ?=
 WORKERS ?= 2
 # Films of vlm-check: the parts of the picture move in all directions.
 SCENES := toy/disc_anywhere,dmc/cartpole_swingup,dmc/reacher_easy,dmc/finger_spin,metaworld/drawer-close
+# The agent that comes with the package: narrower than size=tiny, so that it has less than 4 MB.
+SHIPPED := world_model.lower.hidden=64 world_model.upper.hidden=64 world_model.head_units=64 \
+	world_model.ensemble.members=3 world_model.ensemble.hidden=64 \
+	pretrain.updates=3000 finetune.agent_steps=6000
 GL_PACKAGES := libegl1 libgl1 libgl1-mesa-dri
 
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gl demo vlm-check lint test-fast test test-hard ui doctor format clean
+.PHONY: help setup gl demo vlm-check lint test-fast test test-hard ui play shipped doctor format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +55,15 @@ ui: setup ## open the MLflow pages of the runs on 127.0.0.1 (PORT=5000)
 	@$(VENV)/bin/mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db" \
 		--default-artifact-root "$(CURDIR)/runs/artifacts"
+
+play: setup ## play with a model's dream in a browser (ARGS="checkpoint=runs/NAME/finetune/last.ckpt")
+	@$(PY) -m mapo_lightning.play $(ARGS)
+
+shipped: setup ## train and export the agent that is played where no checkpoint= is given (minutes)
+	$(PY) train.py env=toy seed=0 run_dir=runs/shipped tracking.enabled=false $(SHIPPED)
+	rm -rf mapo_lightning/playing/shipped
+	$(PY) -m mapo_lightning.export checkpoint=runs/shipped/finetune/last.ckpt \
+		out=mapo_lightning/playing/shipped
 
 doctor: $(STAMP) ## check this machine; add the answer to a bug report
 	@$(PY) -m mapo_lightning.doctor

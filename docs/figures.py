@@ -253,7 +253,10 @@ FLOORS: list[dict[str, str]] = [
         "training": "Lightning modules, data modules,\ncheckpoints",
         "label_tools": "gallery, Parquet",
     },
-    {"judging": "what dreams are worth: looks, control, rewards, decisions"},
+    {
+        "judging": "what dreams are worth",
+        "playing": "reality and dream side by side,\nand their page",
+    },
     {"callbacks": "what happens around an update: collect, evaluate, record"},
     {"run": "composes a run, builds its objects, runs its stages; load_agent; doctor"},
 ]

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "train.py")
 TOLD = str(ROOT / "mapo_lightning" / "told.py")
 DREAMS = str(ROOT / "mapo_lightning" / "dreams.py")
+PLAY = str(ROOT / "mapo_lightning" / "play.py")
 EXPORT = str(ROOT / "mapo_lightning" / "export.py")
 PATIENCE = 900  # seconds after which a program counts as hanging, on a busy machine too
 SMALL = ["trainer=debug", "env=toy", "world_model.image.channels=[4]", "demo.clips_per_scene=8"]

@@ -242,6 +242,7 @@ class LiveLabeler:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state` returned."""
         for frames, stored in zip(self.recent, state["recent"], strict=True):
+            frames.clear()
             frames.extend(stored.numpy())
         self.age = np.array(state["age"], np.int64)
         self.skipped = state["skipped"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -165,6 +165,72 @@ class Draughtsman(Protocol):
 
         Returns:
             Frames (B, T, H, W, 3) in [0, 1].
+        """
+        ...
+
+
+Driver: TypeAlias = Literal["action", "phrase", "latent", "nothing"]
+"""What leads a dream: the robot's actions, phrases, inferred actions, or nothing at all."""
+
+
+class Dreaming(Protocol):
+    """One moment of a dream that is dreamt step by step, of N rows.
+
+    A moment never changes: `step` makes the next one. So past moments can be kept, and left again
+    in another way.
+    """
+
+    @property
+    def belief(self) -> Belief:
+        """What an agent may read, axes (N,)."""
+        ...
+
+    @property
+    def frame(self) -> Tensor:
+        """The picture, (N, H, W, 3) in [0, 1]."""
+        ...
+
+    @property
+    def reward(self) -> Tensor | None:
+        """Expected on reaching this moment, (N,); None: nothing predicts it."""
+        ...
+
+    @property
+    def uncertainty(self) -> Tensor | None:
+        """How little is known of the step to this moment, (N,) >= 0; None: nothing tells."""
+        ...
+
+    def step(self, drive: Batch) -> Dreaming:
+        """Dream one step on, with torch's random numbers and in evaluation mode.
+
+        Args:
+            drive: What leads to the next moment, axes (N,): ``action`` (N, A) where actions or
+                inferred actions lead; ``semantic``, ``has_semantic`` and ``position`` where phrases
+                do. Other keys are not read.
+        """
+        ...
+
+
+@runtime_checkable
+class Stepwise(WorldModel, Protocol):
+    """A world model whose dreams can be led one step at a time, as `mapo-play` does."""
+
+    @property
+    def driver(self) -> Driver:
+        """What leads its dreams."""
+        ...
+
+    @property
+    def drive_dim(self) -> int:
+        """Width A of the actions, or inferred actions, that lead its dreams; 0: none do."""
+        ...
+
+    def dreaming(self, start: Belief, shown: Tensor) -> Dreaming:
+        """Begin a dream, which goes as `imagine` and `open_loop` go.
+
+        Args:
+            start: Belief after the newest frame, axes (N,).
+            shown: The frames up to there, (N, T, H, W, 3) uint8, which tell the scene.
         """
         ...
 

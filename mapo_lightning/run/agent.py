@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mapo_lightning.config.compose import compose
+from mapo_lightning.envs.live_labels import LiveLabeler
+from mapo_lightning.models.interfaces import Belief, WorldModel
 from mapo_lightning.run.build import acting_vlm, build_live_labeler, load_finetuned
 from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.from_checkpoint import agent_settings
 from mapo_lightning.run.renamed import RENAMED
 from mapo_lightning.semantics.factory import log_servers
-from mapo_lightning.training.acting import acting
+from mapo_lightning.training.acting import ActingPolicy, acting
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.types import ConfigError, MapoError
 
@@ -28,6 +32,15 @@ Arrays = dict[str, NDArray[Any]]
 
 class ObservationError(MapoError):
     """What the agent was shown is not what it was trained on."""
+
+
+class Mark(NamedTuple):
+    """What an agent remembers at one moment."""
+
+    policy: ActingPolicy
+    random: dict[str, torch.Tensor]
+    batch: int | None
+    labels: dict[str, Any] | None
 
 
 def load_agent(
@@ -102,7 +115,8 @@ class Agent:
             self._random["cuda"] = torch.Generator(device).manual_seed(start).get_state()
         self._policy = acting(self._module, explore=False)
         self._batch: int | None = None
-        self._label: Callable[[Arrays, NDArray[np.bool_]], Arrays] | None = None
+        self._single = True
+        self._labeler: LiveLabeler | None = None
 
     def act(
         self,
@@ -110,7 +124,7 @@ class Agent:
         label_obs: NDArray[np.uint8] | None = None,
         is_first: NDArray[np.bool_] | None = None,
     ) -> NDArray[np.float32]:
-        """Take in the newest frame and answer with an action.
+        """Take in the newest frame and answer with an action: `see`, then `choose`.
 
         Args:
             obs: RGB, (H, W, 3) uint8, or (N, H, W, 3) from N environments.
@@ -125,12 +139,22 @@ class Agent:
         Raises:
             ObservationError: A wrong type, shape or number of environments.
         """
+        self.see(obs, label_obs, is_first)
+        return self.choose()
+
+    def see(
+        self,
+        obs: NDArray[np.uint8],
+        label_obs: NDArray[np.uint8] | None = None,
+        is_first: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Take in the newest frame; arguments and errors as of `act`."""
         single = np.ndim(obs) == 3
         frames = self._checked(obs, single, "obs", self.cfg.env.size)
         envs = len(frames)
         if self._batch is None:
             self._batch = envs
-            self._label = build_live_labeler(self._private, envs, "agent").update
+            self._labeler = build_live_labeler(self._private, envs, "agent")
             is_first = np.ones(envs, bool)
         if envs != self._batch:
             raise ObservationError(
@@ -140,10 +164,49 @@ class Agent:
         if first.shape != (envs,):
             raise ObservationError(f"is_first must be ({envs},), got {first.shape}")
         shown = {"image": frames} | self._label_frames(label_obs, single)
-        assert self._label is not None
-        step = {"obs": frames, "is_first": first, **self._label(shown, first)}
-        action = self._drawn_from_own_stream(step)
-        return action[0] if single else action
+        assert self._labeler is not None
+        step = {"obs": frames, "is_first": first, **self._labeler.update(shown, first)}
+        self._single = single
+        with self._own_stream():
+            self._policy.see(step)
+
+    def choose(self) -> NDArray[np.float32]:
+        """Answer to what was seen with an action, (A,) or (N, A) in [-1, 1]; it counts as done."""
+        with self._own_stream():
+            action = self._policy.choose()
+        return action[0] if self._single else action
+
+    def take(self, action: NDArray[np.float32]) -> None:
+        """Note that this action, (A,) or (N, A), was done in place of one that `choose` gave."""
+        self._policy.take(action[None] if self._single else action)
+
+    @property
+    def belief(self) -> Belief:
+        """What is known after the newest frame, axes (N,).
+
+        Raises:
+            ObservationError: Nothing was seen yet.
+        """
+        if self._policy.belief is None:
+            raise ObservationError("the agent has seen nothing yet: call act() or see() first")
+        return self._policy.belief
+
+    @property
+    def world_model(self) -> WorldModel:
+        """What it believes with."""
+        return self._module.world_model
+
+    def mark(self) -> Mark:
+        """All that it remembers now, to come `back` to."""
+        labels = None if self._labeler is None else self._labeler.state()
+        return Mark(copy.copy(self._policy), dict(self._random), self._batch, labels)
+
+    def back(self, mark: Mark) -> None:
+        """Remember what it did at `mark`, of the same episodes, and nothing after it."""
+        self._policy, self._random = copy.copy(mark.policy), dict(mark.random)
+        self._batch = mark.batch
+        if self._labeler is not None and mark.labels is not None:
+            self._labeler.restore(mark.labels)
 
     def close(self) -> None:
         """Remove the labels kept for this agent."""
@@ -164,19 +227,19 @@ class Agent:
     def _device(self) -> torch.device:
         return next(self._module.parameters()).device
 
-    def _drawn_from_own_stream(self, step: Arrays) -> NDArray[np.float32]:
-        """Ask the policy without touching the program's random numbers."""
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """Draw from the agent's random numbers, and leave those of the program alone."""
         device = self._device
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.set_rng_state(self._random["cpu"])
             if cuda:
                 torch.cuda.set_rng_state(self._random["cuda"], device)
-            action = self._policy(step)
+            yield
             self._random["cpu"] = torch.get_rng_state()
             if cuda:
                 self._random["cuda"] = torch.cuda.get_rng_state(device)
-        return action
 
     def _label_frames(
         self, label_obs: NDArray[np.uint8] | None, single: bool

@@ -12,6 +12,7 @@ from mapo_lightning.envs.settings import DemoConfig, EnvConfig
 from mapo_lightning.models.agents.settings import AgentConfig
 from mapo_lightning.models.rssm_world.settings import WorldModelConfig
 from mapo_lightning.models.token_world.settings import TokenWorldConfig
+from mapo_lightning.playing.settings import PlayConfig
 from mapo_lightning.run.sweep.settings import LaunchConfig
 from mapo_lightning.semantics.settings import VlmConfig
 from mapo_lightning.tracking.settings import TrackingConfig
@@ -73,6 +74,8 @@ class RunConfig:
     """Test episodes."""
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     """What happens around training."""
+    play: PlayConfig = field(default_factory=PlayConfig)
+    """The page of mapo-play."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Hardware."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

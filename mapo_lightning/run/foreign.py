@@ -192,6 +192,7 @@ REFUSED: Mapping[str, str] = {
     "callbacks.quality": "queries to a describer",
     "callbacks.told": "what is recorded, and when",
     "callbacks.progress": "what is shown",
+    "play": "where a page is served, and how fast",
     "trainer": "hardware of this machine",
     "launch": "processes and jobs that are started",
     "tracking": "addresses and folders",

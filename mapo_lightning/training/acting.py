@@ -41,6 +41,7 @@ class ActingPolicy:
         self.belief: Belief | None = None
         self.action: Tensor | None = None
         self.plan: Tensor | None = None
+        self._first: Tensor | None = None
         self._resumed: Any = None
 
     def state(self) -> dict[str, Any]:
@@ -49,45 +50,60 @@ class ActingPolicy:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state` returned."""
-        device = next(self.world_model.parameters()).device
         self._resumed = state["belief"]
-        self.action = None if state["action"] is None else state["action"].to(device)
+        self.action = None if state["action"] is None else state["action"].to(self.device)
         plan = state.get("plan")  # checkpoints of earlier versions know of none
-        self.plan = None if plan is None else plan.to(device)
+        self.plan = None if plan is None else plan.to(self.device)
+
+    def __call__(self, step: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Take one step of N environments: `see`, then `choose`."""
+        self.see(step)
+        return self.choose()
 
     @torch.no_grad()
-    def __call__(self, step: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Take one step of N environments.
+    def see(self, step: dict[str, NDArray[Any]]) -> None:
+        """Take in the newest frames of N environments.
 
         Args:
             step: ``obs`` (N, H, W, 3) uint8, ``is_first`` (N,) bool, ``semantic`` (N, V) float32,
                 ``has_semantic`` (N,) bool, ``position`` (N,) int64.
-
-        Returns:
-            Actions (N, A) in [-1, 1].
         """
-        device = next(self.world_model.parameters()).device
-        batch = {key: torch.from_numpy(x).to(device)[:, None] for key, x in step.items()}
+        batch = {key: torch.from_numpy(x).to(self.device)[:, None] for key, x in step.items()}
         envs = batch["obs"].shape[0]
         if self._resumed is not None and self.action is not None and len(self.action) != envs:
             # The run goes on with another number of environments, in which all episodes begin.
             self._resumed = self.action = self.plan = None
         if self.action is None:
-            self.action = torch.zeros(envs, self.agent.action_dim, device=device)
-        batch["action"] = self.action[:, None]
+            self.action = torch.zeros(envs, self.agent.action_dim, device=self.device)
+        batch["action"], self._first = self.action[:, None], batch["is_first"][:, 0]
         with self.world_model.evaluating():
             if self._resumed is not None:
                 self.belief, self._resumed = self._shaped(self._resumed, batch), None
             self.belief = self.world_model.observe(batch, self.belief).at(0)
+
+    @torch.no_grad()
+    def choose(self) -> NDArray[np.float32]:
+        """Choose, from what was seen, and remember as done: actions (N, A) in [-1, 1]."""
+        assert self.belief is not None, "nothing was seen yet"
+        assert self._first is not None
+        with self.world_model.evaluating():
             if self.planner is None:
                 self.action = self.agent.act(self.belief, self.explore)
             else:
-                first_N = batch["is_first"][:, 0]
                 self.action, self.plan = self.planner.act(
-                    self.belief, self.plan, first_N, self.explore
+                    self.belief, self.plan, self._first, self.explore
                 )
         acted: NDArray[np.float32] = self.action.float().cpu().numpy()
         return acted
+
+    def take(self, action: NDArray[np.float32]) -> None:
+        """Remember that somebody else has chosen: actions (N, A) in [-1, 1]."""
+        self.action = torch.from_numpy(action).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.world_model.parameters()).device
 
     def _shaped(self, stored: Any, batch: Batch) -> Belief:
         """Give stored tensors the shape of this world model's beliefs."""

@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"envs"},
     {"tracking"},
     {"training", "label_tools"},
-    {"judging"},
+    {"judging", "playing"},
     {"callbacks"},
     {"run"},
     {
@@ -34,6 +34,7 @@ FLOORS: list[set[str]] = [
         "export",
         "gallery",
         "labels",
+        "play",
         "quality",
         "told",
     },  # other ways to type the commands
@@ -54,7 +55,7 @@ DOORS = {
     },
     "decord": {"data/random_access.py"},
     "dm_control": {"envs/dmc.py"},
-    "jinja2": {"label_tools/page.py"},
+    "jinja2": {"label_tools/page.py", "playing/page.py"},
     "metaworld": {"envs/metaworld.py", "envs/demo.py"},
     "mlflow": {"tracking/mlflow_client.py"},
     "mujoco": {"envs/gl.py", "envs/mujoco_state.py"},
@@ -69,12 +70,14 @@ DOORS = {
         "training/told.py",
     },
     "submitit": {"run/sweep/slurm.py"},
+    "starlette": {"playing/app.py"},
     "transformers": {
         "semantics/image_text.py",
         "semantics/in_process.py",
         "semantics/qwen.py",
         "semantics/text_encoder.py",
     },
+    "uvicorn": {"playing/app.py"},
     "wordllama": {"semantics/text_encoder.py"},
 }
 LIGHTNING = {"training", "tracking", "run"}  # rooms that know Lightning

@@ -120,7 +120,9 @@ class InverseAction(ActionSource):
         obs = batch["obs"]
         frame_NCHW = normalised(obs)
         pairs = frame_pairs(frame_NCHW.view(*obs.shape[:2], *frame_NCHW.shape[1:]))
-        raw = self.infer(self.encoder(pairs.flatten(0, 1))).view(*pairs.shape[:2], -1)
+        raw = self.infer(self.encoder(pairs.flatten(0, 1))).view(
+            *pairs.shape[:2], 2 * self.action_dim
+        )
         mean, raw_std = raw.float().chunk(2, dim=-1)
         std = 2.0 * torch.sigmoid(raw_std / 2.0)
         action = mean + std * torch.randn_like(std) if self.sampled else mean

@@ -155,6 +155,14 @@ class Dynamics(nn.Module, Generic[S]):
         """Predict one step: p(s_t | s_{t-1}, a_{t-1})."""
         raise NotImplementedError
 
+    def dream_on(self, prev: S, action_BA: Tensor, noise_BS: Tensor) -> S:
+        """As `imagine_step`; the next step can be dreamt from what it returns.
+
+        Costs the same at every step, however long the dream is. For whole dreams `imagine` is
+        cheaper.
+        """
+        raise NotImplementedError
+
     def kl(self, post_BTSK: Tensor, prior_BTSK: Tensor, free_nats: float) -> Tensor:
         """Balanced KL of this model, scalar nats per step."""
         post_BTSK, prior_BTSK = self.mixed(post_BTSK), self.mixed(prior_BTSK)

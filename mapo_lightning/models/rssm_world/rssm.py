@@ -182,6 +182,10 @@ class RSSM(Dynamics[RSSMState]):
         sample_BSK = one_hot_sample(self.mixed(logits_BSK), noise_BS)
         return RSSMState.of(deter_BD, sample_BSK, logits_BSK)
 
+    def dream_on(self, prev: RSSMState, action_BA: Tensor, noise_BS: Tensor) -> RSSMState:
+        """As `Dynamics.dream_on`: a state holds all that there is."""
+        return self.imagine_step(prev, action_BA, noise_BS)
+
     def _recur(self, driven_BU: Tensor, stoch_BX: Tensor, deter_BD: Tensor) -> Tensor:
         """Next recurrent state (B, D), from the action's part of the input layer and the state."""
         weight = self.inp.weight[:, : self.cfg.stoch * self.cfg.classes]

@@ -182,6 +182,22 @@ class TransformerDynamics(Dynamics[TransformerState]):
     ) -> RSSMState:
         with evaluation_mode(self.dropouts):
             hidden_NX = recall.step(self._token(action_NA, prev.stoch.flatten(-2)))
+        return self._sampled(hidden_NX, noise_NS)
+
+    def dream_on(
+        self, prev: TransformerState, action_BA: Tensor, noise_BS: Tensor
+    ) -> TransformerState:
+        """As `Dynamics.dream_on`; the memory keeps the newest tokens, as many as are looked at."""
+        past_BPJ2X, begin_B = prev.memory.last(self.cfg.transformer.window - 1)
+        x_BX = self._token(action_BA, prev.stoch.flatten(-2))
+        with evaluation_mode(self.dropouts):
+            hidden_BTX, fresh_BTJ2X = self.attention(x_BX[:, None], past_BPJ2X, begin_B[:, None])
+        tokens = torch.cat([past_BPJ2X, fresh_BTJ2X], dim=1)
+        memory = Memory(tokens, begin_B, torch.full_like(begin_B, tokens.shape[1]))
+        return TransformerState(self._sampled(hidden_BTX[:, 0], noise_BS), memory)
+
+    def _sampled(self, hidden_NX: Tensor, noise_NS: Tensor) -> RSSMState:
+        """State that attention's result (N, X) foretells."""
         deter_ND = exact(self.out(hidden_NX))
         logits_NSK = self._grouped(exact(self.prior(deter_ND)))
         sample_NSK = one_hot_sample(self.mixed(logits_NSK), noise_NS)

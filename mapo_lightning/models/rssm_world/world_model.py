@@ -14,12 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from mapo_lightning.models.blocks import evaluation_mode
-from mapo_lightning.models.interfaces import Belief, Dream, DreamPolicy, Fit, Policy
+from mapo_lightning.models.interfaces import Belief, Dream, DreamPolicy, Driver, Fit, Policy
 from mapo_lightning.models.objective import check_scales, weigh
-from mapo_lightning.models.rssm_world.action_source import Driven, build_action_source
+from mapo_lightning.models.rssm_world.action_source import (
+    Driven,
+    InverseAction,
+    SemanticAction,
+    build_action_source,
+)
 from mapo_lightning.models.rssm_world.belief import DreamtBelief, Followed, RSSMBelief
 from mapo_lightning.models.rssm_world.context import NO_CONTEXT, Context, FrameContext
 from mapo_lightning.models.rssm_world.decoder import build_decoder
+from mapo_lightning.models.rssm_world.dreaming import Foretold, Parts, RSSMDreaming
 from mapo_lightning.models.rssm_world.dynamics import Dynamics, HasFeat, LatentState
 from mapo_lightning.models.rssm_world.encoder import build_encoder, normalised
 from mapo_lightning.models.rssm_world.ensemble import Ensemble
@@ -65,6 +71,7 @@ class RSSMWorldModel(nn.Module):
                 "use stage=finetune, or choose another method"
             )
         self.cfg, self.objective = cfg, objective
+        self.action_dim = action_dim
         self.encoder = build_encoder(cfg.image)
         self.context = None
         if cfg.context.kind != "none":
@@ -276,9 +283,71 @@ class RSSMWorldModel(nn.Module):
 
         The scene's context comes from the frames that were ``shown``, (B, S, H, W, 3) uint8.
         """
-        mean_NCHW = self.decoder(feat.flatten(0, 1), self._look(shown).maps).float()
-        frame_NHWC: Tensor = (mean_NCHW + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1)
+        frame_NHWC = self._draw(feat.flatten(0, 1), self._look(shown))
         return frame_NHWC.reshape(*feat.shape[:2], *shown.shape[2:])
+
+    def _draw(self, feat_NF: Tensor, context: Context) -> Tensor:
+        """Pictures (N, H, W, 3) in [0, 1]."""
+        mean_NCHW: Tensor = self.decoder(feat_NF, context.maps).float()
+        return (mean_NCHW + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1)
+
+    @property
+    def driver(self) -> Driver:
+        """What leads its dreams: after fine-tuning the robot, before it what `source` takes."""
+        if self.action_dim is not None:
+            return "action"
+        if isinstance(self.source, SemanticAction):
+            return "phrase"
+        return "latent" if isinstance(self.source, InverseAction) else "nothing"
+
+    @property
+    def drive_dim(self) -> int:
+        """Width of the actions, or inferred actions, that lead its dreams; 0: none do."""
+        if self.action_dim is not None:
+            return self.action_dim
+        return self.source.action_dim if isinstance(self.source, InverseAction) else 0
+
+    @torch.no_grad()
+    def dreaming(self, start: Belief, shown: Tensor) -> RSSMDreaming:
+        """Begin a dream that goes on step by step; see `models.interfaces.Stepwise`.
+
+        Raises:
+            TypeError: ``start`` is not a belief of this model.
+        """
+        if not isinstance(start, RSSMBelief):
+            raise TypeError(f"start must be an RSSMBelief, got {type(start).__name__}")
+        modules = list(self.modules())
+        with evaluation_mode(modules):
+            context = self._look(shown)
+
+        def draw(feat_NF: Tensor) -> Tensor:
+            # The residual decoder draws which tokens it asks: a dream goes on as if unseen.
+            devices = [feat_NF.device] if feat_NF.is_cuda else []
+            with evaluation_mode(modules), torch.random.fork_rng(devices):
+                return self._draw(feat_NF, context)
+
+        parts = Parts(self._dreaming, self._led, self._foretold, draw)
+        return RSSMDreaming.begin(parts, start.control)
+
+    def _led(self, drive: Batch, rows: int) -> Tensor:
+        """What leads a dream one step on -> actions (N, A) of the control dynamics."""
+        if self.upper is not None or self.source is None or self.driver == "latent":
+            return drive["action"]
+        one = {key: value[:, None] for key, value in drive.items()}
+        like = next(self.parameters())
+        one["is_first"] = torch.zeros(rows, 1, dtype=torch.bool, device=like.device)
+        found: Tensor = self.source(one).action[:, 0]
+        return found
+
+    def _foretold(
+        self, before: LatentState | None, state: LatentState, action_NA: Tensor | None
+    ) -> Foretold:
+        reward_N = self.heads.read("reward", state.feat) if "reward" in self.heads else None
+        if self.ensemble is None:
+            return Foretold(reward_N, None)
+        if before is None or action_NA is None:
+            return Foretold(reward_N, state.feat.new_zeros(len(state.feat)))
+        return Foretold(reward_N, self.ensemble.disagreement(before.feat, action_NA))
 
     def parts(self) -> Mapping[str, nn.Module]:
         """Every part that this method has: encoder, context, source, lower, upper, decoder ..."""

@@ -7,6 +7,8 @@ Source: iVideoGPT, arXiv:2405.15223; facts 7.5, 7.6.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,19 @@ class Continuation:
         self.view = self.tokenizer.view(context)
         self.reading = self.predictor.start(self.view.ids)
         self.recent = list(context.unbind(1))
+
+    def branch(self, own_storage: bool) -> Continuation:
+        """The same frames, to go on from without changing this one.
+
+        Args:
+            own_storage: Copy the cache. Two branches may share it only if no more than one of them
+                goes on: each writes behind the tokens that both have read.
+        """
+        other = copy.copy(self)
+        other.recent = self.recent[-self.cfg.tokenizer.context_frames :]
+        if own_storage:
+            other.reading = self.reading.repeat(1)
+        return other
 
     def next(self, action: Tensor | None, told: Told | None) -> tuple[Tensor, Tensor | None]:
         """Frame (N, 3, H, W) in [0, 1], and reward on reaching it (N,) in symlog if known.

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mapo_lightning.models.blocks import evaluation_mode
-from mapo_lightning.models.interfaces import Belief, Dream, Fit, Policy
+from mapo_lightning.models.interfaces import Belief, Dream, Driver, Fit, Policy
 from mapo_lightning.models.objective import check_scales, weigh
 from mapo_lightning.models.scalar_outputs import symexp, symlog
 from mapo_lightning.models.settings import ObjectiveConfig
 from mapo_lightning.models.token_world.augment import augmented
 from mapo_lightning.models.token_world.belief import StackedFrames, stacked
 from mapo_lightning.models.token_world.continuation import Continuation
+from mapo_lightning.models.token_world.dreaming import TokenDreaming, as_bytes
 from mapo_lightning.models.token_world.frame_predictor import FramePredictor, Told
 from mapo_lightning.models.token_world.perceptual import PerceptualDistance
 from mapo_lightning.models.token_world.settings import TokenWorldConfig
@@ -65,6 +66,7 @@ class TokenWorldModel(nn.Module):
         super().__init__()
         cfg.check_room()
         self.cfg, self.objective, self.learn = cfg, objective, learn
+        self.action_dim = action_dim
         self.tokenizer = Tokenizer(cfg.tokenizer)
         self.predictor = None
         if learn != "tokenizer":
@@ -233,7 +235,7 @@ class TokenWorldModel(nn.Module):
             actions.append(policy(step, seen))
             frame, reward = dream.next(actions[-1], None)
             rewards.append(rewards[0] if reward is None else symexp(reward).float())
-            beliefs.append(now.followed_by(_bytes(frame)))
+            beliefs.append(now.followed_by(as_bytes(frame)))
         reward_IN = torch.stack(rewards)
         return Dream(
             torch.stack([belief.feat for belief in beliefs]),
@@ -284,6 +286,38 @@ class TokenWorldModel(nn.Module):
             frame, _ = dream.next(batch["action"][:, t] if driven else None, told)
             film.append(frame[:, None])
         return torch.cat(film, dim=1).clamp(0.0, 1.0).movedim(2, -1)
+
+    @property
+    def driver(self) -> Driver:
+        """What leads its dreams: after fine-tuning the robot, before it phrases if there are."""
+        if self.action_dim is not None:
+            return "action"
+        told = self.predictor is not None and self.predictor.phrases is not None
+        return "phrase" if told else "nothing"
+
+    @property
+    def drive_dim(self) -> int:
+        """Width of the actions that lead its dreams; 0: none do."""
+        return self.action_dim or 0
+
+    @torch.no_grad()
+    def dreaming(self, start: Belief, shown: Tensor) -> TokenDreaming:
+        """Begin a dream that goes on step by step; see `models.interfaces.Stepwise`.
+
+        The frames of ``start`` are all that is needed of ``shown``.
+
+        Raises:
+            TypeError: ``start`` is not a belief of this model.
+        """
+        if not isinstance(start, StackedFrames):
+            raise TypeError(f"start must be StackedFrames, got {type(start).__name__}")
+        context = _pictures(start.frames[:, -self.cfg.tokenizer.context_frames :])
+        with evaluation_mode(list(self.modules())):
+            dream = self._dream_after(context)
+        frame = dream.view.frames[:, -1].clamp(0.0, 1.0).movedim(1, -1)
+        driven = self.action_dim is not None
+        reward = frame.new_zeros(len(frame)) if driven else None
+        return TokenDreaming(dream, start, frame, reward)
 
     def parts(self) -> Mapping[str, nn.Module]:
         """``tokenizer``, ``transformer``, ``control`` and ``phrases``, as far as there are such."""
@@ -336,8 +370,3 @@ class TokenWorldModel(nn.Module):
 def _pictures(obs: Tensor) -> Tensor:
     """Bytes (B, T, H, W, 3) -> (B, T, 3, H, W) in [0, 1]."""
     return obs.movedim(-1, 2).float() / 255.0
-
-
-def _bytes(frame: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) in [0, 1] -> (N, H, W, 3) uint8."""
-    return (frame * 255.0).round().to(torch.uint8).movedim(1, -1)
