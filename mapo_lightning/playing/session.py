@@ -128,8 +128,8 @@ class Session:
         if self.scene.driver != "phrase":
             led = {"latent": ", but inferred actions do", "action": ", but actions do"}
             raise CommandError(
-                f"no phrase leads this dream{led.get(self.scene.driver, '')}: phrases lead the dreams of checkpoints "
-                "of pre-training with method=mapo"
+                f"no phrase leads this dream{led.get(self.scene.driver, '')}: phrases lead the "
+                "dreams of checkpoints of pre-training with method=mapo"
             )
 
     def _told(self) -> list[Event]:
