@@ -15,8 +15,7 @@ WORKERS ?= 2
 SCENES := toy/disc_anywhere,dmc/cartpole_swingup,dmc/reacher_easy,dmc/finger_spin,metaworld/drawer-close
 # The agent that comes with the package: narrower than size=tiny, so that it has less than 4 MB.
 SHIPPED := world_model.lower.hidden=64 world_model.upper.hidden=64 world_model.head_units=64 \
-	world_model.ensemble.members=3 world_model.ensemble.hidden=64 \
-	pretrain.updates=3000 finetune.agent_steps=6000
+	world_model.ensemble.members=3 world_model.ensemble.hidden=64 finetune.agent_steps=3000
 GL_PACKAGES := libegl1 libgl1 libgl1-mesa-dri
 
 export MLFLOW_DISABLE_TELEMETRY := true

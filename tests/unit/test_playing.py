@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ import numpy as np
 import pytest
 from scenes_to_play import AGENTS, CLIPS, FILMED, FRAMES, SIDE, agent, filmed, simulated
 
+from mapo_lightning.config.compose import compose
 from mapo_lightning.envs.factory import make_env
 from mapo_lightning.playing.commands import MAX_MESSAGE, MAX_PHRASE, parse
 from mapo_lightning.playing.scene import Drive
 from mapo_lightning.playing.session import Session
 from mapo_lightning.playing.settings import PlayConfig
 from mapo_lightning.playing.simulated import stepwise
+from mapo_lightning.run import play
+from mapo_lightning.run.config import RunConfig, conf_folder
+from mapo_lightning.run.from_checkpoint import agent_settings
+from mapo_lightning.run.renamed import RENAMED
 from mapo_lightning.types import ConfigError, EnvironmentSetupError
 from tests.contract.throwaways import CopyLastFrame
 
@@ -312,3 +318,26 @@ def test_settings_of_the_page_have_bounds(words: dict[str, int]) -> None:
 
 def test_a_command_is_read_with_its_fields() -> None:
     assert parse('{"do": "go", "number": 3}') == {"do": "go", "number": 3}
+
+
+@pytest.mark.slow
+def test_the_agent_that_comes_with_the_package_dreams() -> None:
+    folder = play.SHIPPED
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4_000_000
+    card = json.loads((folder / "card.json").read_text())
+    tensors = (folder / "model.safetensors").read_bytes()
+    assert hashlib.sha256(tensors).hexdigest() == card["sha256"]
+    base = agent_settings(folder, [])
+    cfg = compose([], RunConfig, conf_folder(), base, RENAMED).config
+    session = opened(play.simulated([cfg], [folder], [])())
+    do(session, "auto", on=True)
+    errors, rewards = [], []
+    for _ in range(20):
+        assert do(session, "step") == []
+        errors.append(
+            float(np.abs(session.now.real / 255.0 - session.now.frames[0] / 255.0).mean())
+        )
+        rewards.append(session.state()["reward"])
+        assert session.state()["uncertainty"][0] >= 0.0
+    assert max(errors) < 0.15  # a dream of this floor, disc and pad, not of anything
+    assert rewards[-1] > 2 * rewards[0]  # the agent pushes the disc onto its pad
