@@ -226,14 +226,16 @@ def may_be_null(schema: type, name: str) -> bool:
 def fits(value: Any, hint: Any) -> bool:
     """Tell whether a value fits where OmegaConf would take more than it should.
 
-    It reads every number as true or false, and lets a section stand for a number in a dict.
+    It reads every number as true or false, and lets a section stand for a number or a text in a
+    dict.
     """
     inner, _ = unwrap(hint)
     if inner is bool:
         return not isinstance(value, int | float) or isinstance(value, bool)
     item = getattr(inner, "__args__", (None,))[-1]
-    if get_origin(inner) is dict and item in (int, float) and isinstance(value, dict):
-        return not any(isinstance(x, dict | list | bool) for x in value.values())
+    if get_origin(inner) is dict and item in (int, float, str) and isinstance(value, dict):
+        other = dict | list if item is str else dict | list | bool
+        return not any(isinstance(x, other) for x in value.values())
     return True
 
 

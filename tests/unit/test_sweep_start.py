@@ -134,12 +134,14 @@ def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path, lock: Fi
 
 
 STOPPED = """
+import signal
 import sys
 from pathlib import Path
 from mapo_lightning.files import FileLock
 from mapo_lightning.run.sweep import local
 from mapo_lightning.run.sweep.tasks import Task
 from mapo_lightning.stopping import Stopped, watched
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 folder = Path(sys.argv[1])
 local.command = lambda task, *more: [sys.executable, "-c", sys.argv[2], *task.words]
 lock = FileLock(folder / ".lock")
