@@ -22,6 +22,7 @@ from mapo_lightning.ownership import MAX_SETTINGS
 from mapo_lightning.types import SEEDS, CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 _MANY = 10**9  # updates, steps
 _WIDE = 2**16  # widths and other sizes
@@ -269,11 +270,12 @@ def taken(
             )
         found.append((key, value))
     kept = nested(found)
-    log.info(
-        "'%s' was not saved by you on this machine: of its settings, only those of networks, "
-        "environment and preprocessing are taken (docs/evaluate.md)",
-        path,
-    )
+    if not path.resolve().is_relative_to(_PACKAGE):  # what comes with it needs no such word
+        log.info(
+            "'%s' was not saved by you on this machine: of its settings, only those of networks, "
+            "environment and preprocessing are taken (docs/evaluate.md)",
+            path,
+        )
     _check_environment(kept, path, words)
     _check_describer(settings, kept, path, words)
     if videos and not {"data", "data.root"} & set(words):
