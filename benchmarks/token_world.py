@@ -2,6 +2,7 @@
 
     mapo-train method=ivideogpt_fixed env=toy seed=0 trainer.threads=1 run_dir=runs/token/fixed-0
     python benchmarks/token_world.py runs/token/*
+    python benchmarks/token_world.py --cost        arithmetic of a dreamt frame, for both sizes
 
 Prints a table of the runs whose folders are given; a run that is not finished is named.
 """
@@ -10,17 +11,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.codebook import last_shown  # noqa: E402
-from mapo_lightning.config.compose import from_base  # noqa: E402
+from mapo_lightning.config.compose import compose, from_base  # noqa: E402
+from mapo_lightning.models.token_world.frame_predictor import FramePredictor  # noqa: E402
 from mapo_lightning.run import build  # noqa: E402
 from mapo_lightning.run.config import RunConfig  # noqa: E402
 from mapo_lightning.run.from_checkpoint import agent_settings  # noqa: E402
@@ -31,6 +36,45 @@ from mapo_lightning.training.told import measure_held_out, student  # noqa: E402
 CLIPS = 48
 AHEAD = (1, 5, 10)
 Row = dict[str, float]
+
+
+@torch.no_grad()
+def costs(frames: int = 10) -> Iterator[str]:
+    """Markdown: arithmetic of a dream, counted, beside one pass over all of its tokens."""
+    heads = ("size", "tokens", "dream, GFLOP", "one pass, GFLOP", "dream / pass")
+    yield f"| {' | '.join(heads)} | read anew for each frame |"
+    yield "|---|---|---|---|---|---|"
+    for size in ("tiny", "paper"):
+        words = ["method=ivideogpt_fixed", "env=toy", f"size={size}", "token_world.lpips=false"]
+        cfg = compose(words, RunConfig, ROOT / "conf").config.token_world
+        model = FramePredictor(cfg.transformer, cfg.tokenizer, 2).eval()
+        dreamt = flops(partial(dream, model, frames))
+        once = flops(partial(read, model, frames))
+        anew = sum(flops(partial(read, model, steps)) for steps in range(1, frames + 1))
+        yield (
+            f"| {size} | {model.layout.length(frames)} | {dreamt / 1e9:.3g} | {once / 1e9:.3g} "
+            f"| {dreamt / once:.2f} | {anew / once:.1f} |"
+        )
+
+
+def dream(model: FramePredictor, frames: int) -> None:
+    """Dream frames after an empty context, with one cache for all."""
+    tokens = torch.zeros(1, model.layout.length(frames), dtype=torch.long)
+    reading = model.start(model.layout.split(tokens)[0])
+    for _ in range(frames):
+        _, _, reading = model.next_frame(reading, torch.zeros(1, 2))
+
+
+def read(model: FramePredictor, frames: int) -> None:
+    """Read as many frames, all of their tokens at once."""
+    model(torch.zeros(1, model.layout.length(frames), dtype=torch.long), torch.zeros(1, frames, 2))
+
+
+def flops(run: Callable[[], object]) -> float:
+    """Counted arithmetic of a call, in FLOP."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
 
 
 def main(folders: Sequence[Path]) -> None:
@@ -99,4 +143,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main([Path(word) for word in sys.argv[1:]])
+    if sys.argv[1:] == ["--cost"]:
+        print("\n".join(costs()))
+    else:
+        main([Path(word) for word in sys.argv[1:]])
