@@ -6,16 +6,14 @@ Shapes: C clips, T frames, H W image, A action, V semantic vector.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mapo_lightning.models.interfaces import WorldModel
+from mapo_lightning.models.interfaces import Driver
 from mapo_lightning.training.told import of_another
 from mapo_lightning.types import Batch
-
-Driver = Literal["phrase", "action"]
 
 MISLED = ("random", "swapped", "negated", "null")
 """Ways to mislead a dream after the last frame that it was shown."""
@@ -121,14 +119,6 @@ def _misled_phrases(
         }
         for name, (vectors, flags) in ways.items()
     }
-
-
-def dreamt(world_model: WorldModel, batch: Batch, seen: int, seed: int = 0) -> Tensor:
-    """Frames (C, T, H, W, 3) in [0, 1] of a dream; the same random numbers for every driver."""
-    device = batch["obs"].device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        return world_model.open_loop(batch, seen)
 
 
 def _after(seen: int, before: Tensor, then: Tensor) -> Tensor:

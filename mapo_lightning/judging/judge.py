@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mapo_lightning.judging.clips import Clips, dreamt, misled, yardsticks
+from mapo_lightning.judging.clips import Clips, misled, yardsticks
 from mapo_lightning.judging.control import controllability
 from mapo_lightning.judging.executable import executable, foreseen
 from mapo_lightning.judging.looks import Distance, looks
@@ -14,6 +14,7 @@ from mapo_lightning.judging.measure import Measure
 from mapo_lightning.judging.regression import Reader
 from mapo_lightning.judging.report import DreamReport, report
 from mapo_lightning.models.interfaces import WorldModel
+from mapo_lightning.training.told import dreamt
 
 SEEN = 5
 """Frames that are shown before a dream."""

@@ -59,8 +59,9 @@ class Actor(Protocol):
 class SimulatedScene:
     """A simulator and the dreams of it.
 
-    The simulator cannot go back. Where the player does, it plays the episode again from its seed,
-    with the same actions, as soon as it has to go on.
+    Where the player goes back, the simulator plays the episode again from its seed, with the same
+    actions, as soon as it has to go on. That works for every simulator, also for those that cannot
+    save their state.
 
     Args:
         names: What to call the models.

@@ -226,6 +226,19 @@ def load_finetuned(cfg: RunConfig, path: Path) -> tuple[FinetuneModule, Mapping[
     return module, metadata
 
 
+def load_pretraining(cfg: RunConfig, path: Path) -> PretrainModule:
+    """A pre-trained world model.
+
+    Raises:
+        CheckpointError: The file is no checkpoint, or does not fit ``cfg``.
+    """
+    content = read_checkpoint(path, mapped=True)
+    check_networks(build_pretrain, cfg, content, path)
+    module = build_pretrain(cfg)
+    module.load_state_dict(weights_of(content), strict=False)  # found to be exactly its own above
+    return module
+
+
 def build_chunks(cfg: RunConfig, replay: Replay, seed: int) -> ReplayDataModule:
     """Chunks of replay; those of a token world lie in one episode each."""
     tune = cfg.finetune

@@ -94,15 +94,11 @@ def judge_videos(cfg: RunConfig, path: Path, folder: Path) -> DreamReport:
     from mapo_lightning.run.stages import render_demo
     from mapo_lightning.run.trainer import best_device
     from mapo_lightning.semantics.factory import log_servers
-    from mapo_lightning.training.checkpoint import read_checkpoint
-    from mapo_lightning.training.metadata import weights_of
 
-    content = read_checkpoint(path, mapped=True)
-    build.check_networks(build.build_pretrain, cfg, content, path)
+    module = build.load_pretraining(cfg, path)
     log_servers(cfg.vlm)
     render_demo(cfg)
-    data, module = build.build_videos(cfg), build.build_pretrain(cfg)
-    module.load_state_dict(weights_of(content), strict=False)  # found to be exactly its own above
+    data = build.build_videos(cfg)
     device = best_device(cfg.trainer.accelerator)
     batch = data.held_out_batch(cfg.evaluate.dreams or CLIPS)
     clips = Clips(

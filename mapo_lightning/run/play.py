@@ -163,13 +163,8 @@ def filmed(cfgs: Sequence[RunConfig], paths: Sequence[Path]) -> Callable[[], Sce
 def _pretrained(cfg: RunConfig, path: Path, device: torch.device) -> Stepwise:
     from mapo_lightning.playing.simulated import stepwise
     from mapo_lightning.run import build
-    from mapo_lightning.training.checkpoint import read_checkpoint
-    from mapo_lightning.training.metadata import weights_of
 
-    content = read_checkpoint(path, mapped=True)
-    build.check_networks(build.build_pretrain, cfg, content, path)
-    module = build.build_pretrain(cfg)
-    module.load_state_dict(weights_of(content), strict=False)  # found to be exactly its own above
+    module = build.load_pretraining(cfg, path)
     return stepwise(module.to(device).eval().world_model)
 
 

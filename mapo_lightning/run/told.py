@@ -65,7 +65,6 @@ def _measure(cfg: RunConfig, path: Path) -> ToldReport:
     from mapo_lightning.run.stages import render_demo
     from mapo_lightning.semantics.factory import log_servers
     from mapo_lightning.training.checkpoint import read_checkpoint
-    from mapo_lightning.training.metadata import weights_of
     from mapo_lightning.training.told import measure_held_out
 
     if not cfg.reads_phrases:
@@ -75,12 +74,10 @@ def _measure(cfg: RunConfig, path: Path) -> ToldReport:
     content = read_checkpoint(path, mapped=True)
     if content["mapo"].get("stage") != "pretrain":
         raise ConfigError(f"'{path}' is no checkpoint of stage=pretrain; phrases drive only those")
-    build.check_networks(build.build_pretrain, cfg, content, path)
+    module = build.load_pretraining(cfg, path)
     log_servers(cfg.vlm)
     render_demo(cfg)
     data = build.build_videos(cfg)
-    module = build.build_pretrain(cfg)
-    module.load_state_dict(weights_of(content), strict=False)  # found to be exactly its own above
     try:
         return measure_held_out(module.world_model, data, max(2, cfg.callbacks.told))
     except ValueError as error:

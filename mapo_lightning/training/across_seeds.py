@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from mapo_lightning.training.evaluation import CONFIDENCE
+from mapo_lightning.training.told import student
 
 _CUT = 0.25  # share of the seeds that the interquartile mean leaves out at each end
 _RESAMPLES = 10_000
@@ -42,14 +43,13 @@ def across_seeds(values: Sequence[float]) -> AcrossSeeds:
     if not values:
         raise ValueError("there is no seed to sum up")
     numbers = np.asarray(values, np.float64)
-    mean, iqm = float(numbers.mean()), float(stats.trim_mean(numbers, _CUT))
+    iqm = float(stats.trim_mean(numbers, _CUT))
     if len(numbers) < 2:
-        return AcrossSeeds(1, mean, None, iqm, None)
-    error = float(numbers.std(ddof=1)) / float(np.sqrt(len(numbers)))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(numbers) - 1)) * error
+        return AcrossSeeds(1, float(numbers[0]), None, iqm, None)
+    mean, *interval = student(values)
     draws = np.random.default_rng(0).integers(len(numbers), size=(_RESAMPLES, len(numbers)))
     means = stats.trim_mean(numbers[draws], _CUT, axis=1)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return AcrossSeeds(
-        len(numbers), mean, (mean - half, mean + half), iqm, (float(low), float(high))
+        len(numbers), mean, (interval[0], interval[1]), iqm, (float(low), float(high))
     )

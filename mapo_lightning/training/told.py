@@ -175,7 +175,7 @@ def measure_told(
     clips = {key: value for key, value in batch.items() if value.ndim > 1}
     truth = obs.float() / 255.0
     dreams = {
-        name: _dream(world_model, told, seen, seed)
+        name: dreamt(world_model, told, seen, seed)
         for name, told in versions(clips, seen, body, of_another(video)).items()
     }
     yardsticks = {
@@ -231,6 +231,14 @@ def versions(batch: Batch, seen: int, body: int, other: Tensor) -> Mapping[str, 
     return found
 
 
+def dreamt(world_model: WorldModel, batch: Batch, seen: int, seed: int = 0) -> Tensor:
+    """Frames (N, T, H, W, 3) in [0, 1] of a dream; the same random numbers whatever leads it."""
+    device = batch["obs"].device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return world_model.open_loop(batch, seen)
+
+
 def of_another(group_N: Tensor) -> Tensor:
     """For each clip the nearest one before it, in a circle, that is of another video, (N,).
 
@@ -272,13 +280,6 @@ def told_strip(report: ToldReport, clips: int = 4, zoom: int = 0) -> Frames:
             lines.append(np.concatenate([strip[:, :cut], gap, strip[:, cut:]], axis=1))
         lines.append(np.full((4 * edge, lines[-1].shape[1], 3), 255, np.uint8))
     return np.concatenate(lines[:-1], axis=0)
-
-
-def _dream(world_model: WorldModel, batch: Batch, seen: int, seed: int) -> Tensor:
-    device = batch["obs"].device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        return world_model.open_loop(batch, seen)
 
 
 def _errors(
