@@ -47,7 +47,7 @@ Aspects = dict[str, dict[str, dict[str, Measure]]]
 def judge_futures(cfg: RunConfig, module: FinetuneModule, states: int, seed: int) -> Aspects:
     """Counterfactual consistency, decisions and foresight, from states of the agent's own episodes.
 
-    Empty, with a line of why, where the simulator cannot save its state or episodes are too short.
+    Empty, with a warning that says why, where the simulator cannot save its state or episodes are too short.
 
     Args:
         cfg: Of the run.
@@ -65,7 +65,7 @@ def judge_futures(cfg: RunConfig, module: FinetuneModule, states: int, seed: int
             plan = BranchPlan(states, steps, SEEN)
             return _measured(cfg, module, env, labeler, plan, seed)
     except MapoError as error:
-        log.info("futures of one state were not judged: %s", error)
+        log.warning("futures of one state were not judged, and the report lacks them: %s", error)
         return {}
 
 
