@@ -65,7 +65,7 @@ def judge_futures(cfg: RunConfig, module: FinetuneModule, states: int, seed: int
             plan = BranchPlan(states, steps, SEEN)
             return _measured(cfg, module, env, labeler, plan, seed)
     except MapoError as error:
-        log.warning("futures of one state were not judged, and the report lacks them: %s", error)
+        log.warning("the report lacks what needs futures of one state: %s", error)
         return {}
 
 
