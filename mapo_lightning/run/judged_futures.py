@@ -47,7 +47,8 @@ Aspects = dict[str, dict[str, dict[str, Measure]]]
 def judge_futures(cfg: RunConfig, module: FinetuneModule, states: int, seed: int) -> Aspects:
     """Counterfactual consistency, decisions and foresight, from states of the agent's own episodes.
 
-    Empty, with a warning that says why, where the simulator cannot save its state or episodes are too short.
+    Empty, with a warning that says why, where the simulator cannot save its state or episodes are
+    too short.
 
     Args:
         cfg: Of the run.
