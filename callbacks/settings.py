@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mapo_lightning.types import ConfigError, check_at_least
 
@@ -17,6 +18,9 @@ class CallbacksConfig:
     """Updates between imagination rollouts; one more is made at the end."""
     checkpoint_every: int = 5000
     """Updates between checkpoints; one more is made at the end."""
+    checkpoints: Literal["newest", "all"] = "newest"
+    """Which of them are kept beside last.ckpt. all: to judge how a run went (mapo-dreams). Older
+    ones can be evaluated, but not resumed: their experience may be gone."""
     phrases: int = 24
     """Windows in the table of phrases that is recorded at the end of pre-training."""
     gallery: int = 200

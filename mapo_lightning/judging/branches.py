@@ -121,6 +121,7 @@ def record_branches(
     sequences: Sequences,
     plan: BranchPlan,
     seed: int,
+    turn: Callable[[], None] | None = None,
 ) -> Branches:
     """Play to C states, and K futures of each; the same seed gives the same.
 
@@ -131,13 +132,15 @@ def record_branches(
         sequences: Makes the action sequences.
         plan: Numbers and lengths.
         seed: Of the episodes, the moments and the sequences; each context has numbers of its own.
+        turn: Called just before the policy sees the start state, for a policy that acts otherwise
+            from there on.
 
     Raises:
         ConfigError: The episodes of this task are too short.
         MapoError: They end too early, or the simulator cannot save its state.
     """
     found = [
-        _context(env, label, policy_of, sequences, plan, (seed, number))
+        _context(env, label, policy_of, sequences, plan, (seed, number), turn)
         for number in range(plan.contexts)
     ]
     shown = {key: np.stack([context[key] for context, _ in found]) for key in found[0][0]}
@@ -152,6 +155,7 @@ def _context(
     sequences: Sequences,
     plan: BranchPlan,
     seed: tuple[int, int],
+    turn: Callable[[], None] | None,
 ) -> tuple[Step, list[Branch]]:
     """One start state and its futures."""
     first, last = _moments(env, plan)
@@ -159,7 +163,7 @@ def _context(
         rng = np.random.default_rng([*seed, attempt])
         start, reset_seed = int(rng.integers(first, last + 1)), int(rng.integers(2**32))
         player = _Player(env, label, policy_of(reset_seed), plan.shown)
-        ended = player.play_to(reset_seed, start)
+        ended = player.play_to(reset_seed, start, turn)
         if ended is not None:
             last = max(first, min(last, ended - 1))  # episodes are shorter than their limit
             continue
@@ -197,15 +201,19 @@ class _Player:
         self.entries: list[Step] = []
         self.action = np.zeros((1, *env.action_space.shape), np.float32)
 
-    def play_to(self, reset_seed: int, start: int) -> int | None:
+    def play_to(
+        self, reset_seed: int, start: int, turn: Callable[[], None] | None = None
+    ) -> int | None:
         """Begin an episode and take ``start`` steps; the step at which it ended, if it did."""
         obs, _ = self.env.reset(seed=reset_seed)
-        self._see(obs, first=True)
         for step in range(start):
+            self._see(obs, first=step == 0)
             obs, _, terminated, truncated, _ = self.env.step(self.action[0])
             if terminated or truncated:
                 return step + 1
-            self._see(obs)
+        if turn is not None:
+            turn()
+        self._see(obs, first=start == 0)
         return None
 
     @property

@@ -90,6 +90,20 @@ def over_checkpoints(truth: Values, dream: Values) -> Mapping[str, Values]:
     }
 
 
+def over_checkpoints_interval(truth: Values, dream: Values) -> tuple[float, float]:
+    """95 % percentile bootstrap interval, over states, of ``of_means`` at one step.
+
+    Args:
+        truth: True returns, (R, C).
+        dream: Dreamt returns, (R, C).
+    """
+    states = truth.shape[1]
+    drawn = np.random.default_rng(0).integers(states, size=(_RESAMPLES, states))
+    means = (x[:, drawn].mean(axis=2).T[..., None] for x in (truth, dream))
+    low, high = np.nanpercentile(rank_correlation(*means), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def rank_correlation(truth: Values, dream: Values) -> Values:
     """Spearman's correlation over the second axis, (C, K, H) -> (C, H); ties share their rank.
 

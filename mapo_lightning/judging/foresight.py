@@ -8,7 +8,7 @@ Shapes: C contexts, H steps, h w image, F feat, A action.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mapo_lightning.envs.episodes import Policy
 from mapo_lightning.envs.live_labels import Step
 from mapo_lightning.envs.wrappers import PixelEnv
 from mapo_lightning.judging.branches import Branches, BranchPlan, Label, record_branches
@@ -69,6 +70,7 @@ def record_foresight(
     agent: Agent,
     plan: BranchPlan,
     seed: int,
+    leader: Callable[[int], Policy] | None = None,
 ) -> Foresight:
     """Play the agent to C states, let it imagine, and play both ways on; same seed, same result.
 
@@ -82,16 +84,18 @@ def record_foresight(
         agent: Acts greedily; a planner has no part in it.
         plan: Numbers and lengths; ``closed`` need not be set.
         seed: Of everything.
+        leader: Makes, from an episode's reset seed, the policy that plays to the state while the
+            agent only watches: the states are then the same for every agent. None: the agent plays.
 
     Raises:
         ConfigError: The episodes are too short, or nothing draws the dreams.
         MapoError: As `record_branches`.
     """
-    seer = _Seer(world_model, agent, plan.steps, seed)
+    seer = _Seer(world_model, agent, plan.steps, seed, leader)
     closing = BranchPlan(plan.contexts, plan.steps, plan.shown, closed=True)
     device = next(iter(world_model.parameters())).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        played = record_branches(env, label, seer.begin, seer.imagine, closing, seed)
+        played = record_branches(env, label, seer.begin, seer.imagine, closing, seed, seer.turn)
     imagined = [np.concatenate(parts) for parts in zip(*seer.imagined, strict=True)]
     executed, closed = (seer.followed(played, number) for number in (0, 1))
     return Foresight(Trajectory(*imagined), executed, closed)
@@ -175,20 +179,52 @@ def given_close(distance: Values, score: Values) -> Split:
     return Split(median, float(score[close].mean()), far, int(close.sum()), int((~close).sum()))
 
 
+class _Led:
+    """An agent that watches another policy's episode until it is its turn to act."""
+
+    def __init__(self, agent: ActingPolicy, leader: Policy) -> None:
+        self.agent, self.leader, self.leads = agent, leader, True
+
+    def __call__(self, step: Step) -> NDArray[np.float32]:
+        self.agent.see(step)
+        if not self.leads:
+            return self.agent.choose()
+        action = self.leader(step)
+        self.agent.take(action)
+        return action
+
+
 class _Seer:
     """Imagines how the agent will go on, from the belief that its policy has."""
 
-    def __init__(self, world_model: WorldModel, agent: Agent, steps: int, seed: int) -> None:
+    def __init__(
+        self,
+        world_model: WorldModel,
+        agent: Agent,
+        steps: int,
+        seed: int,
+        leader: Callable[[int], Policy] | None,
+    ) -> None:
         self.world_model, self.agent, self.steps, self.seed = world_model, agent, steps, seed
+        self.leader = leader
+        self.led: _Led | None = None
         self.imagined: list[tuple[Frames, NDArray[np.float32], Values]] = []
         self.beliefs: list[Belief] = []
         self.policy: ActingPolicy | None = None
 
-    def begin(self, reset_seed: int) -> ActingPolicy:
-        """The agent's policy of one episode."""
+    def begin(self, reset_seed: int) -> Policy:
+        """What acts in one episode."""
         torch.manual_seed(reset_seed)
         self.policy = ActingPolicy(self.world_model, self.agent, explore=False)
-        return self.policy
+        if self.leader is None:
+            return self.policy
+        self.led = _Led(self.policy, self.leader(reset_seed))
+        return self.led
+
+    def turn(self) -> None:
+        """The agent acts from here on."""
+        if self.led is not None:
+            self.led.leads = False
 
     def imagine(self, shown: Step, _: np.random.Generator) -> NDArray[np.float32]:
         """Its actions in imagination, (1, H, A), as the one sequence to execute."""

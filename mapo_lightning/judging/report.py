@@ -42,6 +42,9 @@ ASPECTS = {
     "to (executed) and what it then did (closed): squared error on moving pixels, with that of the "
     "start picture (still), and distance of beliefs (1: as far as from any other state). Last, its "
     "return and success where it stayed near its dream, and where not",
+    "checkpoints": "Whether dreams tell which agent is better: all go on from the same states; the "
+    "return that each imagines, against the one that it then gets. Rank correlation over agents, "
+    "of means over states and of each state alone",
     "physics": "How far bodies are from where they really are, in pixels, as a network reads their "
     "places off true and dreamt frames: without action, under a held one, and when it is turned "
     "round half-way; and how far a dreamt step jumps beyond the largest true one. The reader's own "

@@ -11,11 +11,13 @@ pre-trained model with a codebook, ``codebook.png`` shows what its codes stand f
 settings are those of the checkpoint; further words, as of ``mapo-train``, change them, for example
 ``evaluate.dreams=200`` for more clips. Writes tables, a picture and a page into ``run_dir``
 (``runs/dreams`` if none is given); of several checkpoints into the folders 1, 2 ... there, with
-means over all of them beside.
+means over all of them beside. Three or more agents of one task, such as the checkpoints of a run
+with ``callbacks.checkpoints=all``, are also ranked by what they imagine.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,12 +28,14 @@ from mapo_lightning.config.compose import compose
 from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.from_checkpoint import agent_settings
 from mapo_lightning.run.renamed import RENAMED
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import ConfigError, MapoError
 
 if TYPE_CHECKING:
     from mapo_lightning.judging.report import DreamReport
     from mapo_lightning.models.interfaces import WorldModel
     from mapo_lightning.training.datamodule import VideoDataModule
+
+log = logging.getLogger(__name__)
 
 FRAMES = 8
 """Frames of each held-out video that are looked up in the codebook."""
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> None:
     paths, others = checkpoints_of(words, "mapo-dreams", "pre-trained or fine-tuned")
-    folder, reports = Path(), []
+    folder, reports, agents = Path(), [], []
     for number, path in enumerate(paths, 1):
         videos = _stage(path) == "pretrain"
         composed = compose(
@@ -63,16 +67,31 @@ def _run(words: Sequence[str]) -> None:
             found = judge_videos(composed.config, path, place)
         else:
             found = judge_agent(composed.config, path)
+            agents.append((composed.config, path))
         found.save(place)
         sys.stdout.write(f"{found.markdown()}\n")
         reports.append(found)
     if len(reports) > 1:
         from mapo_lightning.judging.report import over_models
 
-        together = over_models(reports)
+        together = over_models(reports).with_more(_ranking(agents))
         together.save(folder)
         sys.stdout.write(f"{together.markdown()}\n")
     sys.stdout.write(f"Tables, picture and page: {folder}\n")
+
+
+def _ranking(agents: Sequence[tuple[RunConfig, Path]]) -> DreamReport:
+    """What dreams say about which agent is better; nothing where they cannot be compared."""
+    from mapo_lightning.judging.report import DreamReport
+    from mapo_lightning.run.judged_checkpoints import LEAST, judge_checkpoints
+
+    if len(agents) < LEAST:
+        return DreamReport("", ())
+    try:
+        return judge_checkpoints(agents)
+    except MapoError as error:
+        log.warning("the agents are not ranked by their dreams: %s", error)
+        return DreamReport("", ())
 
 
 def judge_videos(cfg: RunConfig, path: Path, folder: Path) -> DreamReport:

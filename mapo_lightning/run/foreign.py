@@ -188,6 +188,7 @@ REFUSED: Mapping[str, str] = {
     "evaluate.decisions": "the cost of an evaluation",
     "callbacks.rollout_every": "what is recorded, and when",
     "callbacks.checkpoint_every": "what is recorded, and when",
+    "callbacks.checkpoints": "what is recorded, and when",
     "callbacks.phrases": "what is recorded, and when",
     "callbacks.gallery": "what is recorded, and when",
     "callbacks.quality": "queries to a describer",

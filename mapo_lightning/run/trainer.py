@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from callbacks.settings import CallbacksConfig
 from mapo_lightning import stopping
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.training.checkpoint import (
@@ -98,15 +99,16 @@ class _Saving(ModelCheckpoint):
     Args:
         folder: Of the checkpoints.
         every: Updates from one checkpoint to the next.
+        keep_all: Keep all of them, not only the newest.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
+    def __init__(self, folder: Path, every: int, keep_all: bool = False) -> None:
         super().__init__(
             dirpath=folder,
             filename="{step}",
             every_n_train_steps=every,
             save_last=True,
-            save_top_k=1,
+            save_top_k=-1 if keep_all else 1,
             monitor=None,
             save_on_train_epoch_end=True,
             enable_version_counter=False,  # a resumed run replaces its own files
@@ -176,6 +178,10 @@ class _Saving(ModelCheckpoint):
             raise stopping.Stopped(asked, f"after update {trainer.global_step}", agreed=True)
 
 
+def _saving(cfg: CallbacksConfig, folder: Path) -> _Saving:
+    return _Saving(folder, cfg.checkpoint_every, cfg.checkpoints == "all")
+
+
 def build_trainer(
     cfg: RunConfig,
     updates: int,
@@ -198,7 +204,7 @@ def build_trainer(
         check_val_every_n_epoch=None if validate_every else 1,
         limit_val_batches=None if validate_every else 0,
         num_sanity_val_steps=0,
-        callbacks=[*callbacks, _Saving(folder, cfg.callbacks.checkpoint_every)],
+        callbacks=[*callbacks, _saving(cfg.callbacks, folder)],
         plugins=[_WholeFiles(), *_cluster()],
         # In a job of SLURM, Lightning looks here for a checkpoint and loads it without being told
         # to. No run makes this folder.

@@ -161,6 +161,23 @@ def test_dreams_are_judged_with_the_test_episodes_and_alone(
     assert value[0] == pytest.approx(mean, rel=1e-4)
 
 
+def test_checkpoints_of_a_run_are_ranked_by_their_dreams(toy_videos: Path, tmp_path: Path) -> None:
+    words = [*with_videos(toy_videos), "stage=finetune", "run_dir=run", "finetune.agent_steps=330"]
+    train(tmp_path, *words, "callbacks.checkpoint_every=3", "callbacks.checkpoints=all")
+    kept = sorted(
+        (tmp_path / "run/finetune").glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime
+    )
+    assert len(kept) >= 3
+    given = [f"checkpoint={path}" for path in kept[:3]]
+    page = train(tmp_path, *given, "evaluate.dreams=4", "run_dir=dr", script=DREAMS)
+    assert "| rank correlation of means | dream |" in page
+    rows = json.loads((tmp_path / "dr/dreams.json").read_text())
+    ranked = [row for row in rows if row["aspect"] == "checkpoints"]
+    returns = {row["dream"]: row["mean"] for row in ranked if row["measure"] == "return, really"}
+    assert sorted(returns) == [f"{n}: finetune/{path.name}" for n, path in enumerate(kept[:3], 1)]
+    assert all(-1 <= row["mean"] <= 1 for row in ranked if row["dream"] == "dream")
+
+
 def test_a_token_world_is_told_exported_and_takes_published_weights(
     toy_videos: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from dream_truths import SEMANTIC, Unlabelled, record, with_negatives
 from networks import backbone, token_world
 from torch import nn
 
+from mapo_lightning.envs.episodes import RandomPolicy
 from mapo_lightning.envs.factory import make_env
 from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.envs.toy import SPEED, reward_at
@@ -258,3 +259,31 @@ def test_an_agent_imagines_and_both_ways_are_played(make: Any) -> None:
     assert all(value.shape == (3, 5) for value in metrics.values())
     if isinstance(world, SeesTheDisc):  # it foresees what its actions do, on a black floor
         np.testing.assert_allclose(found.imagined.reward, found.executed.reward, atol=0.05)
+
+
+@pytest.mark.slow
+def test_agents_that_only_watch_go_on_from_the_same_states() -> None:
+    found = []
+    for make in (agents()["dreamer"], agents()["mbpo"]):
+        torch.manual_seed(0)
+        world, agent = make()
+        leader, env = partial(RandomPolicy, 2, hold=2), make_env(EnvConfig(size=32), 0)
+        plan = BranchPlan(3, 5, 4)
+        found.append(record_foresight(env, Unlabelled(), world, agent, plan, 2, leader))
+    one, two = found
+    np.testing.assert_array_equal(one.closed.frames[:, 0], two.closed.frames[:, 0])
+    assert len({frame.tobytes() for frame in one.closed.frames[:, 0]}) == 3
+    # From there on each acts for itself, and imagines that it will.
+    assert not np.array_equal(one.closed.frames[:, 1:], two.closed.frames[:, 1:])
+    assert not np.array_equal(one.imagined.reward, two.imagined.reward)
+
+
+@pytest.mark.slow
+def test_a_led_agent_does_what_it_would_do_in_the_same_belief() -> None:
+    """The first action after the lead is the agent's own, as its imagination's first one is."""
+    torch.manual_seed(0)
+    world, agent = agents()["dreamer"]()
+    leader, env = partial(RandomPolicy, 2, hold=2), make_env(EnvConfig(size=32), 0)
+    found = record_foresight(env, Unlabelled(), world, agent, BranchPlan(3, 5, 4), 2, leader)
+    np.testing.assert_array_equal(found.closed.frames[:, 1], found.executed.frames[:, 1])
+    np.testing.assert_array_equal(found.closed.reward[:, 0], found.executed.reward[:, 0])

@@ -15,6 +15,7 @@ from mapo_lightning.judging.consistency import counterfactual_consistency
 from mapo_lightning.judging.decisions import (
     decision_fidelity,
     over_checkpoints,
+    over_checkpoints_interval,
     rank_correlation,
     summary,
 )
@@ -145,6 +146,11 @@ def test_checkpoints_are_ranked_by_dreams_as_declared() -> None:
         check_ranking({k: at_the_end(v, name) for k, v in found.items()}, RANKING, best=1.0)
     assert found["oracle"]["of_means"].shape == (1, 3)
     assert found["oracle"]["per_state"].shape == (12, 3)
+    ends = {k: over_checkpoints_interval(true[..., -1], v[..., -1]) for k, v in dreams.items()}
+    assert ends["oracle"] == (1.0, 1.0)
+    assert ends["copy of the last frame"] == (0.0, 0.0)
+    low, high = ends["noisy oracle"]
+    assert -1.0 < low < found["noisy oracle"]["of_means"][0, -1] <= high <= 1.0
     with pytest.raises(MapoError, match="three checkpoints or more"):
         over_checkpoints(true[:2], true[:2])
 
