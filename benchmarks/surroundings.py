@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def measure_overhead(args: argparse.Namespace) -> dict[str, Any]:
             (Tensor, "backward", "step"),
             (module, "configure_gradient_clipping", "step"),
             (torch.optim.Adam, "zero_grad", "step"),
+            (import_module("torch.optim.adam"), "adam", "step"),
             (collect, "on_train_batch_end", "collection"),
             (codes, "on_train_batch_end", "codebook"),
             (stage.replay, "sample", "replay"),

@@ -63,10 +63,12 @@ class FusedRSSM(RSSM):
         No gradient reaches the weights and the start here, as none does in behaviour learning.
         """
         wants_gradients = torch.is_grad_enabled()
-        if wants_gradients and not isinstance(policy, NetworkPolicy):
+        # Asked once: `isinstance` of a protocol takes longer than one of the products below.
+        network = policy if isinstance(policy, NetworkPolicy) else None
+        if wants_gradients and network is None:
             return super().imagine(start, policy, steps, encode)
         start_BF = start.feat
-        record = recorded(policy.network) if isinstance(policy, NetworkPolicy) else None
+        record = recorded(network.network) if network is not None else None
         first = self.prior[0]
         assert isinstance(first, nn.Linear)
         noise_IBS = torch.rand((steps, len(start_BF), self.cfg.stoch), device=start_BF.device)
@@ -80,16 +82,16 @@ class FusedRSSM(RSSM):
             scan = self._scan(weights, start_BF, steps, 0)
             for i in range(steps):
                 feat_BF = scan.states[i]
-                if isinstance(policy, NetworkPolicy) and record is not None:
-                    action_BA = policy.sample(record(feat_BF), i)
+                if network is not None and record is not None:
+                    action_BA = network.sample(record(feat_BF), i)
                 else:
                     action_BA = policy(feat_BF)
                 scan.step(driven(action_BA), bias, noise_IBS[i])
         if not wants_gradients:
             return scan.states
-        assert isinstance(policy, NetworkPolicy)
+        assert network is not None
         assert record is not None
-        return scan.with_gradients(driven(policy.sample_all(record.outputs())), bias, start_BF)[0]
+        return scan.with_gradients(driven(network.sample_all(record.outputs())), bias, start_BF)[0]
 
     def _weights(self, deter_weight: Tensor, head: nn.Sequential) -> Weights:
         """What a step multiplies with, in the dtype of the products, to be cast once a sequence.

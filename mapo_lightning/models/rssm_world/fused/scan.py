@@ -142,6 +142,8 @@ class Scan:
         Returns:
             ``states``, and the logits (..., X); None without ``keep``: a dream's are not used.
         """
+        if not torch.is_grad_enabled():  # acting, which takes one step at a time
+            return self.states, torch.stack(self.logits, self.axis) if self.logits else None
         rows = self.before, self.entry, self.after, self.states
         tape = Tape(self.axis, self.keep, *rows, self.steps, self.logits, self.unimix)
         out: tuple[Tensor, Tensor | None] = ScanFunction.apply(  # type: ignore[no-untyped-call]
