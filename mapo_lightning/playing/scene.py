@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mapo_lightning.envs.snapshots import Snapshot
 from mapo_lightning.models.interfaces import Dreaming, Driver
 from mapo_lightning.semantics.phrase import Phrase
 from mapo_lightning.types import Frames
@@ -42,6 +43,8 @@ class Moment(NamedTuple):
     """Why the reality stands still from here on; empty while it goes on."""
     marks: tuple[Any, ...] = ()
     """What the agents remember."""
+    state: Snapshot | None = None
+    """State of the simulator, now and then."""
 
 
 class Drive(NamedTuple):

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mapo_lightning.envs.snapshots import Snapshot
 from mapo_lightning.envs.wrappers import Observation, PixelEnv
 from mapo_lightning.models.interfaces import Belief, Driver, Stepwise, WorldModel
 from mapo_lightning.playing.scene import Drive, Moment, dice, pictures, shown
-from mapo_lightning.types import SEEDS, ConfigError
+from mapo_lightning.types import SEEDS, ConfigError, MapoError
+
+_SAVED = 10  # steps from one saved state to the next: to go back costs as many at most
 
 
 class Actor(Protocol):
@@ -59,9 +62,8 @@ class Actor(Protocol):
 class SimulatedScene:
     """A simulator and the dreams of it.
 
-    Where the player goes back, the simulator plays the episode again from its seed, with the same
-    actions, as soon as it has to go on. That works for every simulator, also for those that cannot
-    save their state.
+    Where the player goes back, the simulator goes on from the last state before that was saved,
+    with the same actions; one that cannot save its state, from the beginning of the episode.
 
     Args:
         names: What to call the models.
@@ -102,6 +104,7 @@ class SimulatedScene:
         self.about: dict[str, Any] = {"task": task, "downwards": downwards}
         self._start = 0
         self._at: Moment | None = None  # where the simulator and the agents stand
+        self._saves = True  # whether the simulator can save its state, as far as is known
 
     def begin(self, start: int) -> list[Moment]:
         """As `Scene.begin`: from a reset seed, nothing is done while the models watch."""
@@ -171,9 +174,20 @@ class SimulatedScene:
     def _seen(self, past: Sequence[Moment], obs: Observation, moment: Moment) -> Moment:
         for actor in self.actors:
             actor.see(obs["image"], obs.get("label_image"))
-        moment = moment._replace(marks=tuple(actor.mark() for actor in self.actors))
+        marks, state = tuple(actor.mark() for actor in self.actors), self._state(len(past))
+        moment = moment._replace(marks=marks, state=state)
         self._at = moment
         return moment if past else self.dream_anew([moment])
+
+    def _state(self, number: int) -> Snapshot | None:
+        """The simulator's state at every few moments, where it can be saved."""
+        if not self._saves or number % _SAVED:
+            return None
+        try:
+            return self.env.save()
+        except MapoError:
+            self._saves = False
+            return None
 
     def _go_to(self, past: Sequence[Moment]) -> None:
         """Bring simulator and agents to the last moment of ``past``."""
@@ -181,8 +195,14 @@ class SimulatedScene:
         if self._at is now:
             return
         self._at = None
-        self.env.reset(seed=self._start)
-        for before, moment in pairwise(past):
+        for saved in range(len(past) - 1, -1, -1):
+            if (state := past[saved].state) is not None:
+                self.env.restore(state)
+                break
+        else:
+            saved = 0
+            self.env.reset(seed=self._start)
+        for before, moment in pairwise(past[saved:]):
             if not before.ended:
                 self.env.step(np.asarray(moment.action, np.float32))
         for actor, mark in zip(self.actors, now.marks, strict=True):

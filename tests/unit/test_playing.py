@@ -76,6 +76,30 @@ def test_keys_drive_simulator_and_dream_and_time_goes_back(kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("saves", [True, False])
+def test_to_go_back_takes_few_steps_where_the_simulator_saves(
+    saves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = simulated(agent("gru"), limit=25)
+    if not saves:  # as a simulator that is not `Restorable`
+        monkeypatch.delattr(type(scene.env.simulator), "save")
+    session, taken, step = opened(scene), [], scene.env.step
+    monkeypatch.setattr(scene.env, "step", lambda action: (taken.append(1), step(action))[1])
+    seen = []
+    for _ in range(20):
+        do(session, "act", action=[0.5, -0.5], serial=1)
+        do(session, "step")
+        seen.append(session.pictures())
+    do(session, "rewind", steps=3)
+    taken.clear()
+    for pictures in seen[-3:]:
+        do(session, "step")
+        assert session.pictures() == pictures
+    assert len(taken) == (3 + 9 if saves else 3 + 19)
+    session.close()
+
+
+@pytest.mark.slow
 def test_the_agent_that_drives_does_what_agent_act_does() -> None:
     player = agent("gru")
     scene = simulated(player, watch=1)
