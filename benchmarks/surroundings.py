@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import mmap
 import statistics
 import tempfile
 import time
@@ -48,6 +49,17 @@ def measure_ceiling(args: argparse.Namespace) -> dict[str, Any]:
             xs, layer, matrix = x.to(dtype), conv.to(dtype), a.to(dtype)
             found[f"conv {name}"] = best(lambda xs=xs, f=layer: f(xs), 2 * 64 * 1024 * 96 * 96 * 9)
             found[f"product {name}"] = best(lambda m=matrix: m @ m, 2 * 2048**3)
+    return found | fresh_memory()
+
+
+def fresh_memory(size: int = 1 << 29) -> dict[str, float]:
+    """GB/s at which memory is written that the process gets anew, and that it has already."""
+    with mmap.mmap(-1, size) as pages:
+        found = {}
+        for name in ("fresh memory GB/s", "memory GB/s"):
+            started = time.perf_counter()
+            np.frombuffer(pages, np.uint8)[:] = 1
+            found[name] = size / (time.perf_counter() - started) / 1e9
     return found
 
 
