@@ -49,14 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> None:
     paths, others = checkpoints_of(words, "mapo-dreams", "pre-trained or fine-tuned")
     folder, reports, agents = Path(), [], []
-    for number, path in enumerate(paths, 1):
-        videos = _stage(path) == "pretrain"
-        composed = compose(
-            others, RunConfig, conf_folder(), agent_settings(path, others, videos), RENAMED
+    stages = [_stage(path) for path in paths]  # all of them are read before the first is judged
+    settings = [
+        compose(
+            others, RunConfig, conf_folder(),
+            agent_settings(path, others, stage == "pretrain"), RENAMED,
         )
+        for path, stage in zip(paths, stages, strict=True)
+    ]  # fmt: skip
+    for number, (path, composed) in enumerate(zip(paths, settings, strict=True), 1):
         if composed.text is not None:
             sys.stdout.write(composed.text + "\n")
             return
+        videos = stages[number - 1] == "pretrain"
         if threads := composed.config.trainer.threads:
             import torch
 

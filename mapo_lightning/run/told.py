@@ -38,10 +38,11 @@ def _run(words: Sequence[str]) -> None:
     from callbacks.told import save_report  # here: it imports torch, which takes seconds
 
     reports, folder = [], Path()
-    for path in paths:
-        composed = compose(
-            others, RunConfig, conf_folder(), agent_settings(path, others, True), RENAMED
-        )
+    settings = [  # all of them are read before the first is measured
+        compose(others, RunConfig, conf_folder(), agent_settings(path, others, True), RENAMED)
+        for path in paths
+    ]
+    for path, composed in zip(paths, settings, strict=True):
         if composed.text is not None:
             sys.stdout.write(composed.text + "\n")
             return

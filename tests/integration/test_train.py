@@ -169,6 +169,9 @@ def test_checkpoints_of_a_run_are_ranked_by_their_dreams(toy_videos: Path, tmp_p
     )
     assert len(kept) >= 3
     given = [f"checkpoint={path}" for path in kept[:3]]
+    said_no = train(tmp_path, *given, "checkpoint=run/none.ckpt", script=DREAMS, code=2)
+    assert "no checkpoint at 'run/none.ckpt'" in said_no  # before any is judged
+    assert "PSNR" not in said_no
     page = train(tmp_path, *given, "evaluate.dreams=4", "run_dir=dr", script=DREAMS)
     assert "| rank correlation of means | dream |" in page
     rows = json.loads((tmp_path / "dr/dreams.json").read_text())
