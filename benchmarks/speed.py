@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measures import CASES, GPU_VARIANTS, STEPS, VARIANTS  # noqa: E402
+from benchmarks.measures import CASES, GPU_VARIANTS, STEPS, TODAY, VARIANTS  # noqa: E402
 from benchmarks.surroundings import SURROUNDINGS  # noqa: E402
 from callbacks.settings import CallbacksConfig  # noqa: E402
 from mapo_lightning.training.settings import TrainerConfig  # noqa: E402
@@ -143,6 +143,23 @@ def steps_table(
 def counts(case: str, variant: str) -> dict[str, Any]:
     """Kernels, host syncs and FLOPs of one step; on two threads, for the wait's sake."""
     return alone("counts", 2, case=case, variant=variant)
+
+
+def today_table(rounds: int, steps: int) -> str:
+    """Updates per second of size=tiny today beside the networks that it had in version 0.1.0."""
+    pairs = list(zip(TINY, TODAY, strict=True))
+    found: dict[str, list[float]] = {case: [] for pair in pairs for case in pair}
+    for _ in range(rounds):
+        for case, seconds in found.items():
+            one = alone("step", 1, case=case, variant="ours fp32", warm=3, steps=steps)
+            seconds += one["seconds"]
+    rate = {case: 1.0 / statistics.median(seconds) for case, seconds in found.items()}
+    rows = [
+        [old, f"{rate[old]:.1f}", f"{rate[new]:.1f}", f"**{rate[new] / rate[old]:.2f}**"]
+        for old, new in pairs
+    ]
+    heads = ["step, ours fp32, 1 thread", "updates/s, networks of 0.1.0", "today", "ratio"]
+    return "\n" + table(heads, rows)
 
 
 def counts_table(cases: Sequence[str]) -> str:
@@ -260,6 +277,7 @@ def sections(quick: bool, rounds: int = 3) -> dict[str, Callable[[], Iterator[st
             yield steps_table(TINY, FEW, 1, rounds, 2, 4)
         else:
             yield steps_table(TINY, SMALL, 1, rounds, 3, 8)
+        yield today_table(rounds, 8)
 
     def pretrain() -> Iterator[str]:
         yield steps_table(PAPER[:1], list(VARIANTS), 2, rounds, 2, 2)
