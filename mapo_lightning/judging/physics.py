@@ -140,6 +140,23 @@ def physics(truth: Values, dream: Values) -> Mapping[str, Values]:
     return {**found, "jump": np.maximum(largest - real.max(), 0.0)}
 
 
+def spread(truth: Values) -> Mapping[str, Values]:
+    """How far apart true takes are: the unit in which errors of places mean something.
+
+    Every context is a take of its own. A dream as far from its truth as another take is knows the
+    rules of motion at most, and nothing of this state.
+
+    Args:
+        truth: Places in the true futures, (C, 3, H + 1, P / 2, 2), C at least 2.
+
+    Returns:
+        Name of each of `SEQUENCES` -> mean distance of each take from all others, (C, H).
+    """
+    apart = np.linalg.norm(truth[:, None] - truth[None], axis=-1).mean(axis=-1)
+    others = apart.sum(axis=1)[..., 1:] / (len(truth) - 1)
+    return {name: others[:, number] for number, name in enumerate(SEQUENCES)}
+
+
 def _seen(
     env: PixelEnv, simulator: Sighted, seed: int
 ) -> tuple[Frames, list[Mapping[str, tuple[float, float]]]]:

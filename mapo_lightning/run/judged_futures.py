@@ -26,7 +26,7 @@ from mapo_lightning.judging.dreams import dream_sequences
 from mapo_lightning.judging.foresight import Foresight, foresight, record_foresight
 from mapo_lightning.judging.judge import SEEN
 from mapo_lightning.judging.measure import Measure, Values, reachable
-from mapo_lightning.judging.physics import learn_to_see, physical_sequences, physics
+from mapo_lightning.judging.physics import learn_to_see, physical_sequences, physics, spread
 from mapo_lightning.models.interfaces import Valuer
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
@@ -114,6 +114,13 @@ def _physics(
     copy = np.broadcast_to(start, played.frames.shape)
     ways = {"dream": eyes.places(dreams.frames), "copy": eyes.places(copy)}
     found = {who: _columns(physics(truth, places)) for who, places in ways.items()}
+    takes = _columns(spread(truth))
+    for measures in found.values():
+        measures |= {
+            f"{name}, of the spread": measures[name]._replace(over=takes[name].values)
+            for name in takes
+        }
+    found["true takes"] = takes
     found["reader"] = {"error": Measure((0,), np.full((len(truth), 1), eyes.error))}
     return {"physics": found}
 

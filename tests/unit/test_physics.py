@@ -17,6 +17,7 @@ from mapo_lightning.judging.physics import (
     learn_to_see,
     physical_sequences,
     physics,
+    spread,
 )
 
 STEPS, CONTEXTS, SIDE = 10, 12, 32
@@ -122,3 +123,13 @@ def test_who_knows_no_places_has_none() -> None:
     env.simulator = object()  # type: ignore[assignment]  # knows nothing of places
     assert learn_to_see(env, 8, seed=0) is None
     assert learn_to_see(toy(), 3, seed=0) is None  # too few to learn from and to judge by
+
+
+def test_the_spread_of_true_takes_is_the_unit() -> None:
+    truth = np.zeros((3, 3, 3, 1, 2))
+    truth[1, :, :, :, 0], truth[2, :, :, :, 0] = 3.0, 6.0  # on a line, 3 pixels apart
+    found = spread(truth)
+    assert list(found) == list(SEQUENCES)
+    np.testing.assert_allclose(found["acting"], [[4.5, 4.5], [3.0, 3.0], [4.5, 4.5]])
+    another = physics(truth, np.roll(truth, 1, axis=0))["still"]
+    np.testing.assert_allclose(another.mean(), found["still"].mean())
