@@ -48,8 +48,8 @@ ASPECTS = {
     "physics": "How far bodies are from where they really are, in pixels, as a network reads their "
     "places off true and dreamt frames: without action, under a held one, and when it is turned "
     "round half-way; and how far a dreamt step jumps beyond the largest true one. The spread is "
-    "how far true takes are apart; 1 of it is explained by a dream without error, 0 by one that is as "
-    "far away as another take. The reader's own error is that on real frames",
+    "how far true takes are apart; a dream without error explains 1 of it, one that is as far away "
+    "as another take 0. The reader's own error is that on real frames",
 }
 """Aspect -> what its table says."""
 # Okabe and Ito's palette: told apart with any kind of colour vision.
