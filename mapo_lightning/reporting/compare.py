@@ -134,14 +134,20 @@ def _numbers(name: str, found: AcrossSeeds) -> Line:
     low, high = found.interval or (None, None)
     iqm_low, iqm_high = found.iqm_interval or (None, None)
     line: Line = {name: found.mean, f"{name}_low": low, f"{name}_high": high}
-    return line | {f"{name}_iqm": found.iqm, f"{name}_iqm_low": iqm_low, f"{name}_iqm_high": iqm_high}
+    return line | {
+        f"{name}_iqm": found.iqm,
+        f"{name}_iqm_low": iqm_low,
+        f"{name}_iqm_high": iqm_high,
+    }
 
 
 def run_lines(study: Study) -> list[Line]:
     """A row per run, those that do not count too."""
     counted = {run.name: cell.label for cell in study.cells for run in cell.runs}
     runs = [run for cell in study.cells for run in cell.runs]
-    return [_run_line(run, counted.get(run.name, "")) for run in (*runs, *study.others, *study.left)]
+    return [
+        _run_line(run, counted.get(run.name, "")) for run in (*runs, *study.others, *study.left)
+    ]
 
 
 def _run_line(run: Run, label: str) -> Line:
@@ -173,7 +179,9 @@ def curve_lines(study: Study) -> list[Line]:
             ]
         if cell.band is not None:
             for frames, point in zip(cell.band.frames, cell.band.points, strict=True):
-                lines.append({**named, "seed": "all", "frames": frames, **_numbers("return", point)})
+                lines.append(
+                    {**named, "seed": "all", "frames": frames, **_numbers("return", point)}
+                )
     return lines
 
 

@@ -19,11 +19,14 @@ from mapo_lightning.reporting.study import Cell, Study
 from mapo_lightning.reporting.style import sheet, spaced
 
 _COLUMNS = 3  # of panels
-_DASHES: Mapping[str, Any] = {"random": "--", "random_held": (0, (1, 1.5)), "still": (0, (5, 1.5, 1, 1.5))}
+_DASHES: Mapping[str, Any] = {
+    "random": "--",
+    "random_held": (0, (1, 1.5)),
+    "still": (0, (5, 1.5, 1, 1.5)),
+}
 _LEVELS = 101  # of a performance profile
 LEAST_TASKS = 3
 """Tasks that a performance profile needs."""
-
 
 
 def curves(study: Study, robust: bool) -> Figure:
@@ -34,24 +37,28 @@ def curves(study: Study, robust: bool) -> Figure:
         robust: Interquartile mean with its bootstrap interval; False: mean with Student's t.
     """
     tasks = study.tasks
-    columns = min(_COLUMNS, len(tasks))
+    columns = 2 if len(tasks) == 4 else min(_COLUMNS, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    figure, panels = sheet(rows, columns, 3.5 if columns > 1 else 4.2, 4.0 * columns + 2.4 * (columns == 1))
+    figure, panels = sheet(
+        rows, columns, 3.5 if columns > 1 else 4.2, 4.0 * columns + 2.4 * (columns == 1)
+    )
     for axes, task in zip(panels, tasks, strict=False):
         for cell in study.of(task):
             _curve(axes, cell, robust)
         _floors(axes.axhline, study, task)
         axes.set_title(task, fontsize=11)
         axes.set_xlim(left=0)
-        _from_zero(axes.set_ylim, axes.get_ylim())
+        _from_zero(axes.set_ylim, axes.dataLim.intervaly, axes.get_ylim())
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     for axes in panels[len(tasks) :]:
         axes.axis("off")
     for axes in panels[max(0, len(tasks) - columns) : len(tasks)]:
         axes.set_xlabel("environment frames", fontsize=10)
-    for axes in panels[:: columns]:
-        axes.set_ylabel("interquartile mean of the return" if robust else "mean return", fontsize=10)
+    for axes in panels[::columns]:
+        axes.set_ylabel(
+            "interquartile mean of the return" if robust else "mean return", fontsize=10
+        )
     _legend(figure, study)
     return figure
 
@@ -90,12 +97,14 @@ def scores(study: Study) -> Figure:
         axes.set(yticks=range(len(cells)), yticklabels=[cell.label for cell in cells])
         axes.set_ylim(len(cells) - 0.4, -0.6)
         axes.set_title(task, fontsize=11)
-        _from_zero(axes.set_xlim, axes.get_xlim())
+        _from_zero(axes.set_xlim, axes.dataLim.intervalx, axes.get_xlim())
         axes.set_xlabel("return of the test episodes", fontsize=9)
     for axes in panels[len(tasks) :]:
         axes.axis("off")
     handles = [
-        Line2D([], [], color="0.3", lw=5, alpha=0.45, label="95 %, bootstrap of the interquartile mean"),
+        Line2D(
+            [], [], color="0.3", lw=5, alpha=0.45, label="95 %, bootstrap of the interquartile mean"
+        ),
         Line2D([], [], color="0.3", lw=1.2, label="95 %, Student's t of the mean"),
         Line2D([], [], color="0.3", marker="|", ms=10, mew=2, ls="", label="interquartile mean"),
         Line2D([], [], color="0.3", marker="o", ms=6, mfc="white", ls="", label="mean"),
@@ -109,7 +118,9 @@ def scores(study: Study) -> Figure:
 def _score(axes: Axes, cell: Cell, place: int) -> None:
     found, colour = cell.stats, cell.colour
     if found.iqm_interval:
-        axes.plot(found.iqm_interval, [place] * 2, color=colour, lw=7, alpha=0.35, solid_capstyle="butt")
+        axes.plot(
+            found.iqm_interval, [place] * 2, color=colour, lw=7, alpha=0.35, solid_capstyle="butt"
+        )
     if found.interval:
         axes.plot(found.interval, [place] * 2, color=colour, lw=1.3)
     axes.plot(found.iqm, place, marker="|", ms=13, mew=2.2, color=colour)
@@ -148,7 +159,7 @@ def profiles(study: Study) -> Figure | None:
         return None
     levels = list(np.linspace(0.0, 1.2, _LEVELS))
     figure, (axes,) = sheet(1, 1, 4.2, 6.4)
-    drawn = 0
+    drawn = []
     for cell in {cell.label: cell for cell in study.cells}.values():
         values = study.normalised(cell.label)
         if values is None:
@@ -159,39 +170,57 @@ def profiles(study: Study) -> Figure | None:
         if all(spans):
             low, high = zip(*(span for span in spans if span), strict=True)
             axes.fill_between(levels, low, high, step="post", color=cell.colour, alpha=0.13, lw=0)
-        drawn += 1
+        drawn.append(Line2D([], [], color=cell.colour, lw=2, label=cell.label))
     axes.set(xlim=(0, 1.2), ylim=(0, 1.02), ylabel="share of runs above")
     axes.set_xlabel("normalised return (0: random actions, 1: best mean of the task)", fontsize=10)
-    _legend(figure, study, floors=False)
+    _below(figure, drawn, 3)
     return figure if drawn else None
 
 
 def against_paper(found: Sequence[Beside]) -> Figure | None:
-    """Published numbers and ours, where both exist; None where there is no pair."""
+    """Published numbers and ours, where both exist, a panel per suite; None without a pair."""
     pairs = [one for one in found if one.ours is not None and one.published.value is not None]
     pairs = [one for one in pairs if not one.published.taken_from]
+    suites = list(dict.fromkeys(one.published.task.partition("/")[0] for one in pairs))
     if not pairs:
         return None
-    figure, (axes,) = sheet(1, 1, 1.4 + 0.42 * len(pairs), 7.4)
+    figure, panels = sheet(
+        1, len(suites), 1.3 + 0.4 * _most(pairs, suites), 3.2 + 3.4 * len(suites)
+    )
+    for axes, suite in zip(panels, suites, strict=True):
+        _suite(axes, [one for one in pairs if one.published.task.startswith(f"{suite}/")])
+    handles = [
+        Line2D([], [], color="0.1", marker="D", ms=7, mfc="none", mew=1.5, ls="",
+               label="published, 3 seeds"),
+        Line2D([], [], color="0.3", marker="o", ms=6, mfc="white", ls="", label="ours, mean"),
+    ]  # fmt: skip
+    if any(one.why_not for one in pairs):
+        handles.append(Line2D([], [], ls="", label="* another protocol: not comparable"))
+    _below(figure, handles, 3)
+    return figure
+
+
+def _most(pairs: Sequence[Beside], suites: Sequence[str]) -> int:
+    return max(sum(one.published.task.startswith(f"{s}/") for one in pairs) for s in suites)
+
+
+def _suite(axes: Axes, pairs: Sequence[Beside]) -> None:
+    """Rows of one suite, whose returns have one scale."""
     for place, one in enumerate(pairs):
         assert one.ours is not None
         assert one.published.value is not None
         _score(axes, one.ours, place)
         axes.plot(one.published.value, place, marker="D", ms=7, color="0.1", mfc="none", mew=1.5)
-    names = [
-        f"{one.published.column}, {one.published.row}{' *' if one.why_not else ''}" for one in pairs
-    ]
+    names = [f"{', '.join(_task_first(one))}{' *' if one.why_not else ''}" for one in pairs]
     axes.set(yticks=range(len(pairs)), yticklabels=names, xlabel="return of the test episodes")
     axes.set_ylim(len(pairs) - 0.4, -0.6)
-    _from_zero(axes.set_xlim, axes.get_xlim())
-    handles = [
-        Line2D([], [], color="0.1", marker="D", ms=7, mfc="none", mew=1.5, ls="", label="published, 3 seeds"),
-        Line2D([], [], color="0.3", marker="o", ms=6, mfc="white", ls="", label="ours, mean"),
-    ]
-    if any(one.why_not for one in pairs):
-        handles.append(Line2D([], [], ls="", label="* another protocol: not comparable"))
-    _below(figure, handles, 3)
-    return figure
+    _from_zero(axes.set_xlim, axes.dataLim.intervalx, axes.get_xlim())
+
+
+def _task_first(one: Beside) -> tuple[str, str]:
+    """The two names of a cell; table 1 has its tasks in columns."""
+    cell = one.published
+    return (cell.column, cell.row) if cell.place == "table1" else (cell.row, cell.column)
 
 
 def _floors(line: Callable[..., object], study: Study, task: str) -> None:
@@ -207,7 +236,7 @@ def _floor_handles(study: Study) -> list[Line2D]:
     ]
 
 
-def _legend(figure: Figure, study: Study, floors: bool = True) -> None:
+def _legend(figure: Figure, study: Study) -> None:
     """Methods with their numbers of seeds, and policies that learn nothing."""
     seeds: dict[str, set[int]] = {}
     for cell in study.cells:
@@ -221,7 +250,7 @@ def _legend(figure: Figure, study: Study, floors: bool = True) -> None:
             Line2D([], [], color=first[label].colour, lw=2, marker=first[label].marker, ms=4,
                    label=f"{label} ({count} {'seed' if count == '1' else 'seeds'})")
         )  # fmt: skip
-    _below(figure, handles + (_floor_handles(study) if floors else []), 3)
+    _below(figure, handles + _floor_handles(study), 3)
 
 
 def _below(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
@@ -230,10 +259,11 @@ def _below(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
     )
 
 
-def _from_zero(set_limits: Callable[[float, float], object], limits: tuple[float, float]) -> None:
-    """Let an axis begin at zero, unless there are returns below it."""
-    low, high = limits
-    set_limits(min(0.0, low) if low < 0.0 else 0.0, high)
+def _from_zero(
+    set_limits: Callable[[float, float], object], data: Sequence[float], limits: tuple[float, float]
+) -> None:
+    """Let an axis begin at zero, unless something lies below it."""
+    set_limits(0.0 if data[0] >= 0.0 else limits[0], limits[1])
 
 
 def _thousands(value: float, _: object = None) -> str:

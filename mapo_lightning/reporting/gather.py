@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,8 +104,15 @@ def from_folders(roots: Sequence[Path], stores: Stores) -> list[Run]:
             assert run.folder is not None
             found.setdefault(run.folder.resolve(), run)
     names = _short({str(key): run.name for key, run in found.items()})
+    return [with_tracking(replace(run, name=names[str(key)]), stores) for key, run in found.items()]
+
+
+def unique(runs: Sequence[Run]) -> list[Run]:
+    """The same runs, where two have one name with the beginning of their MLflow ids behind it."""
+    counts = Counter(run.name for run in runs)
     return [
-        with_tracking(replace(run, name=names[str(key)]), stores) for key, run in found.items()
+        replace(run, name=f"{run.name} {run.mlflow[:8] or number}") if counts[run.name] > 1 else run
+        for number, run in enumerate(runs)
     ]
 
 
@@ -153,19 +161,18 @@ def with_tracking(run: Run, stores: Stores) -> Run:
     """
     if run.folder is None or run.state in ("missing", "damaged"):
         return run
-    kept = kept_in(run.folder / "finetune")
-    seconds = [kept_in(path).seconds for path in run.folder.iterdir() if path.is_dir()]
+    folder = run.folder
+    kept = kept_in(folder / "finetune")
+    seconds = [kept_in(path).seconds for path in folder.iterdir() if path.is_dir()]
     all_seconds = sum(known for known in seconds if known is not None)
-    run = replace(
-        run, curve=kept.curve, tuning_seconds=kept.seconds, seconds=all_seconds or None
-    )
+    run = replace(run, curve=kept.curve, tuning_seconds=kept.seconds, seconds=all_seconds or None)
     found = stores.of(run)
     if isinstance(found, str):
         if not kept.curve and run.counts and run.stage != "evaluate":
             log.warning("%s has no curve: %s", run.name, found)
         return run
     store, held = found
-    parent, tuned = _recorded(run.folder, held)
+    parent, tuned = _recorded(folder, held)
     main = tuned or parent
     if main is None:
         return run
@@ -271,7 +278,8 @@ def _stored(parent: StoredRun, held: Mapping[str, StoredRun], store: Store) -> R
         parent.name, None, "unfinished", f"MLflow: {parent.status}", settings, method,
         f"{settings.get('env.kind', '')}/{settings.get('env.name', '')}",
         int(settings.get("seed", 0)), mlflow=(tuned or parent).identity,
-        page=store.page(tuned or parent), version=_version(tuned or parent), seconds=_seconds(parent), tuning_seconds=_seconds(tuned),
+        page=store.page(tuned or parent), version=_version(tuned or parent),
+        seconds=_seconds(parent), tuning_seconds=_seconds(tuned),
     )  # fmt: skip
     kept = settings.get("evaluate.keep_best") == "True"
     scores = next(

@@ -44,7 +44,9 @@ def origin(run: Run, others: Sequence[Run] = ()) -> Origin:
         before = read_run(folder, named.get(folder.absolute(), folder.name))
         settings |= {k: v for k, v in before.settings.items() if is_of(k, _OF_PRETRAINING)}
         return Origin(_videos(settings), before.name, folder.absolute(), str(start), settings)
-    phases = [phase for phase in ("tokenizer", "pretrain") if run.folder and (run.folder / phase).is_dir()]
+    phases = [
+        phase for phase in ("tokenizer", "pretrain") if run.folder and (run.folder / phase).is_dir()
+    ]
     if run.stage == "finetune" or (run.folder is not None and not phases):
         return Origin("", "none", None, "", settings)
     own = f"{phases[-1]}/last.ckpt" if phases else ""

@@ -22,38 +22,39 @@ _STYLE = (
     "body{max-width:62em;margin:2em auto;padding:0 1em;line-height:1.45;color:#222}"
     "h1{font-size:1.6em}h2{font-size:1.2em;margin-top:2em;border-bottom:2px solid #0072B2}"
     "h3{font-size:1em}table{margin:.8em 0;font-size:.93em;display:block;overflow-x:auto}"
-    "td,th{vertical-align:top;white-space:nowrap}td.w{white-space:normal}a{color:#0072B2}"
+    "td,th{vertical-align:top;white-space:nowrap}"
+    ".wrap td:last-child{white-space:normal;min-width:16em}a{color:#0072B2}"
     ".warn{border-left:4px solid #D55E00;background:#fdf1e8;padding:.6em 1em}"
-    ".warn p{margin:.3em 0}.pair{display:flex;gap:1em;flex-wrap:wrap}.pair img{flex:1 1 24em;min-width:0}"
-    "nav a{margin-right:1.2em}"
+    ".warn p{margin:.3em 0}.pair{display:flex;gap:1em;flex-wrap:wrap}"
+    ".pair img{flex:1 1 24em;min-width:0}nav{margin:1em 0}nav a{margin-right:1.2em}"
 )
 _CURVES = (
-    "Thick: over the seeds. Faint: single seeds. Dashed, dotted: policies that learn nothing, on the "
-    "same test episodes. Bands are 95 % intervals."
+    "Thick: over the seeds. Faint: single seeds. Dashed, dotted: policies that learn nothing, on "
+    "the same test episodes. Bands are 95 % intervals."
 )
 _HELD = (
-    "Seeds of {} were evaluated at different frames. There each seed stands at its last evaluation "
-    "not after x; nothing is interpolated. Curves over seeds are drawn only between the frames at "
-    "which all of them have values."
+    "Seeds of {} were evaluated at different frames. Points are the evaluations of the seed that "
+    "has the fewest; each other seed stands at its last evaluation not after them, and nothing is "
+    "interpolated. Curves over seeds are drawn only where all of them have values."
 )
 _TABLE = (
     "One number per seed: the mean return of its last test episodes. Mean: in brackets the 95 % "
-    "interval by Student's t. Interquartile mean: without the lowest and the highest quarter of the "
-    "seeds, with the 95 % percentile bootstrap interval over the seeds; up to three seeds it is the "
-    "mean, and the bootstrap is too narrow. A seed's return leads to its run."
+    "interval by Student's t. Interquartile mean: without the lowest and the highest quarter of "
+    "the seeds, with the 95 % percentile bootstrap interval over the seeds; up to three seeds it "
+    "is the mean, and the bootstrap is too narrow. A seed's return leads to its run."
 )
 _COMPARED = (
-    "Probability that a run of the first method is better than one of the second: share of all pairs "
-    "of runs, a tie counts half, with the 95 % stratified bootstrap interval. Difference of the means "
-    "with Welch's 95 % interval. Two methods count as told apart only where Welch's interval leaves "
-    "out zero; the bootstrap is too narrow for few seeds. The seeds that would do are those of power "
-    "0.8 if difference and spread are what they seem."
+    "Probability that a run of the first method is better than one of the second: share of all "
+    "pairs of runs, a tie counts half, with the 95 % stratified bootstrap interval. Difference of "
+    "the means with Welch's 95 % interval. Two methods count as told apart only where Welch's "
+    "interval leaves out zero; the bootstrap is too narrow for few seeds. The seeds that would do "
+    "are those of power 0.8 if difference and spread are what they seem."
 )
 _DREAMS = (
-    "Of each measure the value five frames ahead, or at the last frame before, as mean over the runs "
-    "with the 95 % interval by Student's t. Errors are squared errors in thousandths, on pixels that "
-    "move, of videos that were held out; other measures are those of mapo-dreams. Every number of "
-    "frames is in dreams.csv."
+    "Of each measure the value five frames ahead, or at the last frame before, as mean over the "
+    "runs with the 95 % interval by Student's t. Errors are squared errors in thousandths, on "
+    "pixels that move, of videos that were held out; other measures are those of mapo-dreams. "
+    "Every number of frames is in dreams.csv."
 )
 
 
@@ -96,7 +97,9 @@ class Page(NamedTuple):
         text = f"{count} finished runs, {len(self.study.labels)} methods, {len(tasks)} tasks"
         text = text.replace(" 1 methods", " 1 method").replace(" 1 tasks", " 1 task")
         left = len(self.study.left)
-        return f"{text}." + (f" {left} more do not count and are listed at the end." if left else "")
+        return f"{text}." + (
+            f" {left} more do not count and are listed at the end." if left else ""
+        )
 
     def _warnings(self) -> str:
         notes = "".join(_p(note) for note in self.study.notes)
@@ -109,7 +112,7 @@ class Page(NamedTuple):
         text = _CURVES + (" " + _HELD.format(", ".join(moved)) if moved else "")
         drawn = [self._figure("curves", "learning curves: means over seeds")]
         drawn.append(self._figure("curves_iqm", "learning curves: interquartile means over seeds"))
-        return "Learning curves", [_p(text), f'<div class="pair">{"".join(drawn)}</div>']
+        return "Learning curves", [_p(text), *_side_by_side(drawn, len(self.study.tasks))]
 
     def _scores(self) -> tuple[str, list[str]]:
         parts = [_p(_TABLE), self._figure("scores", "last returns with their intervals")]
@@ -125,7 +128,14 @@ class Page(NamedTuple):
             for cell in self.study.of(task)
         ]  # fmt: skip
         body += [
-            [f"{spaced(name)} (learns nothing)", "", f"{policy.mean:.1f}", "", _share(policy.success), ""]
+            [
+                f"{spaced(name)} (learns nothing)",
+                "",
+                f"{policy.mean:.1f}",
+                "",
+                _share(policy.success),
+                "",
+            ]
             for name, policy in self.study.baselines(task).items()
         ]
         return table(head, body)
@@ -133,7 +143,10 @@ class Page(NamedTuple):
     def _compared(self) -> tuple[str, list[str]] | None:
         if not self.compared:
             return None
-        parts = [_p(_COMPARED), self._figure("improvement", f"probability that {self.view} is better")]
+        parts = [
+            _p(_COMPARED),
+            self._figure("improvement", f"probability that {self.view} is better"),
+        ]
         for task in (*self.study.tasks, ""):
             mine = [c for c in from_view(self.view, self.compared) if c.task == task]
             if not mine:
@@ -151,9 +164,9 @@ class Page(NamedTuple):
         if "profiles" not in self.figures:
             return None
         text = (
-            "Share of runs whose normalised return is above a level, tasks counted alike, with 95 % "
-            "stratified bootstrap bands. 0 is random actions and 1 the best mean of a method on the "
-            "task in this report: with other methods in the report the scale is another one."
+            "Share of runs whose normalised return is above a level, tasks counted alike, with 95 "
+            "% stratified bootstrap bands. 0 is random actions and 1 the best mean of a method on "
+            "the task in this report: with other methods in the report the scale is another one."
         )
         return "Performance profiles", [_p(text), self._figure("profiles", "performance profiles")]
 
@@ -179,7 +192,9 @@ class Page(NamedTuple):
         body: list[list[Cell]] = []
         for value, ours, why in ((one.published, one.ours, one.why_not) for one in found):
             number = "a plot only" if value.value is None else f"{value.value:.1f}"
-            number += f" ({value.taken_from.replace('table', 'table ')})" if value.taken_from else ""
+            number += (
+                f" ({value.taken_from.replace('table', 'table ')})" if value.taken_from else ""
+            )
             line: list[Cell] = [value.row, value.column, number]
             if ours is None:
                 line += ["", "", "0", "not run"]
@@ -187,7 +202,7 @@ class Page(NamedTuple):
                 verdict = f"not comparable: {'; '.join(why)}" if why else "same protocol"
                 line += [*_both(ours.stats), str(len(ours.runs)), verdict]
             body.append(line)
-        return table([*head, "protocol"], body)
+        return table([*head, "protocol"], body, "wrap")
 
     def _time(self) -> tuple[str, list[str]]:
         head = ["task", "method", "minutes per run", "of fine-tuning", "frames per second"]
@@ -200,8 +215,8 @@ class Page(NamedTuple):
             )
             body.append([cell.task, cell.label, *(_range(column) for column in columns)])
         text = (
-            "Wall clock: mean over the runs, with the smallest and the largest. Frames are those of "
-            "the environment, per second of fine-tuning, evaluations included. Pauses, and other "
+            "Wall clock: mean over the runs, the smallest and the largest. Frames are those "
+            "of the environment, per second of fine-tuning, evaluations included. Pauses, and other "
             "programs on the same machine, count as time."
         )
         return "Time", [_p(text), table(head, body)]
@@ -214,13 +229,22 @@ class Page(NamedTuple):
         several = len({task for task, _ in columns}) > 1
         head = ["measure", *(f"{label} ({task})" if several else label for task, label in columns)]
         body = [
-            [measure, *(_mean(mine[key]) if key in mine else "" for key in columns)]
+            [measure, *(_measured(mine[key]) if key in mine else "" for key in columns)]
             for measure, mine in found.items()
         ]
         return "Dreams", [_p(_DREAMS), table(head, body)]
 
     def _lineage(self) -> tuple[str, list[str]]:
-        head = ["run", "videos", "pre-training", "agent that played", "frames", "return", "code", "MLflow run"]
+        head = [
+            "run",
+            "videos",
+            "pre-training",
+            "agent that played",
+            "frames",
+            "return",
+            "code",
+            "MLflow run",
+        ]
         body: list[list[Cell]] = []
         for run in (run for cell in self.study.cells for run in cell.runs):
             before = self.study.origins[run.name]
@@ -233,20 +257,27 @@ class Page(NamedTuple):
         text = "From the videos to the return, run by run. Names lead to the folders."
         parts = [_p(text), table(head, body)]
         if self.study.others:
-            rows = [[self._link(run, run.name), run.stage, run.method, run.task,
+            rows: list[list[Cell]] = [[self._link(run, run.name), run.stage, run.method, run.task,
                      f"{run.score:.1f}" if run.agent else "", run.checkpoint]
                     for run in self.study.others]  # fmt: skip
-            parts.append(_p("Runs that are no seed of their own: pre-training, and evaluations of other runs' agents."))
+            parts.append(
+                _p("Runs that are no seed of their own: pre-training, evaluations of other runs.")
+            )
             parts.append(table(["run", "stage", "method", "task", "return", "agent"], rows))
         return "From videos to return", parts
 
     def _left(self) -> tuple[str, list[str]]:
         if not self.study.left:
-            return "Runs that do not count", [_p("None: every run that was found is in the tables.")]
-        body = [[self._link(run, run.name), run.state, run.method, run.task, str(run.seed), run.why]
+            return "Runs that do not count", [
+                _p("None: every run that was found is in the tables.")
+            ]
+        body: list[list[Cell]] = [[self._link(run, run.name), run.state, run.method, run.task, str(run.seed), run.why]
                 for run in self.study.left]  # fmt: skip
         text = _p("These are in no figure and in no statistic.")
-        return "Runs that do not count", [text, table(["run", "state", "method", "task", "seed", "why"], body)]
+        return "Runs that do not count", [
+            text,
+            table(["run", "state", "method", "task", "seed", "why"], body, "wrap"),
+        ]
 
     def _figure(self, name: str, alt: str) -> str:
         return image(self.figures[name], "svg+xml", alt) if name in self.figures else ""
@@ -261,12 +292,23 @@ class Page(NamedTuple):
         return quote(os.path.relpath(folder, self.folder.absolute())) + "/"
 
 
+def _side_by_side(drawn: Sequence[str], panels: int) -> list[str]:
+    """Two small figures beside each other; larger ones below each other."""
+    return [f'<div class="pair">{"".join(drawn)}</div>'] if panels == 1 else list(drawn)
+
+
 def _p(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
 def _mean(found: AcrossSeeds) -> str:
     return _with(found.mean, found.interval)
+
+
+def _measured(found: AcrossSeeds) -> str:
+    """Without an interval where all are the same, as of what needs no model."""
+    same = found.interval is not None and found.interval[0] == found.interval[1]
+    return _with(found.mean, None if same else found.interval)
 
 
 def _both(found: AcrossSeeds) -> Iterator[str]:
@@ -276,8 +318,8 @@ def _both(found: AcrossSeeds) -> Iterator[str]:
 
 def _with(value: float, interval: tuple[float, float] | None, places: int = 1) -> str:
     places = places if abs(value) >= 1 else 2
-    text = f"{value:.{places}f}"
-    return text if interval is None else f"{text} [{interval[0]:.{places}f}, {interval[1]:.{places}f}]"
+    text, ends = f"{value:.{places}f}", [f"{end:.{places}f}" for end in interval or ()]
+    return f"{text} [{', '.join(ends)}]" if ends else text
 
 
 def _share(value: float | None) -> str:

@@ -128,9 +128,7 @@ def _plain(task: str) -> str:
     return task.replace("_", "-")
 
 
-def _reasons(
-    cell: Published, ours: Cell, wanted: Mapping[str, Any], study: Study
-) -> Iterator[str]:
+def _reasons(cell: Published, ours: Cell, wanted: Mapping[str, Any], study: Study) -> Iterator[str]:
     """In what our runs differ from the published protocol."""
     before = study.origins[ours.runs[0].name]
     settings = before.settings

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from mapo_lightning.files import atomic_write
 from mapo_lightning.reporting import compare, figures
 from mapo_lightning.reporting.page import Page
-from mapo_lightning.reporting.published import Protocol, beside
+from mapo_lightning.reporting.published import Beside, Protocol, beside
 from mapo_lightning.reporting.study import Study
 from mapo_lightning.reporting.style import close, csv_text, picture
 from mapo_lightning.types import ConfigError
@@ -68,7 +68,9 @@ def view_of(study: Study, asked: str = "") -> str:
     return asked
 
 
-def make(study: Study, protocol: Protocol, folder: Path, asked: str = "", title: str = "") -> Report:
+def make(
+    study: Study, protocol: Protocol, folder: Path, asked: str = "", title: str = ""
+) -> Report:
     """Compare, draw and set.
 
     Args:
@@ -97,14 +99,15 @@ def make(study: Study, protocol: Protocol, folder: Path, asked: str = "", title:
     page = Page(title, study, compared, paper, view, shown, folder).html()
     tables = {
         "runs.csv": compare.run_lines(study), "scores.csv": compare.score_lines(study),
-        "curves.csv": compare.curve_lines(study), "comparisons.csv": compare.comparison_lines(compared),
+        "curves.csv": compare.curve_lines(study),
+        "comparisons.csv": compare.comparison_lines(compared),
         "paper.csv": compare.published_lines(paper), "dreams.csv": compare.dream_lines(study),
     }  # fmt: skip
     return Report(study, page, {k: csv_text(v) for k, v in tables.items() if v}, files)
 
 
 def _figures(
-    study: Study, mine: list[compare.Comparison], paper: list[compare.Beside]
+    study: Study, mine: list[compare.Comparison], paper: list[Beside]
 ) -> Iterator[tuple[str, Figure]]:
     if any(cell.band for cell in study.cells):
         yield "curves", figures.curves(study, robust=False)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mapo_lightning.config.compose import load_yaml
-from mapo_lightning.config.schema import flatten
 from mapo_lightning.config.redact import redact_text
+from mapo_lightning.config.schema import flatten
 from mapo_lightning.envs.settings import SUITE_REPEAT
 from mapo_lightning.tracking.histories import Curve
 from mapo_lightning.types import ConfigError
@@ -238,7 +238,9 @@ def _measured(found: Mapping[str, Any], name: str) -> Iterator[Dream]:
 
 def _rows(found: Sequence[Any], name: str, *keys: str) -> Iterator[Mapping[str, Any]]:
     for row in found:
-        lacks = [k for k in (*keys, "frames_ahead", "mean") if not isinstance(row, dict) or k not in row]
+        lacks = [
+            k for k in (*keys, "frames_ahead", "mean") if not isinstance(row, dict) or k not in row
+        ]
         if lacks:
             raise _DamagedError(f"{name} has a row without {', '.join(lacks)}")
         yield row

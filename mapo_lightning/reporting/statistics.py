@@ -149,6 +149,7 @@ def _needed(mean: float, variance: float) -> int | None:
         mean: The difference.
         variance: Sum of both methods'.
     """
+
     def enough(sigmas: float) -> float:
         return sigmas**2 * variance / mean**2
 

@@ -86,9 +86,9 @@ class Band(NamedTuple):
 def band(curves: Sequence[Curve]) -> Band | None:
     """Statistics of curves over their seeds.
 
-    Where seeds were evaluated at different frames, each stands at its last evaluation not after
-    x, which invents nothing; and there are points only where all seeds have been evaluated and
-    none has ended.
+    Where seeds were evaluated at different frames, the points are the evaluations of the seed that
+    has the fewest, and each other seed stands at its last evaluation not after them, which invents
+    nothing. There are points only where all seeds have been evaluated and none has ended.
 
     Args:
         curves: One per seed; empty ones count as none.
@@ -97,8 +97,10 @@ def band(curves: Sequence[Curve]) -> Band | None:
     if not curves:
         return None
     first, last = max(c[0][0] for c in curves), min(c[-1][0] for c in curves)
-    every = sorted({frame for curve in curves for frame, _ in curve})
-    grid = [frame for frame in every if first <= frame <= last]
+    fewest = min(curves, key=len)
+    grid = [frame for frame, _ in fewest if first <= frame <= last]
+    if not grid and first <= last:
+        grid = [last]
     if not grid:
         return None
     if len(grid) > _GRID:
@@ -194,19 +196,20 @@ def study(runs: Sequence[Run]) -> Study:
     traits = {name: _traits(found) for name, found in origins.items()}
     kept, doubled = _newest(agents, traits)
     left = [run for run in runs if run.state != "finished"] + doubled
-    cells = []
-    for method in dict.fromkeys(run.method for run in kept):
-        mine = [run for run in kept if run.method == method]
-        vary = _varying(mine, traits)
-        grouped: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for task, method in dict.fromkeys((run.task, run.method) for run in kept):
+        mine = [run for run in kept if (run.task, run.method) == (task, method)]
+        vary = _varying([traits[run.name] for run in mine])
         for run in mine:
             label = _label(method, traits[run.name], vary)
-            grouped.setdefault((run.task, label), []).append(run)
-        names = sorted({label for _, label in grouped})
-        cells += [
-            Cell(task, label, method, sorted(same, key=lambda run: run.seed), names.index(label))
-            for (task, label), same in grouped.items()
-        ]
+            groups.setdefault((task, method, label), []).append(run)
+    names = {m: sorted({label for _, method, label in groups if method == m}) for _, m, _ in groups}
+    cells = [
+        Cell(
+            task, label, method, sorted(same, key=lambda run: run.seed), names[method].index(label)
+        )
+        for (task, method, label), same in groups.items()
+    ]
     cells.sort(key=lambda c: (c.task, METHOD_ORDER.get(c.method, 99), c.label))
     notes = tuple(_notes(kept, cells))
     return Study(tuple(cells), tuple(left), others, notes, origins)
@@ -240,15 +243,10 @@ def _traits(found: Origin) -> Traits:
     return mine | {"pre-training": "no" if found.pretraining == "none" else "yes"}
 
 
-def _varying(runs: Sequence[Run], traits: Mapping[str, Traits]) -> list[str]:
-    """Settings in which runs of one method differ on one and the same task."""
-    vary: dict[str, None] = {}
-    for task in {run.task for run in runs}:
-        mine = [traits[run.name] for run in runs if run.task == task]
-        for key in sorted({key for one in mine for key in one}):
-            if len({one.get(key) for one in mine} - {None}) > 1:
-                vary[key] = None
-    return list(vary)
+def _varying(several: Sequence[Traits]) -> list[str]:
+    """Settings in which runs of one method on one task differ."""
+    keys = sorted({key for one in several for key in one})
+    return [key for key in keys if len({one.get(key) for one in several} - {None}) > 1]
 
 
 def _label(method: str, traits: Traits, vary: Sequence[str]) -> str:
@@ -263,8 +261,8 @@ def _notes(runs: Sequence[Run], cells: Sequence[Cell]) -> Iterator[str]:
         yield from _unlike(task, [run for run in runs if run.task == task])
     versions = Counter(run.version for run in runs if run.version)
     if len(versions) > 1:
-        counts = ", ".join(f"{name} ({count} runs)" for name, count in versions.most_common())
-        yield f"The runs were made by {len(versions)} versions of the code: {counts}."
+        named = ", ".join(f"{name} ({count} runs)" for name, count in versions.most_common())
+        yield f"The runs were made by {len(versions)} versions of the code: {named}."
     for method in dict.fromkeys(run.method for run in runs):
         keys = [frozenset(r.settings) for r in runs if r.method == method and r.folder is not None]
         some = sorted(frozenset.union(*keys) - frozenset.intersection(*keys)) if keys else []
@@ -273,12 +271,9 @@ def _notes(runs: Sequence[Run], cells: Sequence[Cell]) -> Iterator[str]:
                 f"Only some of the runs of {method} know the settings {_listed(some)}: they were "
                 "made by different versions of the package, and may differ in more than is shown."
             )
-    counts_of = {cell.label: len(cell.runs) for cell in cells}
-    if len(set(counts_of.values())) > 1:
-        yield (
-            "Methods have different numbers of seeds: "
-            + ", ".join(f"{name} {count}" for name, count in counts_of.items()) + "."
-        )
+    counts = sorted({len(cell.runs) for cell in cells})
+    if len(counts) > 1:
+        yield f"Methods have between {counts[0]} and {counts[-1]} seeds: the tables say which."
     bare = [run.name for run in runs if not run.curve]
     if bare:
         yield f"No curve was found of {_listed(bare)}; the tables have their last return."

@@ -57,7 +57,9 @@ def marker_of(number: int) -> str:
     return _MARKERS[number % len(_MARKERS)]
 
 
-def sheet(rows: int, columns: int, height: float, width: float = _WIDTH) -> tuple[Figure, list[Axes]]:
+def sheet(
+    rows: int, columns: int, height: float, width: float = _WIDTH
+) -> tuple[Figure, list[Axes]]:
     """A figure of panels, row by row.
 
     Args:
@@ -129,10 +131,17 @@ Cell = str | Link | Sequence[Link]
 """Of a table: a text, a link, or several links."""
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[Cell]]) -> str:
-    """A table of HTML; everything in it is escaped."""
+def table(head: Sequence[str], body: Iterable[Sequence[Cell]], style: str = "") -> str:
+    """A table of HTML; everything in it is escaped.
+
+    Args:
+        head: Titles of the columns.
+        body: Rows.
+        style: Name of a class of styles; empty: none.
+    """
     lines = "".join(table_row(line) for line in body)
-    return f"<table>{table_row(head, 'th')}{lines}</table>"
+    named = f' class="{style}"' if style else ""
+    return f"<table{named}>{table_row(head, 'th')}{lines}</table>"
 
 
 def table_row(cells: Sequence[Cell], tag: str = "td") -> str:

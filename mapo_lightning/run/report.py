@@ -101,19 +101,25 @@ def _parse(words: Sequence[str]) -> _Asked:
 
 
 def _read(asked: _Asked) -> list[Run]:
-    from mapo_lightning.reporting.gather import Stores, absolute, from_folders, from_store
+    from mapo_lightning.reporting.gather import (
+        Stores,
+        absolute,
+        from_folders,
+        from_store,
+        unique,
+    )
     from mapo_lightning.tracking.settings import TrackingConfig
 
     uri = asked.given.get("tracking.uri")
     name = asked.given.get("experiment")
-    checked = TrackingConfig(**({"uri": uri} if uri else {}))
+    checked = TrackingConfig(uri=uri) if uri else TrackingConfig()
     stores = Stores(absolute(checked.uri) if uri else None)
     runs = from_folders(asked.folders, stores) if asked.folders else []
     if name or not asked.folders:
         known = {run.folder for run in runs if run.folder is not None}
         stored = from_store(absolute(checked.uri), name, stores)
         runs += [run for run in stored if run.folder not in known]
-    return runs
+    return unique(runs)
 
 
 @cache
@@ -144,20 +150,23 @@ def _summary(found: Study) -> str:
         "|---|---|---|---|---|---|",
     ]
     for cell in found.cells:
-        stats, success = cell.stats, cell.success
+        stats = cell.stats
         lines.append(
             f"| {cell.task} | `{cell.label}` | {stats.seeds} | {_with(stats.mean, stats.interval)} "
-            f"| {_with(stats.iqm, stats.iqm_interval)} "
-            f"| {'' if success is None else f'{success:.0%}'} |"
+            f"| {_with(stats.iqm, stats.iqm_interval)} | {_share(cell.success)} |"
         )
     for task in found.tasks:
         for name, policy in found.baselines(task).items():
-            success = "" if policy.success is None else f"{policy.success:.0%}"
-            lines.append(f"| {task} | {name} | | {policy.mean:.1f} | | {success} |")
+            share = _share(policy.success)
+            lines.append(f"| {task} | {name} | | {policy.mean:.1f} | | {share} |")
     lines += [""] * bool(found.left)
     lines += [f"does not count: {run.name} is {run.state}: {run.why}" for run in found.left]
     lines += [f"note: {note}" for note in found.notes]
     return "\n".join(lines) + "\n"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _with(value: float, interval: tuple[float, float] | None) -> str:
