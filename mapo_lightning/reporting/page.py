@@ -216,8 +216,8 @@ class Page(NamedTuple):
             body.append([cell.task, cell.label, *(_range(column) for column in columns)])
         text = (
             "Wall clock: mean over the runs, the smallest and the largest. Frames are those "
-            "of the environment, per second of fine-tuning, evaluations included. Pauses, and other "
-            "programs on the same machine, count as time."
+            "of the environment, per second of fine-tuning, evaluations included. Pauses, and "
+            "other programs on the same machine, count as time."
         )
         return "Time", [_p(text), table(head, body)]
 
@@ -271,8 +271,10 @@ class Page(NamedTuple):
             return "Runs that do not count", [
                 _p("None: every run that was found is in the tables.")
             ]
-        body: list[list[Cell]] = [[self._link(run, run.name), run.state, run.method, run.task, str(run.seed), run.why]
-                for run in self.study.left]  # fmt: skip
+        body: list[list[Cell]] = [
+            [self._link(run, run.name), run.state, run.method, run.task, str(run.seed), run.why]
+            for run in self.study.left
+        ]  # fmt: skip
         text = _p("These are in no figure and in no statistic.")
         return "Runs that do not count", [
             text,

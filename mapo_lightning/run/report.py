@@ -134,7 +134,7 @@ def protocol(experiment: str) -> Mapping[str, Any]:
 
     # What a user gives, and the width that only the hub's file of the describer tells.
     words = [f"experiment={experiment}", "data.root=videos", "vlm.hidden_dim=3584"]
-    return compose([*words, "token_world.lpips=false"], RunConfig, conf_folder()).flat
+    return compose([*words, "token_world.vgg=vgg16.pth"], RunConfig, conf_folder()).flat
 
 
 def _states(runs: Sequence[Run]) -> str:
