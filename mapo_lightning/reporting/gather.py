@@ -121,17 +121,22 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Run]:
         yield read_run(folder, str(folder))
         return
     points = list(_points(folder)) if (folder / SWEEP).is_file() else []
-    for name in points:
-        if not (folder / name / CONFIG).is_file():
-            why = "it has not begun" if not (folder / name).exists() else "it holds no settings yet"
-            yield Run(str(folder / name), (folder / name).absolute(), "missing", why)
+    for name, choice in points:
+        place = folder / name
+        if not (place / CONFIG).is_file():
+            seed = choice.get("seed", "")
+            why = "it has not begun" if not place.exists() else "it holds no settings yet"
+            yield Run(
+                str(place), place.absolute(), "missing", why, method=choice.get("method", ""),
+                task=choice.get("env", ""), seed=int(seed) if seed.isdecimal() else 0,
+            )  # fmt: skip
     if depth:
         for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
             yield from _runs_in(inner, depth - 1)
 
 
-def _points(folder: Path) -> Iterator[str]:
-    """Names of the runs of a sweep.
+def _points(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Names of the runs of a sweep, and their own values.
 
     Raises:
         ConfigError: Its file is damaged.
@@ -139,12 +144,12 @@ def _points(folder: Path) -> Iterator[str]:
     path = folder / SWEEP
     try:
         points = yaml.safe_load(path.read_text(encoding="utf-8"))["points"]
-        names = [str(name) for name in dict(points)]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        found = {str(n): {str(k): str(v) for k, v in own.items()} for n, own in points.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"'{path}' is damaged ({' '.join(str(error).split())}): give the folders of the runs"
         ) from error
-    yield from (name for name in names if Path(name).name == name)
+    yield from ((name, own) for name, own in found.items() if Path(name).name == name)
 
 
 def _short(names: Mapping[str, str]) -> dict[str, str]:

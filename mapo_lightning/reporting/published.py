@@ -29,7 +29,9 @@ _NAMED = {
 """Settings that are named first where they differ, in words."""
 _FREE = (
     "seed", "stage", "run_dir", "work_dir", "init_from", "checkpoint", "resume", "data.root",
-    "data.workers", "data.cache_mb", "data.limits", "data.max_undecodable", "token_world.vgg", "demo", "vlm", "label",
+    "data.workers", "data.cache_mb", "data.limits", "data.max_undecodable",
+    "token_world.vgg", "demo", "vlm",
+    "label",
     "callbacks", "play", "trainer", "tracking", "launch", "env.num_envs", "env.deaths_per_hour",
     "evaluate.num_envs", "evaluate.videos", "evaluate.dreams", "evaluate.rollouts",
     "evaluate.decisions", "finetune.collect_ahead", "world_model.recurrence",

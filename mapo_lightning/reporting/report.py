@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -85,13 +84,11 @@ def make(
     mine = compare.from_view(view, compared)
     drawn = dict(_figures(study, mine, paper))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of fonts without a letter of a label
-            shown = {name: picture(figure, "svg") for name, figure in drawn.items()}
-            files = {
-                f"{name}.{kind}": picture(figure, kind)
-                for name, figure in drawn.items() for kind in ("png", "pdf")
-            }  # fmt: skip
+        shown = {name: picture(figure, "svg") for name, figure in drawn.items()}
+        files = {
+            f"{name}.{kind}": picture(figure, kind)
+            for name, figure in drawn.items() for kind in ("png", "pdf")
+        }  # fmt: skip
     finally:
         for figure in drawn.values():
             close(figure)

@@ -22,6 +22,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mapo_lightning.tracking.artifacts import csv_cell
+
+plt.rcParams["text.parse_math"] = False  # a name with two dollar signs is no formula
 logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every letter of a PDF
 
 BLUE, SKY, GREEN, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#E69F00"
@@ -156,12 +159,15 @@ def _inside(cell: Cell) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as CSV, with every column that any of them has; None and what is missing are empty."""
+    """Rows as CSV, with every column that any of them has; None and what is missing are empty.
+
+    Cells that a spreadsheet would run as a formula get a leading apostrophe.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
+    writer.writerows({k: "" if v is None else csv_cell(v) for k, v in row.items()} for row in rows)
     return text.getvalue()
 
 

@@ -47,7 +47,9 @@ def phase(
     logger.log_hyperparams(params | {"evaluate.keep_best": keep_best})
     for step, value in values.items():
         told = {"eval/return": value, "eval/return_iqm": 0.0, "eval/success": 0.5}
-        logger.log_metrics({**told, "eval/return_random": 7.0, "eval/return_random_held": 8.0}, step)
+        logger.log_metrics(
+            {**told, "eval/return_random": 7.0, "eval/return_random_held": 8.0}, step
+        )
     logger.finalize()
     return logger.active_run
 
@@ -169,7 +171,7 @@ def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path, cfg: Trackin
     (tmp_path / "text.db").write_text("no database at all, but long enough to be one" * 100)
     with pytest.raises(ConfigError, match="no SQLite file"):
         Store(f"sqlite:///{tmp_path}/text.db")
-    with pytest.raises(ConfigError, match="has no experiment 'nope', only .*alone|only .*"):
+    with pytest.raises(ConfigError, match=r"has no experiment 'nope', only .*alone"):
         Store(store_uri(cfg)).runs("nope")
     open_store(own("empty", cfg))
     with pytest.raises(ConfigError, match="holds no run of mapo-train"):

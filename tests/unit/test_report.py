@@ -28,6 +28,7 @@ def found(*roots: Path) -> Study:
     return study(from_folders(roots, Stores()))
 
 
+@pytest.mark.slow  # it composes all of them
 def test_published_numbers_are_those_of_the_pages_and_of_the_experiments() -> None:
     page = (ROOT / "docs/reproduce.md").read_text()
     facts = (ROOT / "docs/facts.md").read_text()
@@ -109,7 +110,8 @@ def test_the_page_loads_nothing_and_leads_to_the_runs(tmp_path: Path) -> None:
     for method, score in (("apv", 5.0), ("mapo", 9.0)):
         for seed in (0, 1):
             make_run(tmp_path / "runs" / f"{method}-{seed}", "env=toy", f"method={method}",
-                     f"seed={seed}", score=score + seed, curve=[(100, 1.0), (4800, score)])  # fmt: skip
+                     f"seed={seed}", score=score + seed,
+                     curve=[(100, 1.0), (4800, score)])  # fmt: skip
     out = tmp_path / "out"
     report = make(found(tmp_path / "runs"), protocol, out, title="<script>alert(1)</script>")
     written = report.save(out)
@@ -180,6 +182,7 @@ def test_tables_escape_what_they_hold() -> None:
         '<tr><td>&lt;i&gt;</td><td><a href="x&quot; onload=&quot;y">&lt;u&gt;</a></td></tr></table>'
     )
     assert csv_text([{"a": 1}, {"b": None}]) == "a,b\n1,\n,\n"
+    assert csv_text([{"a": "=HYPERLINK(0)"}, {"a": -1.5}]) == "a\n'=HYPERLINK(0)\n-1.5\n"
 
 
 def test_the_method_to_compare_with_must_be_there(tmp_path: Path) -> None:

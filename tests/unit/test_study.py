@@ -68,7 +68,8 @@ def test_what_does_not_count_says_why(tmp_path: Path) -> None:
     assert left(found)["begun"] == ("unfinished", "newest checkpoint finetune/last.ckpt")
     assert left(found)["longer"] == ("unfinished", "evaluated after 2,000 of 4,800 frames")
     for name, why in (
-        ("broken", "evaluation.json cannot be read"), ("odd", "evaluation.json holds no evaluation"),
+        ("broken", "evaluation.json cannot be read"),
+        ("odd", "evaluation.json holds no evaluation"),
         ("lost", "a result is nan"),
     ):  # fmt: skip
         state, reason = left(found)[name]
@@ -80,7 +81,9 @@ def test_runs_of_a_sweep_that_have_not_begun_are_named(tmp_path: Path) -> None:
     make_run(tmp_path / "s/seed=0", *TOY, score=5.0)
     points = {"seed=0": {"seed": "0"}, "seed=1": {"seed": "1"}, "../../etc": {"seed": "2"}}
     (tmp_path / "s/sweep.yaml").write_text(yaml.safe_dump({"points": points}))
-    assert left(study(gather(tmp_path / "s"))) == {"seed=1": ("missing", "it has not begun")}
+    found = study(gather(tmp_path / "s"))
+    assert left(found) == {"seed=1": ("missing", "it has not begun")}
+    assert found.left[0].seed == 1
     (tmp_path / "s/sweep.yaml").write_text("points: [")
     with pytest.raises(ConfigError, match=r"sweep\.yaml' is damaged"):
         gather(tmp_path / "s")
@@ -100,7 +103,9 @@ def test_a_folder_that_is_given_twice_counts_once(tmp_path: Path) -> None:
 
 def test_an_evaluation_of_another_runs_agent_is_no_seed(tmp_path: Path) -> None:
     make_run(tmp_path / "a", *TOY, score=5.0)
-    make_run(tmp_path / "again", *TOY, "stage=evaluate", "checkpoint=a/finetune/last.ckpt", score=6.0)
+    make_run(
+        tmp_path / "again", *TOY, "stage=evaluate", "checkpoint=a/finetune/last.ckpt", score=6.0
+    )
     found = study(gather(tmp_path))
     assert [cell.values.tolist() for cell in found.cells] == [[5.0]]
     assert [run.name for run in found.others] == ["again"]
@@ -205,11 +210,18 @@ def test_normalised_returns_begin_at_random_and_end_at_the_best_mean(tmp_path: P
 
 
 def test_dreams_of_every_kind_of_file_are_read(tmp_path: Path) -> None:
-    told = [{"dream": "told", "frames_ahead": n, "mean": 10.0 * n, "low": 0, "high": 0} for n in (1, 5)]
-    judged = [{"aspect": "looks", "dream": "dream", "measure": "psnr", "frames_ahead": 4, "mean": 7.5,
-               "low": 0, "high": 0, "contexts": 1}]  # fmt: skip
+    told = [
+        {"dream": "told", "frames_ahead": n, "mean": 10.0 * n, "low": 0, "high": 0} for n in (1, 5)
+    ]
+    judged = [{"aspect": "looks", "dream": "dream", "measure": "psnr", "frames_ahead": 4,
+               "mean": 7.5, "low": 0, "high": 0, "contexts": 1}]  # fmt: skip
     files = {"pretrain/told.json": told, "dreams/dreams.json": judged, "foresight.json": [0.9, 0.5]}
-    make_run(tmp_path / "a", *TOY, score=5.0, more={**files, "dreams.json": {"drawn": 1.0, "copy 5": 3.0}})
+    make_run(
+        tmp_path / "a",
+        *TOY,
+        score=5.0,
+        more={**files, "dreams.json": {"drawn": 1.0, "copy 5": 3.0}},
+    )
     run = read_run(tmp_path / "a", "a")
     assert Dream("looks: psnr", 4, 7.5) in run.dreams
     assert Dream("error, copy", 5, 3.0) in run.dreams
@@ -234,7 +246,10 @@ def test_a_comparison_can_be_seen_from_either_side(tmp_path: Path) -> None:
     assert (one.second, two.second) == ("contextwm", "apv")
     assert (one.improvement.value, two.improvement.value) == (0.25, 0.75)
     assert one.improvement.interval is not None
-    assert two.improvement.interval == (1 - one.improvement.interval[1], 1 - one.improvement.interval[0])
+    assert two.improvement.interval == (
+        1 - one.improvement.interval[1],
+        1 - one.improvement.interval[0],
+    )
     assert one.difference is not None
     assert two.difference is not None
     assert (one.difference.mean, two.difference.mean) == (-3.0, 3.0)
