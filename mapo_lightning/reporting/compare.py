@@ -9,7 +9,13 @@ from typing import NamedTuple
 
 from mapo_lightning.reporting.published import Beside
 from mapo_lightning.reporting.runs import Run
-from mapo_lightning.reporting.statistics import Difference, Estimate, difference, improvement
+from mapo_lightning.reporting.statistics import (
+    Difference,
+    Estimate,
+    difference,
+    improvement,
+    stratified_iqm,
+)
 from mapo_lightning.reporting.study import Cell, Study
 from mapo_lightning.training.across_seeds import AcrossSeeds, across_seeds
 
@@ -53,6 +59,17 @@ def _over_tasks(study: Study) -> Iterator[Comparison]:
         if len(both) > 1:
             better = improvement([one for one, _ in both], [two for _, two in both])
             yield Comparison("", len(both), first, second, better, None)
+
+
+def over_tasks(study: Study) -> dict[str, Estimate]:
+    """Interquartile mean of the normalised returns of each method that was run on all tasks.
+
+    Empty for a single task.
+    """
+    if len(study.tasks) < 2:
+        return {}
+    scores = {label: study.normalised(label) for label in study.labels}
+    return {label: stratified_iqm(mine) for label, mine in scores.items() if mine is not None}
 
 
 def from_view(label: str, found: Sequence[Comparison]) -> list[Comparison]:
@@ -114,7 +131,7 @@ def _at_horizon(run: Run) -> dict[str, float]:
 
 
 def score_lines(study: Study) -> list[Line]:
-    """A row per method and task, and per policy that learns nothing."""
+    """A row per method and task, per policy that learns nothing, and per method over all tasks."""
     lines: list[Line] = []
     for task in study.tasks:
         lines += [{"task": task, "method": cell.label, **_figures(cell)} for cell in study.of(task)]
@@ -123,6 +140,12 @@ def score_lines(study: Study) -> list[Line]:
                 {"task": task, "method": name, "seeds": 0, "return": policy.mean,
                  "success": policy.success}
             )  # fmt: skip
+    for label, (value, interval) in over_tasks(study).items():
+        low, high = interval or (None, None)
+        lines.append(
+            {"task": "all, normalised", "method": label, "return_iqm": value,
+             "return_iqm_low": low, "return_iqm_high": high}
+        )  # fmt: skip
     return lines
 
 

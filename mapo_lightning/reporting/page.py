@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from mapo_lightning.reporting.compare import Comparison, dreams, from_view, rate
+from mapo_lightning.reporting.compare import Comparison, dreams, from_view, over_tasks, rate
 from mapo_lightning.reporting.lineage import played
 from mapo_lightning.reporting.published import Beside, published
 from mapo_lightning.reporting.runs import Run
@@ -168,7 +168,10 @@ class Page(NamedTuple):
             "% stratified bootstrap bands. 0 is random actions and 1 the best mean of a method on "
             "the task in this report: with other methods in the report the scale is another one."
         )
-        return "Performance profiles", [_p(text), self._figure("profiles", "performance profiles")]
+        head = ["method", "interquartile mean of the normalised returns of all tasks"]
+        body = [[name, _with(*found, 2)] for name, found in over_tasks(self.study).items()]
+        figure = self._figure("profiles", "performance profiles")
+        return "Performance profiles", [_p(text), figure, table(head, body)]
 
     def _paper(self) -> tuple[str, list[str]]:
         known = published()

@@ -11,6 +11,7 @@ import pytest
 from studies import make_run
 
 from mapo_lightning.config.compose import compose
+from mapo_lightning.reporting.compare import over_tasks
 from mapo_lightning.reporting.figures import profiles
 from mapo_lightning.reporting.gather import Stores, from_folders
 from mapo_lightning.reporting.published import beside, published
@@ -163,6 +164,10 @@ def test_profiles_need_three_tasks(tmp_path: Path) -> None:
             make_run(tmp_path / f"{number}-{seed}", f"env={task}", "method=apv", f"seed={seed}",
                      score=10.0 + seed)  # fmt: skip
     three = found(tmp_path)
+    # Every task has 10 and 11 and random actions 2: 8 / 8.5 and 9 / 8.5.
+    assert over_tasks(three)["apv"].value == pytest.approx(1.0)
+    assert over_tasks(three)["apv"].interval == pytest.approx((8 / 8.5, 9 / 8.5), abs=0.03)
+    assert over_tasks(three._replace(cells=three.cells[:1])) == {}
     assert profiles(three) is not None
     assert profiles(three._replace(cells=three.cells[:2])) is None
 
