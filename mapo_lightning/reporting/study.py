@@ -28,7 +28,6 @@ _NO_METHOD = (
 _SAME = ("env", "evaluate.episodes", "evaluate.seed", "evaluate.keep_best", "finetune.agent_steps")
 """Settings in which runs must agree if their returns are to be compared."""
 _OF_MACHINE = ("env.num_envs", "env.deaths_per_hour", "env.label_size")
-_SHOWN = 3  # settings in the name of a variant
 _GRID = 120  # points of a curve at which statistics are taken
 _LISTED = 6  # names in a note
 
@@ -196,12 +195,16 @@ def study(runs: Sequence[Run]) -> Study:
     traits = {name: _traits(found) for name, found in origins.items()}
     kept, doubled = _newest(agents, traits)
     left = [run for run in runs if run.state != "finished"] + doubled
+    notes: list[str] = []
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for task, method in dict.fromkeys((run.task, run.method) for run in kept):
         mine = [run for run in kept if (run.task, run.method) == (task, method)]
-        vary = _varying([traits[run.name] for run in mine])
+        several = [traits[run.name] for run in mine]
+        vary = _varying(several)
+        telling = _telling(several, vary)
+        notes += _variants(task, method, vary, telling)
         for run in mine:
-            label = _label(method, traits[run.name], vary)
+            label = _label(method, traits[run.name], telling)
             groups.setdefault((task, method, label), []).append(run)
     names = {m: sorted({label for _, method, label in groups if method == m}) for _, m, _ in groups}
     cells = [
@@ -211,8 +214,8 @@ def study(runs: Sequence[Run]) -> Study:
         for (task, method, label), same in groups.items()
     ]
     cells.sort(key=lambda c: (c.task, METHOD_ORDER.get(c.method, 99), c.label))
-    notes = tuple(_notes(kept, cells))
-    return Study(tuple(cells), tuple(left), others, notes, origins)
+    notes += _notes(kept, cells)
+    return Study(tuple(cells), tuple(left), others, tuple(notes), origins)
 
 
 Traits = Mapping[str, str]
@@ -249,11 +252,31 @@ def _varying(several: Sequence[Traits]) -> list[str]:
     return [key for key in keys if len({one.get(key) for one in several} - {None}) > 1]
 
 
-def _label(method: str, traits: Traits, vary: Sequence[str]) -> str:
+def _telling(several: Sequence[Traits], vary: Sequence[str]) -> list[str]:
+    """As few of the settings that vary as tell all variants apart; often one tells for many."""
+
+    def groups(keys: Sequence[str]) -> int:
+        return len({tuple(one.get(key) for key in keys) for one in several})
+
+    chosen: list[str] = []
+    while groups(chosen) < groups(vary):
+        chosen.append(max(vary, key=lambda key: groups([*chosen, key])))
+    return chosen
+
+
+def _label(method: str, traits: Traits, telling: Sequence[str]) -> str:
     """A method's name, with the settings that tell it from its variants."""
-    words = [f"{key.rpartition('.')[2]}={traits[key]}" for key in vary if key in traits]
-    more = f", and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
-    return ", ".join([method, *words[:_SHOWN]]) + more
+    words = [f"{key.rpartition('.')[2]}={traits[key]}" for key in telling if key in traits]
+    return ", ".join([method, *words])
+
+
+def _variants(task: str, method: str, vary: Sequence[str], told: Sequence[str]) -> Iterator[str]:
+    more = [key for key in vary if key not in told]
+    if more:
+        yield (
+            f"The variants of {method} on {task} differ in more settings than their names tell: "
+            f"{', '.join(more)}."
+        )
 
 
 def _notes(runs: Sequence[Run], cells: Sequence[Cell]) -> Iterator[str]:

@@ -133,6 +133,27 @@ def test_settings_that_vary_make_variants_and_seeds_do_not(tmp_path: Path) -> No
     assert len({cell.marker for cell in found.cells}) == 2
 
 
+def test_variants_are_named_by_the_settings_that_tell_them_apart(tmp_path: Path) -> None:
+    """Four settings vary; two of them tell the three variants apart, and the others are noted."""
+    presets = {
+        "a": ("agent.horizon=5", "agent.lam=0.9", "agent.discount=0.9", "finetune.batch_size=4"),
+        "b": ("agent.horizon=8", "agent.lam=0.8", "agent.discount=0.8", "finetune.batch_size=4"),
+        "c": ("agent.horizon=8", "agent.lam=0.8", "agent.discount=0.8", "finetune.batch_size=8"),
+    }
+    for name, words in presets.items():
+        make_run(tmp_path / name, *TOY, *words, score=5.0)
+    found = study(gather(tmp_path))
+    assert {cell.runs[0].name: cell.label for cell in found.cells} == {
+        "a": "apv, discount=0.9, batch_size=4", "b": "apv, discount=0.8, batch_size=4",
+        "c": "apv, discount=0.8, batch_size=8",
+    }  # fmt: skip
+    assert (
+        "The variants of apv on toy/disc differ in more settings than their names tell: "
+        in (found.notes[0])
+    )
+    assert found.notes[0].endswith("agent.horizon, agent.lam.")
+
+
 def test_a_run_without_pre_training_is_another_method(tmp_path: Path) -> None:
     started = make_run(tmp_path / "pre", *TOY, "stage=pretrain")
     (started / "pretrain").mkdir()
