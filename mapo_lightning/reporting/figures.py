@@ -86,7 +86,7 @@ def scores(study: Study) -> Figure:
     tasks = study.tasks
     columns = min(2, len(tasks))
     most = max(len(study.of(task)) for task in tasks)
-    height = 1.0 + 0.42 * most
+    height = (1.9 if len(tasks) == 1 else 1.2) + 0.42 * most
     width = 4.6 * columns + 2.4 * (columns == 1)
     figure, panels = sheet(math.ceil(len(tasks) / columns), columns, height, width)
     for axes, task in zip(panels, tasks, strict=False):

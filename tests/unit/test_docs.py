@@ -35,6 +35,7 @@ MEASURED = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 HISTORY = {"CHANGELOG.md", "renamed.md", "facts.md"}
 NO_SETTINGS = {  # not of a run, or of a file that only the reader has
     "key=value", "group=file", "weights_only=True", "describe=False", "words=[...]", "config=FILE",
+    "against=METHOD",
 }  # fmt: skip
 
 
