@@ -25,6 +25,7 @@ _STYLE = (
     "td,th{vertical-align:top;white-space:nowrap}"
     ".wrap td:last-child{white-space:normal;min-width:16em}a{color:#0072B2}"
     ".warn{border-left:4px solid #D55E00;background:#fdf1e8;padding:.6em 1em}"
+    ".notes{font-size:.9em}.notes p{margin:.2em 0}"
     ".warn p{margin:.3em 0}.pair{display:flex;gap:1em;flex-wrap:wrap}"
     ".pair img{flex:1 1 24em;min-width:0}nav{margin:1em 0}nav a{margin-right:1.2em}"
 )
@@ -180,8 +181,8 @@ class Page(NamedTuple):
             return title, [_p("No run here is of a task that the paper has numbers of.")]
         text = (
             f"Published: {known.source}; {known.seeds} seeds each. Ours are comparable only where "
-            "videos, size, budget and evaluation are those of the published protocol, which the "
-            "last column compares setting by setting."
+            "videos, size, budget and evaluation are those of the published protocol, as the "
+            "last column says. The notes below each table name the settings that differ."
         )
         parts = [_p(text), self._figure("paper", "published returns and ours")]
         for place, about in known.titles.items():
@@ -191,21 +192,23 @@ class Page(NamedTuple):
         return title, parts
 
     def _paper_table(self, found: Sequence[Beside]) -> str:
+        """One of the paper's tables, and below it why ours may not be compared, each once."""
         head = ["row", "column", "published", "ours: mean", "ours: interquartile mean", "seeds"]
+        reasons = list(dict.fromkeys(one.why_not for one in found if one.why_not))
         body: list[list[Cell]] = []
         for value, ours, why in ((one.published, one.ours, one.why_not) for one in found):
             number = "a plot only" if value.value is None else f"{value.value:.1f}"
-            number += (
-                f" ({value.taken_from.replace('table', 'table ')})" if value.taken_from else ""
-            )
+            if value.taken_from:
+                number += f" ({value.taken_from.replace('table', 'table ')})"
             line: list[Cell] = [value.row, value.column, number]
             if ours is None:
                 line += ["", "", "0", "not run"]
             else:
-                verdict = f"not comparable: {'; '.join(why)}" if why else "same protocol"
-                line += [*_both(ours.stats), str(len(ours.runs)), verdict]
+                number = f"not comparable ({reasons.index(why) + 1})" if why else "the same"
+                line += [*_both(ours.stats), str(len(ours.runs)), number]
             body.append(line)
-        return table([*head, "protocol"], body, "wrap")
+        notes = [_p(f"({n}) {'; '.join(why)}.") for n, why in enumerate(reasons, 1)]
+        return table([*head, "protocol"], body) + f'<div class="notes">{"".join(notes)}</div>'
 
     def _time(self) -> tuple[str, list[str]]:
         head = ["task", "method", "minutes per run", "of fine-tuning", "frames per second"]
