@@ -21,7 +21,7 @@ GL_PACKAGES := libegl1 libgl1 libgl1-mesa-dri
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gl demo vlm-check lint test-fast test test-hard ui play shipped doctor format clean
+.PHONY: help setup gl demo vlm-check lint test-fast test test-hard ui report play shipped doctor format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ ui: setup ## open the MLflow pages of the runs on 127.0.0.1 (PORT=5000)
 	@$(VENV)/bin/mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db" \
 		--default-artifact-root "$(CURDIR)/runs/artifacts"
+
+report: setup ## tables and figures of runs, as a page (ARGS="runs/NAME ... out=DIR")
+	@$(PY) -m mapo_lightning.report $(ARGS)
 
 play: setup ## play with a model's dream in a browser (ARGS="checkpoint=runs/NAME/finetune/last.ckpt")
 	@$(PY) -m mapo_lightning.play $(ARGS)

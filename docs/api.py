@@ -107,6 +107,15 @@ SECTIONS = (
         False,
     ),
     Section(
+        "Reports",
+        "Reads runs back, compares methods over seeds and tasks, and writes the report.",
+        lambda item: (
+            item.module.rpartition(".")[0] == "mapo_lightning.reporting"
+            and item.module.rpartition(".")[2] in ("gather", "study", "statistics", "report")
+        ),
+        False,
+    ),
+    Section(
         "Errors",
         "Each says what was asked, what was found and what to do.",
         _derived("Exception", "MapoError"),

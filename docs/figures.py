@@ -253,6 +253,7 @@ FLOORS: list[dict[str, str]] = [
         "training": "Lightning modules, data modules,\ncheckpoints",
         "label_tools": "gallery, Parquet",
     },
+    {"reporting": "what runs have left behind; statistics over seeds; figures and page"},
     {
         "judging": "what dreams are worth",
         "playing": "reality and dream side by side,\nand their page",

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import csv
 import html
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from mapo_lightning.judging.clips import MISLED
 from mapo_lightning.judging.measure import Estimate, Measure
+from mapo_lightning.reporting import style
+from mapo_lightning.reporting.style import spaced
 from mapo_lightning.tracking import artifacts
 from mapo_lightning.training.told import student
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 ASPECTS = {
     "looks": "How the dream looks: PSNR in dB, SSIM, on whole frames and on the pixels that move",
@@ -52,10 +47,11 @@ ASPECTS = {
     "as another take 0. The reader's own error is that on real frames",
 }
 """Aspect -> what its table says."""
-# Okabe and Ito's palette: told apart with any kind of colour vision.
-_COLOURS = {"dream": "#0072B2", "null": "#E69F00", "copy": "#D55E00", "still_scene": "#009E73"}
-_COLOURS |= {"mean_picture": "#999999", "oracle": "#000000"}
-_COLOURS |= {"random": "#0072B2", "swapped": "#CC79A7", "negated": "#D55E00"}
+_COLOURS = {
+    "dream": style.BLUE, "null": style.ORANGE, "copy": style.RED, "still_scene": style.GREEN,
+    "mean_picture": style.GREY, "oracle": style.BLACK,
+    "random": style.BLUE, "swapped": style.PINK, "negated": style.RED,
+}  # fmt: skip
 _LINES = ("dream", "null", "copy", "still_scene", "mean_picture")
 
 Found = Mapping[str, Mapping[str, Mapping[str, Measure]]]
@@ -153,7 +149,7 @@ class DreamReport(NamedTuple):
                 cells.setdefault((row.measure, row.dream), {})[row.ahead] = text
             head = ["measure", "dream", *(f"{n} ahead" for n in ahead)]
             body = [
-                [_spaced(measure), _spaced(dream), *(line.get(n, "") for n in ahead)]
+                [spaced(measure), spaced(dream), *(line.get(n, "") for n in ahead)]
                 for (measure, dream), line in cells.items()
             ]
             yield aspect, [head, *body]
@@ -169,24 +165,18 @@ class DreamReport(NamedTuple):
 
     def page(self) -> str:
         """A self-contained HTML page with the picture and all tables."""
-        picture = base64.b64encode(_png(self)).decode()
         parts = [f"<h1>{html.escape(self.title)}</h1><p>{html.escape(self.sentence())}</p>"]
-        parts.append(f'<img alt="figures over frames ahead" src="data:image/png;base64,{picture}">')
+        parts.append(style.image(_png(self), "png", "figures over frames ahead"))
         for aspect, (head, *body) in self.tables():
             parts.append(f"<h2>{aspect}</h2><p>{html.escape(ASPECTS[aspect])}.</p>")
-            parts.append(f"<table>{_line(head, 'th')}{''.join(_line(x, 'td') for x in body)}")
-            parts.append("</table>")
+            parts.append(style.table(head, body))
         return artifacts.html_page("\n".join(parts), self.title)
 
     def save(self, folder: Path) -> None:
         """Write ``dreams.md``, ``.csv``, ``.json``, ``.png`` and ``.html``."""
         folder.mkdir(parents=True, exist_ok=True)
         rows = [row.cells() for row in self.rows]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        (folder / "dreams.csv").write_text(text.getvalue(), encoding="utf-8")
+        (folder / "dreams.csv").write_text(style.csv_text(rows), encoding="utf-8")
         (folder / "dreams.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         (folder / "dreams.md").write_text(self.markdown(), encoding="utf-8")
         (folder / "dreams.png").write_bytes(_png(self))
@@ -236,16 +226,15 @@ def over_models(reports: Sequence[DreamReport]) -> DreamReport:
 
 def _png(told: DreamReport) -> bytes:
     """Four panels: looks on moving pixels, control, and what can be acted on."""
-    figure, panels = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
+    figure, panels = style.sheet(1, 4, 4, 16)
     _lines(panels[0], told, ("looks", "psnr_moving"), _LINES, "PSNR on moving pixels (dB)")
     _lines(panels[1], told, ("looks", "ssim_moving"), _LINES, "SSIM on moving pixels")
     _lines(panels[2], told, ("control", "control_moving"), MISLED, "lost when misled (dB)")
     panels[2].axhline(0.0, color="0.4", lw=1, ls="--")
     _bars(panels[3], [r for r in told.rows if r.measure in ("action", "reward", "reward_sum")])
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
+    picture = style.picture(figure, "png")
+    style.close(figure)
+    return picture
 
 
 def _lines(
@@ -260,14 +249,13 @@ def _lines(
         ahead = [r.ahead for r in mine]
         mean, low, high = ([r.estimate[i] for r in mine] for i in range(3))
         colour = _COLOURS[dream]
-        axes.plot(ahead, mean, marker="o", ms=3, color=colour, label=_spaced(dream))
+        axes.plot(ahead, mean, marker="o", ms=3, color=colour, label=spaced(dream))
         axes.fill_between(ahead, low, high, color=colour, alpha=0.15, lw=0)
     axes.set(title=title, xlabel="frames ahead", xticks=ahead)
     if ahead:
         axes.legend(
             frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18)
         )
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _bars(axes: Axes, rows: Sequence[Row]) -> None:
@@ -275,7 +263,7 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
     if not rows:
         axes.axis("off")
         return
-    names = [f"{_spaced(r.measure)}, {_spaced(r.dream)}, {r.ahead} ahead" for r in rows]
+    names = [f"{spaced(r.measure)}, {spaced(r.dream)}, {r.ahead} ahead" for r in rows]
     mean = np.array([r.estimate.mean for r in rows])
     low, high = (np.array([r.estimate[i] for r in rows]) for i in (1, 2))
     axes.barh(names, np.clip(mean, -1.0, 1.0), color=[_COLOURS[r.dream] for r in rows], alpha=0.7)
@@ -283,13 +271,3 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set(xlim=(-1.0, 1.05), title="R² of actions and rewards")
     axes.tick_params(labelsize=7)
     axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _line(cells: Sequence[str], tag: str) -> str:
-    inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-    return f"<tr>{inside}</tr>"
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")

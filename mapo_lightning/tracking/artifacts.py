@@ -106,7 +106,7 @@ def log_table(logger: object, rows: Sequence[Mapping[str, object]], name: str) -
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(columns)
-    writer.writerows([_cell(row.get(column, "")) for column in columns] for row in rows)
+    writer.writerows([csv_cell(row.get(column, "")) for column in columns] for row in rows)
     arrived = log_text(logger, text.getvalue(), f"{name}.csv")
     return log_dict(logger, [dict(row) for row in rows], f"{name}.json") and arrived
 
@@ -121,7 +121,8 @@ def plain_text(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _cell(value: object) -> object:
+def csv_cell(value: object) -> object:
+    """A cell of a CSV file, which no spreadsheet takes for a formula and no terminal obeys."""
     if not isinstance(value, str):
         return value
     text = plain_text(value)

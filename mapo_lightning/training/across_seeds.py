@@ -7,9 +7,10 @@ arXiv:2108.13264, for the interquartile mean and its bootstrap interval.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from mapo_lightning.training.evaluation import CONFIDENCE
@@ -34,6 +35,11 @@ class AcrossSeeds(NamedTuple):
     draws."""
 
 
+def iqm(values: NDArray[np.float64], axis: int = -1) -> Any:
+    """Interquartile mean along an axis."""
+    return stats.trim_mean(values, _CUT, axis=axis)
+
+
 def across_seeds(values: Sequence[float]) -> AcrossSeeds:
     """Sum up one number per seed.
 
@@ -43,13 +49,13 @@ def across_seeds(values: Sequence[float]) -> AcrossSeeds:
     if not values:
         raise ValueError("there is no seed to sum up")
     numbers = np.asarray(values, np.float64)
-    iqm = float(stats.trim_mean(numbers, _CUT))
+    middle = float(iqm(numbers))
     if len(numbers) < 2:
-        return AcrossSeeds(1, float(numbers[0]), None, iqm, None)
+        return AcrossSeeds(1, float(numbers[0]), None, middle, None)
     mean, *interval = student(values)
     draws = np.random.default_rng(0).integers(len(numbers), size=(_RESAMPLES, len(numbers)))
-    means = stats.trim_mean(numbers[draws], _CUT, axis=1)
+    means = iqm(numbers[draws])
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return AcrossSeeds(
-        len(numbers), mean, (interval[0], interval[1]), iqm, (float(low), float(high))
+        len(numbers), mean, (interval[0], interval[1]), middle, (float(low), float(high))
     )

@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
     {"envs"},
     {"tracking"},
     {"training", "label_tools"},
+    {"reporting"},
     {"judging", "playing"},
     {"callbacks"},
     {"run"},
@@ -36,6 +37,7 @@ FLOORS: list[set[str]] = [
         "labels",
         "play",
         "quality",
+        "report",
         "told",
     },  # other ways to type the commands
 ]
@@ -64,6 +66,7 @@ DOORS = {
     "pyarrow": {"label_tools/parquet.py"},
     "safetensors": {"training/export.py", "training/published_weights.py"},
     "scipy": {
+        "reporting/statistics.py",
         "semantics/agreement.py",
         "training/across_seeds.py",
         "training/evaluation.py",

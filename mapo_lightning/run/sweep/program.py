@@ -133,6 +133,8 @@ def _sum_up(sweep: Sweep, folder: Path, parent: str | None) -> None:
     rows = table.rows_of(sweep, folder)
     files = table.save(rows, folder)
     sys.stdout.write(f"\n{table.as_markdown(rows)}\nEverything of this sweep: {folder}\n")
+    if any("return" in row.figures for row in rows):
+        sys.stdout.write(f"Figures, comparisons, a page: mapo-report {folder}\n")
     if parent is None:
         return
     logger = tracking.RunLogger(sweep.config.tracking, folder.name, parent)

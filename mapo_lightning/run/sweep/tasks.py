@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mapo_lightning
-from mapo_lightning.config.redact import redact_text
 from mapo_lightning.files import FileLock
+from mapo_lightning.reporting.runs import last_error
 from mapo_lightning.run import job
 from mapo_lightning.run.finished import is_finished
 from mapo_lightning.run.sweep.plan import Point, Sweep
@@ -25,7 +25,6 @@ SHARED = "pretrained-"
 """How the folders begin that hold pre-training that points share."""
 _FOLDER_OF_RUN = "MAPO_RUN_DIR"
 _PROGRAM = "mapo_lightning.run.main"
-_TOLD = 65536  # bytes at the end of a log in which an error is looked for
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,7 @@ class Task:
         Args:
             since: Size of the log before it began.
         """
-        if not self.log.is_file():
-            return ""
-        with self.log.open("rb") as file:
-            file.seek(max(since, self.log_size() - _TOLD))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-        told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return redact_text(told[-1]) if told else ""
+        return last_error(self.log, since)
 
 
 def tasks_of(sweep: Sweep, folder: Path, parent: str | None) -> list[Task]:
