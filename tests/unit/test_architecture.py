@@ -33,6 +33,7 @@ FLOORS: list[set[str]] = [
         "dreams",
         "export",
         "gallery",
+        "gpu_check",
         "labels",
         "play",
         "quality",
