@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from mapo_lightning.data.clips import Clip, ClipDataset, Place, Streams
+from mapo_lightning.data.decoded_cache import DecodedCache
 from mapo_lightning.data.replay import Replay
 from mapo_lightning.data.scan import VideoIndex, scan_videos
 from mapo_lightning.data.settings import VideoDataConfig
@@ -91,6 +92,9 @@ class VideoDataModule(L.LightningDataModule):
         """Scan the folder once; unusable files are listed in the quarantine report."""
         if self.index is None:
             self.index = scan_videos(self.data, self.root, self.vlm.caption_file)
+            cache = self.clips("train").cache
+            if isinstance(cache, DecodedCache):
+                cache.check_room(self.index.videos)
 
     def clips(self, split: str) -> ClipDataset:
         """Endless random clips of the ``train`` videos, of the ``holdout`` ones, or of ``all``."""
