@@ -14,11 +14,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from mapo_lightning.data.reader import read
-from mapo_lightning.data.video import DECODERS
+from mapo_lightning.data.video import DECODERS, SCALER
 from mapo_lightning.data.video_info import VideoInfo
 from mapo_lightning.files import atomic_write
 from mapo_lightning.types import ConfigError, Frames
@@ -74,8 +73,8 @@ class DecodedCache:
 
     def path(self, info: VideoInfo) -> Path:
         """The file of a video's frames."""
-        decoders = f"{DECODERS}, cv2 {cv2.__version__}"
-        said = f"{info.fingerprint} {info.frames} {self.size} beside {self.beside} {decoders}"
+        made = f"{DECODERS}, {SCALER}"
+        said = f"{info.fingerprint} {info.frames} {self.size} beside {self.beside} {made}"
         name = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
         return self.folder / name[:2] / f"{name}.frames"
 

@@ -44,20 +44,27 @@ from mapo_lightning.types import Frames, VideoError
 
 __all__ = [
     "DECODERS",
+    "SCALER",
     "Reason",
     "VideoFileError",
     "VideoInfo",
+    "Wanted",
     "check_video",
     "fingerprint",
     "probe_video",
     "read_frames",
+    "read_sizes",
     "read_video",
     "resize",
+    "rows_of",
     "write_mp4",
 ]
 
 DECODERS = f"{container.VERSION}, {random_access.VERSION}"
 """The decoders that examine files; another version may treat a file otherwise."""
+
+SCALER = f"cv2 {cv2.__version__}"
+"""What frames are averaged with."""
 
 # OpenCV's threads do not survive a fork: a DataLoader worker would wait for them forever.
 cv2.setNumThreads(1)

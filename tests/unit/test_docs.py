@@ -181,7 +181,7 @@ def test_scripts_and_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for path in PAGES:
         for line in code(path):
-            if found := re.match(r"(?:\$ )?(mapo-[a-z]+)\b", line):
+            if found := re.match(r"(?:\$ )?(mapo-[a-z-]+)\b", line):
                 assert found[1] in scripts, f"{name(path)}: {line}"
             if found := re.match(r"(?:\$ )?make ([a-z-]+)", line):
                 assert found[1] in targets, f"{name(path)}: {line}"
