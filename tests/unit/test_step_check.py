@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mapo_lightning.run.gpu_parts import FLOAT32, Part, compared, replayed, rows
+from mapo_lightning.run.gpu_report import _times
 from mapo_lightning.run.step_check import (
     Case,
     Difference,
@@ -179,3 +180,31 @@ def test_the_watch_finds_what_no_graph_can_hold() -> None:
 def test_busy_time_counts_overlaps_once() -> None:
     assert covered([(5.0, 9.0), (0.0, 2.0), (1.0, 3.0), (6.0, 7.0)]) == 7.0
     assert covered([]) == 0.0
+
+
+def test_updates_are_timed_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU in place of a device that ends at once; its profile has no kernels."""
+    synced: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synced.append(1))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2e9)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3e9)
+    monkeypatch.setattr("mapo_lightning.run.gpu_parts.CudaRecorder", Tape)
+
+    def failing(parts: object) -> None:
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr("mapo_lightning.run.step_timing.compile_parts", failing)
+    found = list(rows(Part("time", ("dreamerv2",), "tiny", 2, 12), CPU))
+    assert [row.ok for row in found] == [True, True, True, None, None]
+    assert [row.name.partition("tiny, ")[2] for row in found][:3] == [
+        "eager, float32", "eager, bf16", "captured, bf16",
+    ]  # fmt: skip
+    assert found[2].found.startswith("recorded")
+    assert found[3].found == "RuntimeError: no compiler"
+    numbers = found[2].numbers
+    assert numbers["milliseconds"] > 0.0
+    assert (numbers["kernels"], numbers["busy"], numbers["gigabytes"]) == (0, 0.0, 2.0)
+    assert len(synced) == 3 * (1 + 5 + 1)  # after warming up, after each row, in the profile
+    assert _times(found)[2].startswith("| dreamerv2, finetune, size=tiny, eager, float32 | ")
