@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,10 @@ def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     command = [sys.executable, "-m", "mapo_lightning.gpu_check", "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    here = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=here, check=False
+    )
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("mapo-gpu-check compares a CUDA GPU with the CPU, and torch")
