@@ -21,7 +21,7 @@ GL_PACKAGES := libegl1 libgl1 libgl1-mesa-dri
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gl demo vlm-check lint test-fast test test-hard ui report play shipped doctor format clean
+.PHONY: help setup gl demo vlm-check lint test-fast test test-hard ui report play shipped doctor gpu-check format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ shipped: setup ## train and export the agent that is played where no checkpoint=
 
 doctor: $(STAMP) ## check this machine; add the answer to a bug report
 	@$(PY) -m mapo_lightning.doctor
+
+gpu-check: $(STAMP) ## have a CUDA GPU prove itself, in eight minutes (ARGS="--quick"); writes gpu-check.md
+	@$(PY) -m mapo_lightning.gpu_check $(ARGS)
 
 format: $(STAMP) ## fix what ruff can fix
 	$(PY) -m ruff check --fix .

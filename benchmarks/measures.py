@@ -25,8 +25,8 @@ from mapo_lightning.run.build import (
     build_pretrain,
 )
 from mapo_lightning.run.config import RunConfig
-from mapo_lightning.semantics.factory import semantic_dim
-from mapo_lightning.training.cuda_graph import WARM, Captured, CudaRecorder
+from mapo_lightning.run.step_check import batch_of
+from mapo_lightning.training.cuda_graph import Captured, CudaRecorder
 from mapo_lightning.training.process import keep_freed_memory
 from mapo_lightning.types import Batch
 
@@ -77,25 +77,6 @@ VIEWS |= {"empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"}
 SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
 
 
-def batch_of(cfg: RunConfig, batch: int, steps: int, action: int | None) -> Batch:
-    """Random clips, or chunks of replay where there is an action of that width."""
-    side = cfg.world_model.image.size
-    first = torch.zeros(batch, steps, dtype=torch.bool)
-    first[:, 0] = True
-    found = {
-        "obs": torch.randint(0, 256, (batch, steps, side, side, 3), dtype=torch.uint8),
-        "semantic": torch.randn(batch, steps, semantic_dim(cfg.vlm)),
-        "has_semantic": torch.rand(batch, steps) < 0.7,
-        "position": torch.arange(steps).expand(batch, steps),
-        "is_first": first,
-    }
-    if action is not None:
-        found["action"] = torch.rand(batch, steps, action) * 2 - 1
-        found["reward"] = torch.rand(batch, steps)
-        found["is_terminal"] = torch.zeros(batch, steps, dtype=torch.bool)
-    return found
-
-
 class Work:
     """One case, ready to be stepped by either implementation."""
 
@@ -138,8 +119,6 @@ class Work:
 
             def update() -> None:
                 captured(self.batch)
-                if captured.calls > WARM and captured.replay is None:
-                    raise RuntimeError("the update could not be captured: there is nothing to time")
                 self.optimizer.step()
 
             return update

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mapo_lightning.data.frame_cache import FrameCache
+from mapo_lightning.data.decoded_cache import FOLDER, DecodedCache
+from mapo_lightning.data.frame_cache import FrameCache, MemoryCache
 from mapo_lightning.data.prefetch import prefetch
 from mapo_lightning.data.reader import numbers_in_file
 from mapo_lightning.data.settings import VideoDataConfig
@@ -140,10 +141,16 @@ class ClipDataset(IterableDataset[Clip]):
 
     @property
     def cache(self) -> FrameCache:
-        """The frames of this process, empty at first."""
+        """What the frames of clips come from."""
         if self._cache is None:
-            side = self.data.image_size
-            self._cache = FrameCache(self.videos, (side, side), self.data.cache_mb)
+            size = (self.data.image_size,) * 2
+            # Decoded as large as windows need it, in every clip: then it is to the bit the same
+            # whether its windows have labels already, or need none.
+            beside = self.vlm.window.size
+            if self.data.cache == "decoded":
+                self._cache = DecodedCache(self.root / FOLDER, size, beside)
+            else:
+                self._cache = MemoryCache(self.videos, size, self.data.cache_mb, beside)
         return self._cache
 
     @property
@@ -238,11 +245,11 @@ class ClipDataset(IterableDataset[Clip]):
         frames = [start + t * stride for t in range(length)]
         if not 0 <= start <= info.frames - self.data.span:
             raise VideoFileError(info.path, "too_short", f"it has {info.frames} frames")
-        obs = self.cache.read(info, frames)
         # Index 0 has no past inside the clip: the state starts afresh there.
         ends = [None, *(self.grid.end_for(frame) for frame in frames[1:])]
         wanted = sorted({end for end in ends if end is not None})
-        requests = self.window_requests(video, wanted)
+        windows = self._windows(video, wanted, None if self.cache.keeps else frames)
+        requests = windows.requests()
         lookup = self.labeler.lookup if defer else self.labeler.label
         answers: dict[int, Label | None] = dict(zip(wanted, lookup(requests), strict=True))
         labels = {end: label for end, label in answers.items() if label is not None}
@@ -250,6 +257,9 @@ class ClipDataset(IterableDataset[Clip]):
         counts = {"vlm_windows": len(wanted), **count_labels(labels.values())}
         if self.vlm.kind == "none":  # its null labels come from no store
             counts["vlm_hits"] = 0
+        pending = pending_windows(ends, wanted, requests, labels) if defer else []
+        # Where a window was decoded, the clip was too: each frame once, and the file opened once.
+        obs = self.cache.read(info, frames) if windows.along is None else windows.along
         return {
             "obs": obs,
             "semantic": semantic,
@@ -258,7 +268,7 @@ class ClipDataset(IterableDataset[Clip]):
             "is_first": np.arange(length) == 0,
             "video": np.array(video, np.int64),
             **{name: np.array(count, np.int64) for name, count in counts.items()},
-            **({"pending": pending_windows(ends, wanted, requests, labels)} if defer else {}),
+            **({"pending": pending} if defer else {}),
         }
 
     def window_ends(self, video: int) -> range:
@@ -267,8 +277,16 @@ class ClipDataset(IterableDataset[Clip]):
 
     def window_requests(self, video: int, ends: Sequence[int]) -> list[WindowRequest]:
         """Questions about windows of a video; their frames are decoded together."""
-        info, size = self.videos[video], self.vlm.window.size
-        return WindowFrames(info, self.grid, ends, size, self.vlm.kind == "templates").requests()
+        return self._windows(video, ends).requests()
+
+    def _windows(
+        self, video: int, ends: Sequence[int], clip: Sequence[int] | None = None
+    ) -> WindowFrames:
+        """Windows of a video, and the frames of a clip that are decoded along with them."""
+        info, side = self.videos[video], self.data.image_size
+        along = None if clip is None else (clip, (side, side))
+        captioned = self.vlm.kind == "templates"
+        return WindowFrames(info, self.grid, ends, self.vlm.window.size, captioned, along)
 
     def fixed_clips(self, count: int) -> list[Clip]:
         """Return the same clips on every call, spread over the videos; for validation.

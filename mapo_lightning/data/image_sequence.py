@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from mapo_lightning.data.image_header import image_size
-from mapo_lightning.data.video import resize
+from mapo_lightning.data.video import Wanted, resize, rows_of
 from mapo_lightning.data.video_info import (
     USUAL,
     Limits,
@@ -159,29 +159,34 @@ def check_run(info: VideoInfo) -> None:
             raise VideoFileError(info.path, "damaged", detail)
 
 
-def read_run(info: VideoInfo, numbers: Sequence[int], size: int | tuple[int, int]) -> Frames:
-    """Decode images by number; see `video.read_video` for ``size``.
+def read_run(info: VideoInfo, wanted: Sequence[Wanted]) -> list[Frames]:
+    """Decode images by number, each of them once; see `video.read_sizes`.
 
     Raises:
         VideoFileError: One is missing, damaged, or has another size than the first.
     """
     side = min(info.height, info.width)
     kept = (side, side) if info.square else (info.height, info.width)
-    height, width = target_size(kept, size)
+    sizes = [target_size(kept, size) for _, size in wanted]
+    height, width = (max(size[i] for size in sizes) for i in (0, 1))
     # Decoded at least twice as large as requested; the rest is averaged by area.
     fits = [f for f in _REDUCED if kept[0] >= 2 * f * height and kept[1] >= 2 * f * width]
     jpeg = info.path.suffix.lower() != ".png"  # of a PNG a reduced picture only drops pixels
     flag = _REDUCED[max(fits)] if fits and jpeg else cv2.IMREAD_COLOR
     frames: list[Frames] = []
-    for number in numbers:
+    indices = sorted({number for numbers, _ in wanted for number in numbers})
+    for number in indices:
         image = _image(info.path, number, flag, _of_its_first(info))
         if frames and image.shape != frames[0].shape:
             detail = f"image {number} has another size than those before it"
             raise VideoFileError(info.path, "damaged", detail)
         frames.append(image)
-    whole = np.stack(frames)
-    cut = resize(middle_square(whole) if info.square else whole, (height, width))
-    return np.ascontiguousarray(cut[..., ::-1])  # OpenCV's order is blue, green, red
+    whole = middle_square(np.stack(frames)) if info.square else np.stack(frames)
+    cut = [
+        resize(rows_of(whole, indices, numbers), size)
+        for (numbers, _), size in zip(wanted, sizes, strict=True)
+    ]
+    return [np.ascontiguousarray(x[..., ::-1]) for x in cut]  # OpenCV's order is blue, green, red
 
 
 def _place(run: Path, number: int) -> Path:

@@ -146,13 +146,20 @@ def _at_rate(info: VideoInfo, rate: float) -> tuple[int, ...]:
     return tuple((np.searchsorted(begins, ticks, side="right") - 1).tolist())
 
 
-def read(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, int]) -> Frames:
+def read(
+    info: VideoInfo,
+    indices: Sequence[int],
+    size: int | tuple[int, int],
+    beside: int | tuple[int, int] | None = None,
+) -> Frames:
     """Read frames of a video, scaled down by averaging; see `video.read_video`.
 
     Args:
         info: The video.
         indices: Frames, from 0 to ``info.frames - 1``, in any order.
         size: (height, width) in pixels; or the short side, which keeps the aspect ratio.
+        beside: Another size, for which frames of the video are read too at times: then these are
+            to the bit what `read_sizes` gives.
 
     Returns:
         RGB frames (T, height, width, 3), uint8.
@@ -160,10 +167,22 @@ def read(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, int]) -
     Raises:
         VideoFileError: The file or an image is missing or broken, or an index is out of range.
     """
-    numbers = indices if info.numbers is None else _numbers(info, indices)
+    more: list[video.Wanted] = [] if beside is None else [((), beside)]
+    return read_sizes(info, [(indices, size), *more])[0]
+
+
+def read_sizes(info: VideoInfo, wanted: Sequence[video.Wanted]) -> list[Frames]:
+    """Read frames at several sizes: each frame is decoded once, and a file opened once.
+
+    Args:
+        info: The video.
+        wanted: Frames and the size of each row of them; arguments as of `read`.
+    """
+    if info.numbers is not None:
+        wanted = [(_numbers(info, indices), size) for indices, size in wanted]
     if image_sequence.is_run(info.path):
-        return image_sequence.read_run(info, numbers, size)
-    return video.read_video(info, numbers, size)
+        return image_sequence.read_run(info, wanted)
+    return video.read_sizes(info, wanted)
 
 
 def name_window(info: VideoInfo, window: range, size: int) -> tuple[str, str]:
@@ -196,6 +215,8 @@ def numbers_in_file(info: VideoInfo, window: range) -> Sequence[int]:
 
 def _numbers(info: VideoInfo, indices: Sequence[int]) -> list[int]:
     assert info.numbers is not None
+    if not indices:
+        return []
     if min(indices) < 0 or max(indices) >= info.frames:
         detail = f"frames {min(indices)}..{max(indices)} were requested, it has {info.frames}"
         raise VideoFileError(info.path, "too_short", detail)

@@ -72,9 +72,13 @@ class VideoDataConfig:
     """Share of lost frames above which a video is rejected, in [0, 1]."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """What one video may cost."""
+    cache: Literal["memory", "decoded"] = "memory"
+    """Where decoded frames are kept at the networks' size. memory: by each worker, if all of them
+    fit `cache_mb`. decoded: in files in ``work_dir``, 12 kB for a frame of 64 pixels, which all
+    workers, ranks and later runs share; each video is decoded once, as a whole."""
     cache_mb: int = 256
-    """Memory, in megabytes, in which each worker may keep all frames of all videos at the networks'
-    size, so that each video is decoded once; a set that needs more is not kept. 0: never."""
+    """With cache=memory: memory, in megabytes, in which each worker may keep all frames of all
+    videos, so that each video is decoded once; a set that needs more is not kept. 0: never."""
     workers: int = 2
     """Processes that decode clips, and threads that scan the folder; 0 decodes in the main one."""
     seed: int = 0

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeAlias
 
 import av
 import cv2
@@ -43,23 +44,33 @@ from mapo_lightning.types import Frames, VideoError
 
 __all__ = [
     "DECODERS",
+    "SCALER",
     "Reason",
     "VideoFileError",
     "VideoInfo",
+    "Wanted",
     "check_video",
     "fingerprint",
     "probe_video",
     "read_frames",
+    "read_sizes",
     "read_video",
     "resize",
+    "rows_of",
     "write_mp4",
 ]
 
 DECODERS = f"{container.VERSION}, {random_access.VERSION}"
 """The decoders that examine files; another version may treat a file otherwise."""
 
+SCALER = f"cv2 {cv2.__version__}"
+"""What frames are averaged with."""
+
 # OpenCV's threads do not survive a fork: a DataLoader worker would wait for them forever.
 cv2.setNumThreads(1)
+
+Wanted: TypeAlias = tuple[Sequence[int], int | tuple[int, int]]
+"""Numbers of frames, and the size that they are read at; see `read_video`."""
 
 _OVERSAMPLED = 4  # decode at most this many times larger than requested, then average
 _CLIP = 25  # frames of the clip whose reading is timed
@@ -205,33 +216,54 @@ def read_video(info: VideoInfo, indices: Sequence[int], size: int | tuple[int, i
     Raises:
         VideoFileError: The file is missing or broken, or has fewer frames.
     """
+    return read_sizes(info, [(indices, size)])[0]
+
+
+def read_sizes(info: VideoInfo, wanted: Sequence[Wanted]) -> list[Frames]:
+    """Decode frames for several sizes in one go, each of them once; see `read_video`.
+
+    The size that they are decoded at depends on all of the sizes: frames of one size are the same
+    whichever numbers of the others are asked for, if only none.
+    """
     path, access = info.path, info.access or _examined(info.path).access
     assert access is not None
     if not path.is_file():
         raise VideoFileError(path, "missing", "there is no such file")
-    if min(indices) < 0:
+    indices = sorted({index for numbers, _ in wanted for index in numbers})
+    if indices[0] < 0:
         raise _beyond(path, indices, info.frames)
     shown, turned = access.geometry.shown(), access.geometry.turned()
     kept = (min(shown),) * 2 if info.square else shown
-    size = target_size(kept, size)
+    sizes = [target_size(kept, size) for _, size in wanted]
     # The part that is kept, in rows and columns of the file.
     part = [turned[i] * kept[i] / shown[i] for i in (0, 1)]
     # The decoder shrinks huge pictures, but leaves them large enough to average over.
-    scale = [min(1.0, _OVERSAMPLED * size[i] / part[i]) for i in (0, 1)]
+    largest = [max(size[i] for size in sizes) for i in (0, 1)]
+    scale = [min(1.0, _OVERSAMPLED * largest[i] / part[i]) for i in (0, 1)]
     decoded = round(turned[0] * scale[0]), round(turned[1] * scale[1])
     # A copy under a name that decord cannot open shares the proof: content is examined once.
     if access.decoder == "pyav" or not container.is_utf8(path):
-        if max(indices) >= info.frames and info.numbers is None:
+        if indices[-1] >= info.frames and info.numbers is None:
             raise _beyond(path, indices, info.frames)
         frames = read_by_entries(path, access, indices, decoded)
     else:
         reader = open_decord(path, None if decoded == turned else decoded)
-        if max(indices) >= len(reader):
+        if indices[-1] >= len(reader):
             raise _beyond(path, indices, len(reader))
         frames = decode_frames(reader, path, indices)
     if info.square:
         frames = middle(frames, round(part[0] * scale[0]), round(part[1] * scale[1]))
-    return resize(frames, size)
+    return [
+        resize(rows_of(frames, indices, numbers), size)
+        for (numbers, _), size in zip(wanted, sizes, strict=True)
+    ]
+
+
+def rows_of(frames: Frames, indices: Sequence[int], numbers: Sequence[int]) -> Frames:
+    """Those with certain numbers among frames (T, H, W, 3) that have ascending ``indices``."""
+    if list(numbers) == list(indices):
+        return frames
+    return frames[np.searchsorted(indices, np.array(numbers, np.int64))]
 
 
 def _beyond(path: Path, indices: Sequence[int], frames: int) -> VideoFileError:
@@ -247,6 +279,8 @@ def resize(frames: Frames, size: tuple[int, int]) -> Frames:
     height, width = size
     if frames.shape[1:3] == (height, width):
         return frames
+    if not len(frames):
+        return np.empty((0, height, width, 3), np.uint8)
     shrinks = height <= frames.shape[1] and width <= frames.shape[2]
     how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     scaled = [cv2.resize(frame, (width, height), interpolation=how) for frame in frames]

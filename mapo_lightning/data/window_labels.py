@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
 from mapo_lightning.data.captions import caption_of
-from mapo_lightning.data.reader import name_window, read
+from mapo_lightning.data.reader import name_window, read_sizes
+from mapo_lightning.data.video import Wanted
 from mapo_lightning.data.video_info import VideoInfo
 from mapo_lightning.semantics.labeler import Label, Labeler, WindowRequest
 from mapo_lightning.types import Batch, Frames
@@ -95,6 +96,7 @@ class WindowFrames:
         ends: Ends of the windows.
         size: Short side of their frames, in pixels.
         captioned: Windows are named by the sentence about them too: an edited one is a new window.
+        clip: Frames, and their size, that are wanted in any case, so that they are decoded along.
     """
 
     def __init__(
@@ -104,9 +106,12 @@ class WindowFrames:
         ends: Sequence[int],
         size: int,
         captioned: bool = False,
+        clip: Wanted | None = None,
     ) -> None:
         self.info, self.grid, self.ends, self.size = info, grid, ends, size
-        self.captioned = captioned
+        self.captioned, self.clip = captioned, clip
+        self.along: Frames | None = None
+        """The frames of ``clip``; None as long as no window was needed."""
         self.indices = sorted({frame for end in ends for frame in grid.window(end)})
         self.frames: Frames | None = None
 
@@ -128,7 +133,9 @@ class WindowFrames:
 
     def _window(self, end: int) -> Frames:
         if self.frames is None:
-            self.frames = read(self.info, self.indices, self.size)
+            wanted = [(self.indices, self.size), *([self.clip] if self.clip else [])]
+            self.frames, *rest = read_sizes(self.info, wanted)
+            self.along = rest[0] if rest else None
         rows = [self.indices.index(frame) for frame in self.grid.window(end)]
         return self.frames[rows]
 

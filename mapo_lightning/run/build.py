@@ -240,9 +240,12 @@ def load_pretraining(cfg: RunConfig, path: Path) -> PretrainModule:
 
 
 def build_chunks(cfg: RunConfig, replay: Replay, seed: int) -> ReplayDataModule:
-    """Chunks of replay; those of a token world lie in one episode each."""
-    tune = cfg.finetune
-    return ReplayDataModule(replay, tune.batch_size, tune.chunk_length, seed, joined=not cfg.tokens)
+    """Chunks of replay; those of a token world, or of a captured update, lie in one episode each.
+
+    How many scenes a batch of joined chunks shows depends on the data, and a CUDA graph cannot.
+    """
+    tune, joined = cfg.finetune, not (cfg.tokens or cfg.trainer.capture)
+    return ReplayDataModule(replay, tune.batch_size, tune.chunk_length, seed, joined=joined)
 
 
 def check_networks(

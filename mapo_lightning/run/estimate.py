@@ -305,7 +305,8 @@ def _check_disk(cfg: RunConfig, needed: int) -> None:
 
 def _check_memory(cfg: RunConfig) -> None:
     """Refuse what the loaders' workers will need once they keep what they have decoded."""
-    needed = _peak() + cfg.data.workers * (cfg.data.cache_mb << 20)
+    kept = cfg.data.cache_mb << 20 if cfg.data.cache == "memory" else 0
+    needed = _peak() + cfg.data.workers * kept
     if needed > _memory():
         raise ConfigError(
             f"this run does not fit the memory: it needs up to {needed / 1e9:.1f} GB with the "

@@ -164,6 +164,7 @@ REFUSED: Mapping[str, str] = {
     "checkpoint": "a file",
     "resume": "a file",
     "data.root": "a folder",
+    "data.cache": "disk of this machine",
     "data.cache_mb": "memory of this machine",
     "data.workers": "processes of this machine",
     "data.limits": "protects this machine",

@@ -44,17 +44,7 @@ def check_run(cfg: RunConfig) -> None:
     _check_unused(cfg, earlier)
     check_store(cfg.tracking)
     if cfg.trainer.capture:
-        if cfg.tokens:
-            raise ConfigError(
-                "trainer.capture=true records one optimiser update per batch, and with "
-                "world_model.kind=tokens the agent makes updates of its own: leave it out"
-            )
-        if cfg.finetune.agent_updates > 1 and "finetune" in phases:
-            raise ConfigError(
-                "trainer.capture=true records one optimiser update per batch, but "
-                f"finetune.agent_updates is {cfg.finetune.agent_updates}: set one of them back"
-            )
-        cuda_recorder(cfg.trainer.accelerator, cfg.trainer.processes)
+        _check_capture(cfg, phases)
     if phases:
         check_hardware(cfg.trainer)
     elif cfg.stage == "evaluate":
@@ -70,6 +60,32 @@ def check_run(cfg: RunConfig) -> None:
     # The weights of a model on the meta device are not drawn; its constants might be.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         _check_models(cfg, phases, action_dim, earlier)
+
+
+def _check_capture(cfg: RunConfig, phases: tuple[str, ...]) -> None:
+    """Refuse what no CUDA graph of a whole update can hold."""
+    if cfg.tokens:
+        raise ConfigError(
+            "trainer.capture=true records one optimiser update per batch, and with "
+            "world_model.kind=tokens the agent makes updates of its own: leave it out"
+        )
+    if cfg.finetune.agent_updates > 1 and "finetune" in phases:
+        raise ConfigError(
+            "trainer.capture=true records one optimiser update per batch, but "
+            f"finetune.agent_updates is {cfg.finetune.agent_updates}: set one of them back"
+        )
+    if cfg.world_model.image.recompute:
+        raise ConfigError(
+            "trainer.capture=true cannot record world_model.image.recompute=true, which reads the "
+            "state of the random numbers in the middle of an update: set one of them back"
+        )
+    if "finetune" in phases and cfg.vlm.kind == "transformers" and build.answers_late(cfg):
+        raise ConfigError(
+            "trainer.capture=true wants the GPU for itself while it records, and "
+            f"vlm.kind={cfg.vlm.kind} labels in a thread on it: set vlm.collect.late=false, take "
+            "a server (vlm=openai_server), or leave it false"
+        )
+    cuda_recorder(cfg.trainer.accelerator, cfg.trainer.processes, cfg.trainer.strategy)
 
 
 def phases_of(cfg: RunConfig, earlier: Resumed) -> tuple[str, ...]:

@@ -235,7 +235,9 @@ def _settle_process(cfg: RunConfig) -> CudaRecorder | None:
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    return cuda_recorder(trainer.accelerator, trainer.processes) if trainer.capture else None
+    if not trainer.capture:
+        return None
+    return cuda_recorder(trainer.accelerator, trainer.processes, trainer.strategy)
 
 
 def _make_folder(folder: Path, composed: Composed[RunConfig]) -> None:

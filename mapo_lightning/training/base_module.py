@@ -122,8 +122,12 @@ class TrainedModule(L.LightningModule):
         self.captured = Captured(self._captured_gradients, recorder)
 
     def gradients(self, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Losses, backward and clipping; returns what there is to log, by full name."""
-        optimizer.zero_grad()
+        """Losses, backward and clipping; returns what there is to log, by full name.
+
+        In a recording the gradients are new tensors of the graph, whose memory every replay fills
+        again. Adam, outside, reads them there: nothing else may set them to None.
+        """
+        optimizer.zero_grad(set_to_none=True)
         total, terms = self.losses(batch)
         with torch.autocast(total.device.type, enabled=False):
             total.backward()  # type: ignore[no-untyped-call]

@@ -6,16 +6,16 @@ moment at which the host waits for the device (docs/performance.md).
 
 from __future__ import annotations
 
-import logging
+import gc
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapo_lightning.types import Batch, ConfigError
 
-log = logging.getLogger(__name__)
 Work = Callable[[], None]
 WARM = 3
 """Updates before the recording: libraries choose their kernels, the codebook its first codes."""
@@ -32,43 +32,118 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs. Nobody has run this on a device yet (docs/performance.md)."""
+    """CUDA graphs. Nobody has run this on a device yet (docs/performance.md).
+
+    Warm-up and capture share one stream: what torch keeps per stream (workspaces of cuBLAS, the
+    nodes that accumulate gradients) then exists before the capture, and belongs to it. The capture
+    is ``thread_local``: what other threads ask of CUDA meanwhile cannot break it. Random numbers
+    come from CUDA's default generator, which torch registers with every graph; whoever draws from
+    another has to register that (``CUDAGraph.register_generator_state``).
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """The stream of warm-up and capture, on the device that is current at its first use."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        return self._stream
 
     def warm(self, work: Work) -> None:
         """Run ``work`` on a stream of its own, as torch asks for before a capture."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, work: Work) -> Work:
-        """Capture ``work``, which is not carried out by that."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        return graph.replay  # type: ignore[no-any-return,unused-ignore]
+        """Capture ``work``, which is not carried out by that.
+
+        Raises:
+            RuntimeError: It does what a graph cannot hold. The message is the first complaint:
+                ending a capture that was broken raises another.
+        """
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        gc.collect()  # and none meanwhile: it may free what belongs to another graph
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)  # torch leaves the capture's stream only if it succeeds
+            raise RuntimeError(str(_first(error))) from error
+        finally:
+            if collecting:
+                gc.enable()
+        return graph.replay
 
 
-def cuda_recorder(accelerator: str, processes: int) -> CudaRecorder:
+def _first(error: BaseException) -> BaseException:
+    """What was raised before all that was raised while it was handled."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def cuda_recorder(accelerator: str, processes: int, strategy: str = "auto") -> CudaRecorder:
     """What records updates on this machine, for ``processes`` of Lightning's ``accelerator``.
 
     Raises:
-        ConfigError: This is not one process with a GPU.
+        ConfigError: This is not one process with a GPU, or Lightning wraps it for several.
     """
-    if processes > 1 or accelerator == "cpu" or not torch.cuda.is_available():
+    if processes > 1 or strategy == "ddp":
+        raise ConfigError(
+            "trainer.capture=true records the work of one GPU, and not how several processes (DDP) "
+            f"exchange gradients; this run has {processes} processes and trainer.strategy="
+            f"{strategy}; leave it false"
+        )
+    if accelerator == "cpu" or not torch.cuda.is_available():
         raise ConfigError(
             "trainer.capture=true records the work of one GPU; this run has "
-            f"trainer.accelerator={accelerator} and {processes} processes, this machine "
-            f"{torch.cuda.device_count()} GPUs; leave it false"
+            f"trainer.accelerator={accelerator}, this machine {torch.cuda.device_count()} GPUs; "
+            "leave it false"
         )
     return CudaRecorder()
 
 
+WAITS = {
+    "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "allclose", "masked_select",
+    "bincount", "unique", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave",
+}  # fmt: skip
+"""Operations for which the host waits on CUDA; most give a result whose shape it must be told."""
+
+
+class HostWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down what no CUDA graph can hold; works on every device, the CPU and meta too.
+
+    Attributes:
+        found: Names of operations, with what is wrong with them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at one operation, and carry it out."""
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name in WAITS and not (name == "repeat_interleave" and kwargs.get("output_size")):
+            self.found.append(f"{name}: the host waits for the device")
+        if name == "lift_fresh":
+            self.found.append("lift_fresh: a constant is made on the host and copied")
+        if kwargs.get("generator") is not None:
+            self.found.append(f"{name}: draws from a generator that is not registered")
+        chosen = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in chosen):
+            self.found.append(f"{name}: a mask chooses, so the shape depends on the data")
+        return func(*args, **kwargs)
+
+
 class Captured:
     """Calls ``work`` on the first batches, and afterwards a recording of it.
-
-    Where recording fails, ``work`` runs as it is from then on, with a warning.
 
     Args:
         work: Leaves gradients behind and returns named scalars; all its state changes in place.
@@ -87,7 +162,8 @@ class Captured:
 
         Raises:
             ValueError: The batch has other shapes than the recorded ones.
-            ConfigError: It has other keys: only batches with joined chunks hold ``episode``.
+            ConfigError: It has other keys: only batches with joined chunks hold ``episode``. Or
+                ``work`` cannot be recorded, and nothing is trained in another way than asked for.
         """
         self.calls += 1
         if self.calls <= WARM:
@@ -97,10 +173,7 @@ class Captured:
         if self.calls == WARM + 1:
             self.held = {key: value.clone() for key, value in batch.items()}
             self._record()
-        if self.replay is None:
-            self.held = batch
-            self._run()
-            return self.found
+        assert self.replay is not None
         if batch.keys() != self.held.keys():
             raise ConfigError(
                 f"trainer.capture recorded a batch of {', '.join(self.held)}, this one holds "
@@ -119,9 +192,19 @@ class Captured:
     def _run(self) -> None:
         self.found = self.work(self.held)
 
+    @property
+    def state(self) -> str:
+        """How far it is: what the next call will do."""
+        if self.replay is not None:
+            return "recorded: one graph is replayed"
+        return f"warming up: {min(self.calls, WARM)} of {WARM} updates ran as they are"
+
     def _record(self) -> None:
         try:
             self.replay = self.recorder.record(self._run)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            log.warning("the update cannot be captured and runs as it is: %s", reason)
+            raise ConfigError(
+                f"trainer.capture=true, but this update cannot be recorded as a CUDA graph: "
+                f"{reason}; leave it false, and report what mapo-gpu-check says"
+            ) from error

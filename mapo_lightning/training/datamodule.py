@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from mapo_lightning.data.clips import Clip, ClipDataset, Place, Streams
+from mapo_lightning.data.decoded_cache import DecodedCache
 from mapo_lightning.data.replay import Replay
 from mapo_lightning.data.scan import VideoIndex, scan_videos
 from mapo_lightning.data.settings import VideoDataConfig
@@ -49,6 +50,16 @@ class _WatchedLoader(DataLoader[Clip]):
             yield batch
 
 
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch in pinned memory where it goes to a GPU, which then copies it by itself.
+
+    In this thread: the host has nothing else to do while the device works on the update before.
+    """
+    if device.type != "cuda":
+        return batch
+    return {key: value.pin_memory() for key, value in batch.items()}
+
+
 class VideoDataModule(L.LightningDataModule):
     """Decodes clips of video files and labels them during training, in the loader's workers.
 
@@ -81,6 +92,9 @@ class VideoDataModule(L.LightningDataModule):
         """Scan the folder once; unusable files are listed in the quarantine report."""
         if self.index is None:
             self.index = scan_videos(self.data, self.root, self.vlm.caption_file)
+            cache = self.clips("train").cache
+            if isinstance(cache, DecodedCache):
+                cache.check_room(self.index.videos)
 
     def clips(self, split: str) -> ClipDataset:
         """Endless random clips of the ``train`` videos, of the ``holdout`` ones, or of ``all``."""
@@ -111,7 +125,8 @@ class VideoDataModule(L.LightningDataModule):
             collate_fn=collate_clips,
             prefetch_factor=2 if workers else None,
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            # Not with pin_memory: that starts a thread, which calls CUDA in the middle of a
+            # capture. `pinned` does it here, while the device is busy with the update before.
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -126,12 +141,12 @@ class VideoDataModule(L.LightningDataModule):
         place: Place | None = batch.pop("place", None)  # type: ignore[assignment]
         if place is not None:
             self._places[place.stream], self._newest = place, place.stream
-        if "pending" not in batch:
-            return batch
-        if self._labeler is None:
-            rank = self.trainer.global_rank if self.trainer else 0
-            self._labeler = build_labeler(self.vlm, self.root, f"train-rank{rank}-batch")
-        return label_pending(batch, self._labeler)
+        if "pending" in batch:
+            if self._labeler is None:
+                rank = self.trainer.global_rank if self.trainer else 0
+                self._labeler = build_labeler(self.vlm, self.root, f"train-rank{rank}-batch")
+            batch = label_pending(batch, self._labeler)
+        return pinned(batch, self.trainer.strategy.root_device) if self.trainer else batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the streams of all ranks stand, for a checkpoint; called on all of them."""
@@ -318,7 +333,11 @@ class ReplayDataModule(L.LightningDataModule):
         self._chunks = _Chunks(
             self.replay, self.batch_size, self.length, self.rng, self._ahead, self.joined
         )
-        return DataLoader(self._chunks, batch_size=None, pin_memory=torch.cuda.is_available())
+        return DataLoader(self._chunks, batch_size=None)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Lay the batch where the device can fetch it by itself."""
+        return pinned(batch, self.trainer.strategy.root_device) if self.trainer else batch
 
     def state_dict(self) -> dict[str, Any]:
         """Generator and next chunks of all ranks, for a checkpoint; called on all of them."""

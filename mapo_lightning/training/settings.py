@@ -264,8 +264,9 @@ class TrainerConfig:
     """Let torch compile encoder and decoder: about a minute at the start, for GPUs; on a CPU it
     gains nothing (docs/performance.md). Where the compiler fails, they run as they are."""
     capture: bool = False
-    """Replay each update as one CUDA graph, on one GPU; never run on a device yet
-    (docs/performance.md)."""
+    """Replay each update as one CUDA graph, on one GPU; chunks of replay then lie in one episode
+    each. An update that cannot be recorded ends the run. Never run on a device yet: mapo-gpu-check
+    tries it (docs/performance.md)."""
     deterministic: bool = False
     """Refuse operations whose result depends on the order of threads."""
     log_every: int = 50

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 PROGRAMS = (
     "mapo-train", "mapo-gallery", "mapo-labels", "mapo-quality", "mapo-told", "mapo-dreams",
-    "mapo-report", "mapo-play", "mapo-export", "mapo-doctor",
+    "mapo-report", "mapo-play", "mapo-export", "mapo-doctor", "mapo-gpu-check",
 )  # fmt: skip
 TINY = [
     "trainer=debug", "env=toy", "world_model.image.channels=[4]", "tracking.enabled=true",

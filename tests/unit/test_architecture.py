@@ -34,6 +34,7 @@ FLOORS: list[set[str]] = [
         "dreams",
         "export",
         "gallery",
+        "gpu_check",
         "labels",
         "play",
         "quality",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from mapo_lightning.config.compose import compose
 from mapo_lightning.run.build import build_finetune, build_pretrain
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.training.base_module import TrainedModule
-from mapo_lightning.training.cuda_graph import WARM, Captured, Work, cuda_recorder
+from mapo_lightning.training.cuda_graph import WARM, Captured, CudaRecorder, Work, cuda_recorder
 from mapo_lightning.types import Batch, ConfigError
 
 pytestmark = pytest.mark.slow
@@ -164,15 +166,99 @@ def test_a_run_is_resumed_with_capture_switched(captured_first: bool, tmp_path: 
     assert tape.warmed + tape.replayed == (4 if captured_first else 2)
 
 
-def test_where_recording_fails_updates_run_as_they_are(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_an_update_that_cannot_be_recorded_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="recorded as a CUDA graph: operation not permitted"):
+        trained("finetune", Tape(broken=True), tmp_path)
+
+
+class Stream:
+    """A CUDA stream that only remembers for whom it waited."""
+
+    def __init__(self) -> None:
+        self.waited: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other)
+
+
+class Device:
+    """What `CudaRecorder` asks of ``torch.cuda``, without a device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.usual = self.current = Stream()
+        self.captures: list[dict[str, Any]] = []
+        self.replayed = 0
+        for name, put in {
+            "Stream": Stream,
+            "current_stream": lambda: self.current,
+            "set_stream": lambda stream: setattr(self, "current", stream),
+            "stream": self.on,
+            "CUDAGraph": lambda: self,
+            "graph": self.capturing,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, put)
+
+    def replay(self) -> None:
+        self.replayed += 1
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextmanager
+    def capturing(self, graph: Any, **options: Any) -> Iterator[None]:
+        """As torch: a capture that breaks raises once more at its end, and leaves its stream on."""
+        assert graph is self
+        self.captures.append(options)
+        before, self.current = self.current, options["stream"]
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("capture was invalidated") from None
+        self.current = before
+
+
+def test_warm_up_and_capture_share_one_stream_and_mind_no_other_thread(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain, *_ = trained("finetune", None, tmp_path)
-    other, *_ = trained("finetune", Tape(broken=True), tmp_path)
-    (warning,) = (r.getMessage() for r in caplog.records if "captured" in r.getMessage())
-    assert warning.endswith("operation not permitted when stream is capturing")
-    for name, value in plain.state_dict().items():
-        assert torch.equal(other.state_dict()[name], value), name
+    device, recorder = Device(monkeypatch), CudaRecorder()
+    ran_on: list[Stream] = []
+    collecting: list[bool] = []
+
+    def work() -> None:
+        ran_on.append(device.current)
+        collecting.append(gc.isenabled())
+
+    recorder.warm(work)
+    recorder.warm(work)
+    replay = recorder.record(work)
+    side = ran_on[0]
+    assert side is not device.usual
+    assert ran_on == [side] * 3
+    assert side.waited == [device.usual] * 2  # the batch is there
+    assert device.usual.waited == [side] * 2  # Adam comes after the gradients
+    assert device.captures == [{"stream": side, "capture_error_mode": "thread_local"}]
+    assert collecting == [True, True, False]
+    assert gc.isenabled()
+    assert device.current is device.usual
+    replay()
+    assert device.replayed == 1
+
+
+def test_a_broken_capture_says_what_broke_it_and_leaves_its_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, recorder = Device(monkeypatch), CudaRecorder()
+
+    def work() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match=r"^operation not permitted when stream is capturing$"):
+        recorder.record(work)
+    assert device.current is device.usual
+    assert gc.isenabled()
 
 
 def test_a_batch_of_another_shape_is_refused() -> None:
@@ -191,10 +277,17 @@ def test_a_batch_of_another_shape_is_refused() -> None:
         captured({"x": torch.ones(3), "episode": torch.zeros(3)})
 
 
-@pytest.mark.parametrize(("accelerator", "processes"), [("cpu", 1), ("auto", 2)])
-def test_capture_wants_one_gpu(accelerator: str, processes: int) -> None:
-    with pytest.raises(ConfigError, match=r"trainer.capture=true records the work of one GPU"):
-        cuda_recorder(accelerator, processes)
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (("cpu", 1), "trainer.accelerator=cpu, this machine"),
+        (("auto", 2), "several processes \\(DDP\\) exchange gradients; this run has 2 processes"),
+        (("auto", 1, "ddp"), "this run has 1 processes and trainer.strategy=ddp"),
+    ],
+)
+def test_capture_wants_one_gpu(asked: tuple[Any, ...], why: str) -> None:
+    with pytest.raises(ConfigError, match=f"records the work of one GPU.*{why}"):
+        cuda_recorder(*asked)
 
 
 def test_more_updates_of_the_agent_are_its_own_and_leave_the_world_model_alone(

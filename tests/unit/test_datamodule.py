@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from mapo_lightning.data import clips
 from mapo_lightning.data.reader import read
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.semantics.settings import VlmConfig
-from mapo_lightning.training.datamodule import ReplayDataModule, VideoDataModule
+from mapo_lightning.training.datamodule import ReplayDataModule, VideoDataModule, pinned
 
 
 @pytest.mark.slow
@@ -78,6 +80,35 @@ def test_a_batch_that_is_long_in_coming_is_spoken_of(
     assert next(batches)["obs"].shape[:2] == (2, 9)
     next(batches)
     assert said == ["the next batch: its clips are being decoded and labelled", "here"] * 2
+
+
+def test_batches_for_a_gpu_are_pinned_by_this_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by: list[threading.Thread] = []
+
+    def pin(x: torch.Tensor) -> torch.Tensor:
+        by.append(threading.current_thread())
+        return x.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = {"obs": torch.ones(2, dtype=torch.uint8), "reward": torch.ones(2)}
+    assert pinned(batch, torch.device("cpu")) is batch
+    found = pinned(batch, torch.device("cuda"))
+    assert found["obs"] is not batch["obs"]
+    assert torch.equal(found["obs"], batch["obs"])
+    assert found["obs"].dtype == torch.uint8  # an eighth of what float32 would take on the way
+    assert by == [threading.main_thread()] * 2
+    (tmp_path / "videos").mkdir()
+    write_videos(tmp_path / "videos")
+    data = VideoDataConfig(kind="folder", root=str(tmp_path / "videos"), clip_length=9, workers=2)
+    module = VideoDataModule(data, VlmConfig(kind="none"), 2, tmp_path / "cache", seed=0)
+    loader = module.train_dataloader()
+    assert not loader.pin_memory  # that would be a thread, which calls CUDA while it captures
+    module.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))  # type: ignore[assignment]
+    by.clear()
+    module.on_before_batch_transfer(dict(batch), 0)
+    assert len(by) == 2
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def test_scripts_and_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for path in PAGES:
         for line in code(path):
-            if found := re.match(r"(?:\$ )?(mapo-[a-z]+)\b", line):
+            if found := re.match(r"(?:\$ )?(mapo-[a-z-]+)\b", line):
                 assert found[1] in scripts, f"{name(path)}: {line}"
             if found := re.match(r"(?:\$ )?make ([a-z-]+)", line):
                 assert found[1] in targets, f"{name(path)}: {line}"
@@ -228,7 +228,7 @@ def test_the_api_reference_is_that_of_the_code() -> None:
 def test_the_picture_of_the_architecture_is_that_of_the_code() -> None:
     drawn = runpy.run_path(str(ROOT / "docs" / "figures.py"))
     rules = runpy.run_path(str(Path(__file__).with_name("test_architecture.py")))
-    aliases = {"doctor", "dreams", "export", "gallery", "labels", "play"}
+    aliases = {"doctor", "dreams", "export", "gallery", "gpu_check", "labels", "play"}
     aliases |= {"quality", "report", "told"}
     floors = [set(floor) - aliases for floor in rules["FLOORS"]]
     assert [set(rooms) for rooms in drawn["FLOORS"]] == [floor for floor in floors if floor]

@@ -12,7 +12,7 @@ from scenes import damage, write_squares
 
 from mapo_lightning.data import frame_cache
 from mapo_lightning.data.clips import ClipDataset
-from mapo_lightning.data.frame_cache import FrameCache
+from mapo_lightning.data.frame_cache import MemoryCache
 from mapo_lightning.data.reader import read, thin_out
 from mapo_lightning.data.settings import VideoDataConfig
 from mapo_lightning.data.video import probe_video
@@ -35,9 +35,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int]]]:
     """What the reader is asked for: fingerprint and frames."""
     found: list[tuple[str, list[int]]] = []
 
-    def watched(info: VideoInfo, indices: Sequence[int], size: tuple[int, int]) -> Frames:
+    def watched(
+        info: VideoInfo, indices: Sequence[int], size: tuple[int, int], beside: int | None
+    ) -> Frames:
         found.append((info.fingerprint, list(indices)))
-        return read(info, indices, size)
+        return read(info, indices, size, beside)
 
     monkeypatch.setattr(frame_cache, "read", watched)
     return found
@@ -45,7 +47,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int]]]:
 
 @pytest.mark.parametrize("megabytes", [0, 1])
 def test_frames_are_those_of_the_reader(videos: list[VideoInfo], megabytes: int) -> None:
-    cache = FrameCache(videos, SIZE, megabytes)
+    cache = MemoryCache(videos, SIZE, megabytes)
     assert cache.keeps is bool(megabytes)
     for _ in range(2):
         for info in videos:
@@ -59,7 +61,7 @@ def test_frames_are_those_of_the_reader(videos: list[VideoInfo], megabytes: int)
 def test_every_video_is_decoded_once_where_all_fit(
     videos: list[VideoInfo], asked: list[tuple[str, list[int]]]
 ) -> None:
-    cache = FrameCache(videos, SIZE, 1)
+    cache = MemoryCache(videos, SIZE, 1)
     for start in (5, 0):
         for info in videos:
             cache.read(info, range(start, start + 9))
@@ -69,7 +71,7 @@ def test_every_video_is_decoded_once_where_all_fit(
 def test_a_set_that_does_not_fit_is_not_kept_in_part(
     videos: list[VideoInfo], asked: list[tuple[str, list[int]]]
 ) -> None:
-    cache = FrameCache(videos, (80, 80), 1)  # 1.9 MB in all; the first film alone takes 0.8
+    cache = MemoryCache(videos, (80, 80), 1)  # 1.9 MB in all; the first film alone takes 0.8
     for _ in range(2):
         cache.read(videos[0], [4, 5])
     assert asked == [(videos[0].fingerprint, [4, 5])] * 2
@@ -77,9 +79,9 @@ def test_a_set_that_does_not_fit_is_not_kept_in_part(
 
 def test_the_room_is_counted_to_the_byte(videos: list[VideoInfo]) -> None:
     fits, exceeds = (videos[0]._replace(frames=n) for n in (1_000_000 // 3, 1_000_000 // 3 + 1))
-    assert FrameCache([fits], (1, 1), 1).keeps
-    assert not FrameCache([exceeds], (1, 1), 1).keeps
-    assert not FrameCache([fits, videos[0]], (1, 1), 1).keeps
+    assert MemoryCache([fits], (1, 1), 1).keeps
+    assert not MemoryCache([exceeds], (1, 1), 1).keeps
+    assert not MemoryCache([fits, videos[0]], (1, 1), 1).keeps
 
 
 def dataset(videos: list[VideoInfo], root: Path, cache_mb: int = 256) -> ClipDataset:
@@ -94,6 +96,7 @@ def test_clips_are_the_same_with_and_without_it(videos: list[VideoInfo], tmp_pat
             one, other = kept.clip_at(video, start), fresh.clip_at(video, start)
             np.testing.assert_array_equal(one["obs"], other["obs"])
     assert (kept.cache.keeps, fresh.cache.keeps) == (True, False)
+    assert isinstance(kept.cache, MemoryCache)
     assert kept.cache.size == SIZE
 
 
