@@ -177,7 +177,7 @@ def read(run: Path) -> dict[str, object]:
     returns = {name: found["return"] for name, found in policies.items()}
     client = MlflowClient(f"sqlite:///{run / 'mlflow.db'}")
     experiments = [e.experiment_id for e in client.search_experiments()]
-    (tuned,) = client.search_runs(experiments, "tags.mlflow.runName = 'finetune'")
+    (tuned,) = client.search_runs(experiments, "tags.mlflow.runName LIKE '%finetune'")
     points = client.get_metric_history(tuned.info.run_id, "eval/return")
     curve = sorted((point.step, point.value) for point in points)
     return {"score": returns.pop("agent"), "floors": returns, "curve": curve}
