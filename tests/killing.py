@@ -84,7 +84,8 @@ def state_of(path: Path) -> dict[str, Any]:
     for name in ("asked", "hits"):  # a label is new to the first run that needs it
         callbacks.get("LabelReport", {}).pop(name, None)
     content["callbacks"] = callbacks
-    content.pop("curves", None)
+    for name in ("curves", "curves_rows"):  # a run that was extended has two ends
+        content.pop(name, None)
     return content
 
 
