@@ -198,7 +198,7 @@ class Moments:
         import lightning as L
 
         from mapo_lightning import files
-        from mapo_lightning.run import stages
+        from mapo_lightning.run import phase
 
         def callback(name: str) -> Any:
             def hook(_: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -210,8 +210,8 @@ class Moments:
         hooks = ["train_batch_start", "before_optimizer_step", "train_batch_end"]
         hooks += ["validation_start", "validation_end", "train_end"]
         watcher = type("Watcher", (L.Callback,), {f"on_{h}": callback(h) for h in hooks})
-        make = stages.build_trainer
-        stages.build_trainer = lambda cfg, n, at, calls, *rest: make(  # type: ignore[assignment]
+        make = phase.build_trainer
+        phase.build_trainer = lambda cfg, n, at, calls, *rest: make(  # type: ignore[assignment]
             cfg, n, at, [*calls, watcher()], *rest
         )
         save, replace = torch.save, os.replace

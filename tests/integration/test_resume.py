@@ -161,7 +161,7 @@ import hashlib
 import sys
 from pathlib import Path
 import lightning as L
-from mapo_lightning.run import stages
+from mapo_lightning.run import phase
 from mapo_lightning.run.main import main
 
 class Digest(L.Callback):
@@ -170,8 +170,8 @@ class Digest(L.Callback):
         digests = {k: hashlib.sha256(data).hexdigest() for k, data in weights.items()}
         Path(f"rank{trainer.global_rank}.txt").write_text(repr(digests))
 
-make = stages.build_trainer
-stages.build_trainer = lambda cfg, n, at, calls, *rest: make(cfg, n, at, [*calls, Digest()], *rest)
+make = phase.build_trainer
+phase.build_trainer = lambda cfg, n, at, calls, *rest: make(cfg, n, at, [*calls, Digest()], *rest)
 
 if __name__ == "__main__":
     sys.exit(main())
