@@ -163,9 +163,10 @@ def check_curves(whole: Path, folder: Path, phase: str, said: str) -> None:
     for place in (whole, folder):
         last = torch.load(place / "run" / phase / "last.ckpt", weights_only=True)
         store, run = place.parent / "mlflow.db", last["mapo"]["mlflow_run"]
-        phases = {path.parent.name for path in (whole / "run").glob("*/last.ckpt")} | {"run"}
+        phases = {path.parent.name for path in (whole / "run").glob("*/last.ckpt")}
         assert phase in phases
-        assert runs(store, place / "run") == [(name, "FINISHED") for name in sorted(phases)], said
+        names = ["run", *(f"run/{name}" for name in sorted(phases))]
+        assert runs(store, place / "run") == [(name, "FINISHED") for name in names], said
         found.append((curves(store, run), clocks(store, run)))
     assert found[0][0] == found[1][0], said
     assert found[0][1] == found[1][1], said
