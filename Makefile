@@ -50,7 +50,9 @@ test-hard: setup ## hours: trainings of five seeds that must learn, kills, memor
 
 ui: setup ## open the MLflow pages of the runs on 127.0.0.1 (PORT=5000)
 	@test -f runs/mlflow.db || { echo "There are no runs yet: make demo" >&2; exit 1; }
-	@echo "Open http://127.0.0.1:$(PORT) and stop with Ctrl-C."
+	@$(PY) -c 'from mapo_lightning.tracking.mlflow_client import runs_page as page; \
+		found = page("sqlite:///$(CURDIR)/runs/mlflow.db", "mapo", $(PORT)); \
+		print("Open", found or "http://127.0.0.1:$(PORT)", "and stop with Ctrl-C.")'
 	@$(VENV)/bin/mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db" \
 		--default-artifact-root "$(CURDIR)/runs/artifacts"

@@ -147,7 +147,7 @@ def measure_overhead(args: argparse.Namespace) -> dict[str, Any]:
         module, _ = build_finetune(cfg, stage.action_dim, None)
         collect, codes = CollectExperience(stage.collector, 2, 0), CodebookUpdate()
         data = ReplayDataModule(stage.replay, 4, 16, 0)
-        trainer = build_trainer(cfg, args.warm, Path(folder), [collect, codes], CSVLogger(folder))
+        trainer = build_trainer(cfg, args.warm, Path(folder), [collect, codes], [CSVLogger(folder)])
         for target, name, key in (
             (module, "training_step", "step"),
             (Tensor, "backward", "step"),

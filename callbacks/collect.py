@@ -15,7 +15,7 @@ from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.log_due import log_due, log_now
 from mapo_lightning.training.ranks import of_all_ranks
 from mapo_lightning.types import CheckpointError
-from mapo_lightning.waiting import waiting
+from mapo_lightning.waiting import counting, waiting
 
 
 class CollectExperience(L.Callback):
@@ -31,11 +31,14 @@ class CollectExperience(L.Callback):
         collector: Plays and writes; every rank has its own environments and replay.
         action_repeat: Simulator frames per agent step.
         seed: Of the random prefill.
+        progress: Show a bar of the prefill.
     """
 
-    def __init__(self, collector: Collector, action_repeat: int, seed: int) -> None:
+    def __init__(
+        self, collector: Collector, action_repeat: int, seed: int, progress: bool = False
+    ) -> None:
         self.collector, self.action_repeat = collector, action_repeat
-        self.seed = seed
+        self.seed, self.progress = seed, progress
         self.policy: ActingPolicy | None = None
         self.seconds = 0.0
         self._owed = 0
@@ -58,9 +61,11 @@ class CollectExperience(L.Callback):
             episode = "" if replay.episodes else ", and for the first episode to end"
             return f"random experience: {taken} of {share} agent steps{episode}"
 
-        with waiting(missing):
+        show = self.progress and trainer.is_global_zero
+        with waiting(missing), counting("random experience", "step", show=show) as report:
             while taken < share or not replay.episodes:
                 taken += self.collector.collect(random, self.collector.envs.num_envs)
+                report(taken, max(share, taken), "" if replay.episodes else "first episode")
         self._count(trainer, pl_module, taken)
 
     def on_save_checkpoint(

@@ -14,7 +14,7 @@ from callbacks.recorder import recorder_of
 from mapo_lightning.stopping import Stopped, signals
 from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.checkpoint import read_checkpoint
-from mapo_lightning.training.evaluation import Evaluation, Play, Score, enlarged
+from mapo_lightning.training.evaluation import Evaluation, Play, Score
 from mapo_lightning.training.finetune import FinetuneModule
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,9 @@ class EvaluatePolicy(L.Callback):
                 log.info("the evaluation is broken off by %s", stopped.signal.name)
         if self.best is not None and trainer.strategy.broadcast(better):
             trainer.save_checkpoint(self.best)
+            recorder = recorder_of(trainer)
+            if recorder is not None:
+                recorder.keep(trainer, self.best)
 
     def _play(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Play and record the episodes; tells whether no agent was better before."""
@@ -102,11 +105,10 @@ class EvaluatePolicy(L.Callback):
         about = {**self.about, **about}
         self.newest = Evaluation(Score(tuple(episodes)), self.baselines, self.seeds, about)
         recorder = recorder_of(trainer)
-        if recorder is not None and trainer.logger is not None:
-            trainer.logger.log_metrics(self.newest.metrics(), pl_module.env_frames)
+        if recorder is not None:
+            recorder.log_metrics(trainer, self.newest.metrics(), pl_module.env_frames)
             if films:
-                film, step = enlarged(films[0]), pl_module.env_frames
-                recorder.log_video(trainer, "episode", film, self.fps, step)
+                recorder.log_video(trainer, "episode", films[0], self.fps, pl_module.env_frames)
         # Also where a mean is not a number: one agent is always kept.
         better = not self.newest.score.mean <= self.best_return
         if better:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
@@ -19,6 +21,7 @@ from mapo_lightning.semantics.describer import NullDescriber
 from mapo_lightning.training.datamodule import VideoDataModule
 from mapo_lightning.training.log_due import log_due, log_now
 from mapo_lightning.types import Batch, MapoError
+from mapo_lightning.waiting import counting
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +85,15 @@ class LabelReport(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record phrases and the page, and judge the labels; a failure only logs a warning."""
         recorder = recorder_of(trainer)
-        if recorder is None or trainer.logger is None or not trainer.is_global_zero:
+        if recorder is None or not recorder.records(trainer):
             return
         data: VideoDataModule = trainer.datamodule  # type: ignore[attr-defined]
         clips = data.clips("all")
         try:
             self._show(trainer, recorder, clips)
             if self.cfg.quality and not isinstance(clips.labeler.describer, NullDescriber):
-                found = measure_clips(clips, self.cfg.quality)
+                with self._bar("quality of the labels", "window") as report:
+                    found = measure_clips(clips, self.cfg.quality, progress=report)
                 recorder.log_table(trainer, "label_quality", [found.row()], trainer.global_step)
                 figures = {
                     "labels/direction_as_points": found.flow.share,
@@ -112,4 +116,9 @@ class LabelReport(L.Callback):
         if self.cfg.gallery and store.root.is_dir():
             sample = draw(store, [video.path for video in clips.videos], self.cfg.gallery)
             title = ", ".join(sorted({video.path.parent.name for video in clips.videos})[:3])
-            recorder.log_page(trainer, "labels", page(sample, title, clips.labeler.reviews), step)
+            with self._bar("gallery", "label") as report:
+                drawn = page(sample, title, clips.labeler.reviews, report)
+            recorder.log_page(trainer, "labels", drawn, step)
+
+    def _bar(self, what: str, unit: str) -> AbstractContextManager[Callable[..., None]]:
+        return counting(what, unit, show=self.cfg.progress, stays=False)

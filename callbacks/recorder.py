@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,20 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from mapo_lightning.data.clips import LabelExample
+from mapo_lightning.data.video import FILM_HEIGHT
 from mapo_lightning.stopping import Stopped
 from mapo_lightning.tracking import artifacts, mlflow_client
-from mapo_lightning.tracking.logger import RunLogger
+from mapo_lightning.tracking.curves import CurvesFile
+from mapo_lightning.tracking.logger import Kept, RunLogger, run_logger
 from mapo_lightning.tracking.versions import own_git_state, versions
-from mapo_lightning.training.checkpoint import BEST
-from mapo_lightning.training.log_due import log_now
-from mapo_lightning.types import Frames
+from mapo_lightning.training.checkpoint import BEST, read_checkpoint
+from mapo_lightning.training.log_due import Place, log_at, log_now
+from mapo_lightning.types import CheckpointError, Frames
+
+log = logging.getLogger(__name__)
+
+KEPT = ("last", "best")
+"""Names of the checkpoints that stay."""
 
 
 def recorder_of(trainer: L.Trainer) -> MLflowRecorder | None:
@@ -42,6 +50,7 @@ class MLflowRecorder(L.Callback):
         every: Updates between two records of the timing.
         system_metrics: Also record CPU, memory and GPU use.
         git_diff: Also record what the package's own checkout changes since its commit.
+        about: What MLflow's list of models says about the checkpoints.
     """
 
     def __init__(
@@ -52,9 +61,11 @@ class MLflowRecorder(L.Callback):
         every: int = 50,
         system_metrics: bool = False,
         git_diff: bool = False,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.config_yaml, self.params, self.tags = config_yaml, dict(params or {}), dict(tags or {})
         self.every, self.system_metrics, self.git_diff = every, system_metrics, git_diff
+        self.about = {name: str(value) for name, value in (about or {}).items()}
         self._monitor: Any = None
         self._reset_clock()
         self._batch_ended = self._batch_began = 0.0
@@ -75,6 +86,7 @@ class MLflowRecorder(L.Callback):
         artifacts.log_dict(run, found, "versions.json")
         if self.config_yaml:
             artifacts.log_text(run, self.config_yaml, "config.yaml")
+        run.keep(Kept("last"), self.about)
         if self.system_metrics:
             self._monitor = mlflow_client.system_monitor(run.active_run)
             self._monitor.start()
@@ -86,6 +98,8 @@ class MLflowRecorder(L.Callback):
         run = _run_of(trainer)
         if run is not None:
             checkpoint["curves"] = run.state()
+        for file in _curves_files(trainer):
+            checkpoint["curves_rows"] = file.rows
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -94,6 +108,8 @@ class MLflowRecorder(L.Callback):
         run = _run_of(trainer)
         if run is not None and "curves" in checkpoint:
             run.resume(checkpoint["curves"])
+        for file in _curves_files(trainer):
+            file.resume(int(checkpoint.get("curves_rows", 0)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -146,14 +162,29 @@ class MLflowRecorder(L.Callback):
         # A cluster kills soon after it has asked to stop, and the run that goes on has the files.
         self._close(trainer, files=run is None or not run.stopped)
 
-    def log_metrics(self, trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
-        """Record values at a step of the caller's choice."""
+    def records(self, trainer: L.Trainer) -> bool:
+        """Whether files, pictures and tables are kept: in MLflow, by the main process."""
+        return _run_of(trainer) is not None
+
+    def keep(self, trainer: L.Trainer, path: Path) -> None:
+        """List a checkpoint that was just written among MLflow's models."""
         run = _run_of(trainer)
         if run is not None:
-            run.log_metrics(metrics, step)
+            list_kept(run, path, self.about, final=False)
+
+    def log_metrics(self, trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
+        """Record values at a step of the caller's choice, wherever curves go."""
+        if trainer.is_global_zero:
+            log_at(trainer, metrics, Place("", step))
 
     def log_video(
-        self, trainer: L.Trainer, name: str, frames_THWC: Frames, fps: float, step: int
+        self,
+        trainer: L.Trainer,
+        name: str,
+        frames_THWC: Frames,
+        fps: float,
+        step: int,
+        height: int = FILM_HEIGHT,
     ) -> None:
         """Record a video as ``videos/<name>/step_00001200.mp4``.
 
@@ -163,8 +194,9 @@ class MLflowRecorder(L.Callback):
             frames_THWC: RGB frames, (T, H, W, 3) uint8, T >= 1.
             fps: Frames per second of the file.
             step: Position on the x-axis of the curves.
+            height: Rows of the film; lower frames are enlarged.
         """
-        artifacts.log_video(_run_of(trainer), frames_THWC, name, step, fps)
+        artifacts.log_video(_run_of(trainer), frames_THWC, name, step, fps, height)
 
     def log_image(
         self, trainer: L.Trainer, name: str, image_HWC: NDArray[np.uint8], step: int
@@ -225,6 +257,33 @@ class MLflowRecorder(L.Callback):
                 paths = {checkpoint.last_model_path, checkpoint.best_model_path} - {""}
                 for path in sorted({*map(Path, paths), *Path(checkpoint.dirpath or "").glob(BEST)}):
                     artifacts.log_file(run, path, "checkpoints")
+                    if path.stem in KEPT:
+                        list_kept(run, path, self.about)
+                if not paths:
+                    run.give_up("last")
+
+
+def list_kept(
+    run: RunLogger, path: Path, about: Mapping[str, str], final: bool = True
+) -> str | None:
+    """List a checkpoint of this package among MLflow's models.
+
+    Args:
+        run: The run that keeps it.
+        path: The file.
+        about: What to say about it.
+        final: Whether it stays as it is.
+
+    Returns:
+        The model's id; None where the file is no checkpoint, or the store is away.
+    """
+    try:
+        content = read_checkpoint(path, mapped=True)
+    except CheckpointError as error:
+        log.warning("not among MLflow's models: %s", error)
+        return None
+    step = int(content["mapo"].get("env_frames", content.get("global_step", 0)))
+    return run.keep(Kept(path.stem, path.absolute(), step, final), about)
 
 
 def contact_sheet(
@@ -264,6 +323,8 @@ def _strip(frames_THWC: Frames, height: int) -> Image.Image:
 
 
 def _run_of(trainer: L.Trainer) -> RunLogger | None:
-    if not trainer.is_global_zero:
-        return None
-    return next((x for x in trainer.loggers if isinstance(x, RunLogger)), None)
+    return run_logger(trainer.loggers) if trainer.is_global_zero else None
+
+
+def _curves_files(trainer: L.Trainer) -> list[CurvesFile]:
+    return [one for one in trainer.loggers if isinstance(one, CurvesFile)]

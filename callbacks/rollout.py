@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from callbacks.recorder import recorder_of
+from mapo_lightning.data.video import FILM_HEIGHT
 from mapo_lightning.judging.looks import looks
 from mapo_lightning.models.interfaces import WorldModel
+from mapo_lightning.training.log_due import log_at, place_of
 from mapo_lightning.training.told import HORIZONS
 from mapo_lightning.types import Batch, Frames
 
 log = logging.getLogger(__name__)
-
-_TILE = 128  # pixels: frames are enlarged to about this many
 
 
 class _HasRollouts(Protocol):
@@ -73,10 +73,12 @@ class ImaginationRollout(L.Callback):
         assert isinstance(world_model, WorldModel)
         dream = world_model.open_loop(batch, self.seen)
         truth = batch["obs"].float() / 255.0
-        frames = getattr(pl_module, "env_frames", None)
-        step = trainer.global_step if frames is None else frames
-        trainer.logger.log_metrics(drift(truth, dream, self.seen, self.name), step)
-        recorder.log_video(trainer, self.name, strip(truth, dream, self.seen), self.fps, step)
+        place = place_of(pl_module, trainer.global_step)
+        log_at(trainer, drift(truth, dream, self.seen, self.name), place)
+        if recorder.records(trainer):
+            film, name = strip(truth, dream, self.seen), f"{place.prefix}{self.name}"
+            high = round(film.shape[1] * max(1.0, FILM_HEIGHT / truth.shape[2]))  # for every row
+            recorder.log_video(trainer, name, film, self.fps, place.step, high)
 
 
 def drift(truth: Tensor, dream: Tensor, seen: int, name: str = "rollout") -> dict[str, float]:
@@ -118,6 +120,4 @@ def strip(truth: Tensor, dream: Tensor, seen: int) -> Frames:
         colour = (60, 180, 75) if t < seen else (230, 60, 60)
         pixels[:, t, 1][edge[:, t, :, :, 0]] = np.array(colour, np.uint8)
     clips, steps, count, high, wide, _ = pixels.shape
-    flat = pixels.transpose(1, 2, 3, 0, 4, 5).reshape(steps, count * high, clips * wide, 3)
-    zoom = max(1, _TILE // truth.shape[2])
-    return flat.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    return pixels.transpose(1, 2, 3, 0, 4, 5).reshape(steps, count * high, clips * wide, 3)

@@ -1,20 +1,56 @@
-"""Says once a minute what the program waits for: a silent wait looks like a program that hangs."""
+"""Shows that the program is at work: bars, and once a minute what it waits for.
+
+A silent wait looks like a program that hangs.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 log = logging.getLogger(__name__)
 
 EVERY = 60.0
 """Seconds between two messages about one wait."""
 _LOOK_SECONDS = 5.0  # between two looks of the thread at what is waited for
+
+
+def pause() -> float:
+    """Seconds between two updates of a bar: 0.1 on a terminal, 15 in a file."""
+    return 0.1 if sys.stderr.isatty() else 15.0
+
+
+@contextmanager
+def counting(
+    what: str, unit: str, *, show: bool = True, stays: bool = True
+) -> Iterator[Callable[..., None]]:
+    """Show a bar for work that reports its progress with ``report(done, total, text="")``.
+
+    Args:
+        what: Stands in front of it.
+        unit: What is counted.
+        show: False: no bar.
+        stays: False: the bar goes away when the work is done. In a file it then appears only where
+            the work takes longer than the pause between two updates.
+    """
+    delay = 0.0 if stays or sys.stderr.isatty() else pause()
+    settings = {"mininterval": pause(), "dynamic_ncols": True, "leave": stays, "delay": delay}
+    with tqdm(desc=what, unit=unit, disable=not show, **settings) as bar:
+
+        def report(done: int, total: int, text: str = "") -> None:
+            bar.total = total
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(done - bar.n)
+
+        yield report
 
 
 @dataclass(eq=False)

@@ -116,7 +116,7 @@ def gradients_after(folder: Path, devices: int) -> dict[str, Tensor]:
         if name.endswith(".started"):  # codes drawn from the first batch would be other ones
             buffer.fill_(True)
     keeper = Keeper()
-    trainer = build_trainer(cfg, UPDATES, folder, [CodebookUpdate(), keeper], None)
+    trainer = build_trainer(cfg, UPDATES, folder, [CodebookUpdate(), keeper], [])
     shares, draws = Shares(), SharedDraws(int(os.environ.get("LOCAL_RANK", "0")), devices)
     torch.rand, torch.randint = draws.rand, draws.randint  # type: ignore[assignment]
     try:

@@ -84,7 +84,8 @@ def state_of(path: Path) -> dict[str, Any]:
     for name in ("asked", "hits"):  # a label is new to the first run that needs it
         callbacks.get("LabelReport", {}).pop(name, None)
     content["callbacks"] = callbacks
-    content.pop("curves", None)
+    for name in ("curves", "curves_rows"):  # a run that was extended has two ends
+        content.pop(name, None)
     return content
 
 
@@ -162,9 +163,10 @@ def check_curves(whole: Path, folder: Path, phase: str, said: str) -> None:
     for place in (whole, folder):
         last = torch.load(place / "run" / phase / "last.ckpt", weights_only=True)
         store, run = place.parent / "mlflow.db", last["mapo"]["mlflow_run"]
-        phases = {path.parent.name for path in (whole / "run").glob("*/last.ckpt")} | {"run"}
+        phases = {path.parent.name for path in (whole / "run").glob("*/last.ckpt")}
         assert phase in phases
-        assert runs(store, place / "run") == [(name, "FINISHED") for name in sorted(phases)], said
+        names = ["run", *(f"run/{name}" for name in sorted(phases))]
+        assert runs(store, place / "run") == [(name, "FINISHED") for name in names], said
         found.append((curves(store, run), clocks(store, run)))
     assert found[0][0] == found[1][0], said
     assert found[0][1] == found[1][1], said
@@ -197,7 +199,7 @@ class Moments:
         import lightning as L
 
         from mapo_lightning import files
-        from mapo_lightning.run import stages
+        from mapo_lightning.run import phase
 
         def callback(name: str) -> Any:
             def hook(_: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -209,8 +211,8 @@ class Moments:
         hooks = ["train_batch_start", "before_optimizer_step", "train_batch_end"]
         hooks += ["validation_start", "validation_end", "train_end"]
         watcher = type("Watcher", (L.Callback,), {f"on_{h}": callback(h) for h in hooks})
-        make = stages.build_trainer
-        stages.build_trainer = lambda cfg, n, at, calls, *rest: make(  # type: ignore[assignment]
+        make = phase.build_trainer
+        phase.build_trainer = lambda cfg, n, at, calls, *rest: make(  # type: ignore[assignment]
             cfg, n, at, [*calls, watcher()], *rest
         )
         save, replace = torch.save, os.replace

@@ -44,6 +44,7 @@ from mapo_lightning.types import Frames, VideoError
 
 __all__ = [
     "DECODERS",
+    "FILM_HEIGHT",
     "SCALER",
     "Reason",
     "VideoFileError",
@@ -59,6 +60,9 @@ __all__ = [
     "rows_of",
     "write_mp4",
 ]
+
+FILM_HEIGHT = 256
+"""Rows of a recorded film: what an agent sees is too small to look at."""
 
 DECODERS = f"{container.VERSION}, {random_access.VERSION}"
 """The decoders that examine files; another version may treat a file otherwise."""
@@ -287,13 +291,16 @@ def resize(frames: Frames, size: tuple[int, int]) -> Frames:
     return np.stack(scaled).astype(np.uint8, copy=False)
 
 
-def write_mp4(path: Path | None, frames: Frames, fps: float) -> bytes:
+def write_mp4(path: Path | None, frames: Frames, fps: float, height: int = 0) -> bytes:
     """Write a video that every browser plays: H.264, yuv420p, index at the front.
 
     Args:
         path: File to write, as a whole; None to get the bytes only.
         frames: RGB, (T, H, W, 3) uint8; an odd last row or column is repeated once.
         fps: Frames per second.
+        height: Rows that the film has at least: lower frames are enlarged to it. A pixel becomes a
+            square of pixels where ``height`` is a multiple of H; otherwise frames are resampled
+            (Lanczos).
 
     Returns:
         The file's bytes.
@@ -305,25 +312,40 @@ def write_mp4(path: Path | None, frames: Frames, fps: float) -> bytes:
         raise VideoError(f"a video needs (T, H, W, 3) uint8, got {frames.dtype} {frames.shape}")
     if path is None:
         with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-            _encode(Path(file.name), frames, fps)
+            _encode(Path(file.name), frames, fps, height)
             return Path(file.name).read_bytes()
     with atomic_write(path) as draft:
-        _encode(draft, frames, fps)
+        _encode(draft, frames, fps, height)
         return draft.read_bytes()
 
 
-def _encode(path: Path, frames: Frames, fps: float) -> None:
-    odd_h, odd_w = frames.shape[1] % 2, frames.shape[2] % 2
-    even = np.pad(frames, ((0, 0), (0, odd_h), (0, odd_w), (0, 0)), mode="edge")
+def _encode(path: Path, frames: Frames, fps: float, height: int) -> None:
+    first = _shown(frames[0], height)
     rate = Fraction(fps).limit_denominator(1000)
     # The index goes before the frames, so that a browser can start at once. For that FFmpeg
     # rewrites the file, which a buffer in memory does not allow.
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
         stream = file.add_stream("libx264", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = first.shape[0], first.shape[1], "yuv420p"
         stream.options = {"crf": "18", "preset": "veryfast"}
         stream.codec_context.thread_count = 1
-        for frame in even:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        for frame in frames:  # one by one: a whole film, enlarged, would take hundreds of megabytes
+            picture = av.VideoFrame.from_ndarray(_shown(frame, height), format="rgb24")
             file.mux(stream.encode(picture))
         file.mux(stream.encode())
+
+
+def _shown(frame: Frames, height: int) -> Frames:
+    """A frame (H, W, 3), enlarged to ``height`` rows if it has fewer, and to even sides."""
+    rows, columns = frame.shape[:2]
+    if rows < height:
+        exact = height % rows == 0
+        size = (max(1, round(columns * height / rows)), height)
+        frame = np.asarray(
+            cv2.resize(
+                frame, size, interpolation=cv2.INTER_NEAREST if exact else cv2.INTER_LANCZOS4
+            ),
+            np.uint8,
+        )
+    odd_h, odd_w = frame.shape[0] % 2, frame.shape[1] % 2
+    return np.ascontiguousarray(np.pad(frame, ((0, odd_h), (0, odd_w), (0, 0)), mode="edge"))

@@ -124,6 +124,7 @@ def run_episodes(
     policy_of: Callable[[int], Policy],
     seeds: Sequence[int],
     record: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Episode], list[Frames]]:
     """Play one whole episode from each reset seed.
 
@@ -134,6 +135,7 @@ def run_episodes(
             the batch's first reset seed: what a batch does depends on nothing played before it.
         seeds: Reset seed of every episode.
         record: Number of episodes whose frames are kept.
+        progress: Told how many episodes are finished, of how many.
 
     Returns:
         One result per seed, in order, and the frames (T, H, W, 3) of the first ``record``: what the
@@ -142,6 +144,8 @@ def run_episodes(
     episodes: list[Episode] = []
     videos: list[Frames] = []
     for start in range(0, len(seeds), envs.num_envs):
+        if progress is not None:
+            progress(start, len(seeds))
         batch = list(seeds[start : start + envs.num_envs])
         kept = max(0, min(record - start, len(batch)))
         # A short last batch plays its last seed more than once and counts it once.
@@ -149,6 +153,8 @@ def run_episodes(
         played, frames = _play_batch(envs, live_labeler, policy_of(batch[0]), padded, kept)
         episodes += played[: len(batch)]
         videos += frames
+    if progress is not None:
+        progress(len(seeds), len(seeds))
     return episodes, videos
 
 

@@ -26,6 +26,7 @@ from mapo_lightning.semantics.phrase import MAX_SOURCE, MAX_TEXT, clean_text
 from mapo_lightning.semantics.reviews import read_reviews
 from mapo_lightning.semantics.store import LabelStore, StoredLabel
 from mapo_lightning.types import ConfigError, MapoError
+from mapo_lightning.waiting import counting
 
 _SOURCE = re.compile(r"(.+) frames (\d{1,9})\.\.(\d{1,9}) step (\d{1,9})")
 _LISTED = re.compile(r"(.+) frames (\d{1,9}(?:, \d{1,9}){0,255})")  # unevenly spaced
@@ -122,7 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         out = Path(args.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page(sample, ", ".join(root.name for root in roots), reviews), "utf-8")
+        title = ", ".join(root.name for root in roots)
+        with counting("gallery", "label", stays=False) as report:
+            out.write_text(page(sample, title, reviews, report), "utf-8")
     except MapoError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

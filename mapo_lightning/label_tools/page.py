@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,20 +76,30 @@ class Sample(NamedTuple):
     """Labels of environments, or of videos in other folders."""
 
 
-def page(sample: Sample, title: str, reviews: Reviews | None = None) -> str:
+def page(
+    sample: Sample,
+    title: str,
+    reviews: Reviews | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
     """Write the page.
 
     Args:
         sample: What to show.
         title: Where the labels come from; any text.
         reviews: Reviews to start from.
+        progress: Told how many labels are drawn, of how many.
 
     Returns:
         HTML; 5 to 20 kB a label.
     """
     reviews = reviews or Reviews()
     ground_truth = GroundTruth({path.parent for *_, paths in sample.labels for path in paths})
-    items = [_item(*entry, ground_truth) for entry in sample.labels]
+    items = []
+    for entry in sample.labels:
+        items.append(_item(*entry, ground_truth))
+        if progress is not None:
+            progress(len(items), len(sample.labels))
     for item in items:
         review = reviews.row(item["key"])
         item["mark"], item["by"], item["at"] = (review.get(x, "") for x in ("mark", "by", "at"))

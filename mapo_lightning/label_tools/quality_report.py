@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -127,13 +127,18 @@ class Quality:
         return row if self.cost is None else row | self.cost.row()
 
 
-def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
+def measure(
+    labeler: Labeler,
+    examples: Sequence[LabelExample],
+    progress: Callable[[int, int], None] | None = None,
+) -> Quality:
     """Judge labels, and query the describer about frozen and jittered copies of their windows.
 
     Args:
         labeler: Labels the copies; four further queries per window, and none where it reads
             sentences and no frames.
         examples: Labelled windows; the true motion beside their videos is used if there is any.
+        progress: Told how many copies are labelled, of how many.
 
     Raises:
         ConfigError: There are no windows.
@@ -151,21 +156,14 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
     judged = [_judge(example, ground_truth) for example in examples]
     count = len(judged)
     shown = [] if isinstance(labeler.describer, CaptionReader) else examples
-    still = _ask(labeler, [frozen(example.frames) for example in shown], "frozen")
-    unanswered = asked - count + sum(not label.answered for label in still)
-    words: dict[str, float] = {}
-    directions: dict[str, float] = {}
-    copies = [jittered(example.frames) for example in shown]
-    for kind in copies[0] if copies else ():
-        again = _ask(labeler, [copy[kind] for copy in copies], f"jitter {kind}")
-        pairs = [(one, two) for one, two in zip(judged, again, strict=True) if two.answered]
-        unanswered += count - len(pairs)
-        words[kind] = _share(one.phrase == two.phrase for one, two in pairs)
-        directions[kind] = _share(same_direction(one.phrase, two.phrase) for one, two in pairs)
+    copies = [{"frozen": frozen(one.frames)} | jittered(one.frames) for one in shown]
+    ask = _Asked(labeler, copies, progress)
+    still = ask("frozen")
+    words, directions, lost = _kept(judged, ask, list(copies[0])[1:] if copies else [])
     return Quality(
         describer=labeler.describer.name,
         windows=count,
-        unanswered=unanswered,
+        unanswered=asked - count + lost + sum(not label.answered for label in still),
         null=_share(one.status == "null" for one in judged),
         unreadable=_share(one.status == "unreadable" for one in judged),
         flow=agreement(judged, [one.by_points for one in judged]),
@@ -178,13 +176,20 @@ def measure(labeler: Labeler, examples: Sequence[LabelExample]) -> Quality:
     )
 
 
-def measure_clips(clips: ClipDataset, windows: int, *, timed: bool = False) -> Quality:
+def measure_clips(
+    clips: ClipDataset,
+    windows: int,
+    *,
+    timed: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Quality:
     """Measure the describer of a set of videos on windows spread over them.
 
     Args:
         clips: The videos, and who labels them.
         windows: How many, at most.
         timed: Measure time and tokens as well.
+        progress: See `measure`.
     """
     labeler, describer = clips.labeler, clips.labeler.describer
     watch = _Stopwatch(describer)
@@ -194,7 +199,7 @@ def measure_clips(clips: ClipDataset, windows: int, *, timed: bool = False) -> Q
     try:
         # If the videos hold fewer windows than requested, some come twice.
         found = {(one.path, one.start, one.last): one for one in clips.label_examples(windows)}
-        quality = measure(labeler, list(found.values()))
+        quality = measure(labeler, list(found.values()), progress)
     finally:
         labeler.describer = describer
     spent = describer.usage.since(used) if isinstance(describer, Metered) else Usage()
@@ -270,11 +275,44 @@ def _judge(example: LabelExample, ground_truth: GroundTruth) -> Judged:
     )
 
 
-def _ask(labeler: Labeler, windows: Sequence[Frames], what: str) -> list[Label]:
-    labels: list[Label] = []
-    for first in range(0, len(windows), _AT_ONCE):
-        labels += labeler.label_frames(windows[first : first + _AT_ONCE], f"quality: {what}")
-    return labels
+def _kept(
+    judged: Sequence[Judged], ask: _Asked, kinds: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float], int]:
+    """Shares of phrases and directions that stay, by kind of jitter; copies without an answer."""
+    words: dict[str, float] = {}
+    directions: dict[str, float] = {}
+    lost = 0
+    for kind in kinds:
+        again = ask(kind)
+        pairs = [(one, two) for one, two in zip(judged, again, strict=True) if two.answered]
+        lost += len(judged) - len(pairs)
+        words[kind] = _share(one.phrase == two.phrase for one, two in pairs)
+        directions[kind] = _share(same_direction(one.phrase, two.phrase) for one, two in pairs)
+    return words, directions, lost
+
+
+class _Asked:
+    """Has copies of windows labelled, one kind after the other, and says how far it has come."""
+
+    def __init__(
+        self,
+        labeler: Labeler,
+        copies: Sequence[Mapping[str, Frames]],
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.labeler, self.copies, self.progress = labeler, copies, progress
+        self.done, self.total = 0, sum(map(len, copies))
+
+    def __call__(self, kind: str) -> list[Label]:
+        labels: list[Label] = []
+        what = f"quality: {kind if kind == 'frozen' else f'jitter {kind}'}"
+        for first in range(0, len(self.copies), _AT_ONCE):
+            windows = [copy[kind] for copy in self.copies[first : first + _AT_ONCE]]
+            labels += self.labeler.label_frames(windows, what)
+            self.done += len(windows)
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+        return labels
 
 
 def _share(cases: Iterable[bool]) -> float:

@@ -34,8 +34,9 @@ from mapo_lightning.data.video import write_mp4
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import resumed
+from mapo_lightning.run.phase import NAMES
 from mapo_lightning.run.preflight import phases_of
-from mapo_lightning.run.stages import NAMES, play_episodes, render_demo
+from mapo_lightning.run.stages import play_episodes, render_demo
 from mapo_lightning.run.trainer import build_trainer
 from mapo_lightning.semantics.factory import semantic_dim
 from mapo_lightning.training.acting import greedy
@@ -227,7 +228,7 @@ def _fit(
     module.metadata = {"stage": phase, "method": cfg.method, **widths}
     watch = _Watch()
     around = [CodebookUpdate()] if cfg.callbacks.codebook else []
-    trainer = build_trainer(cfg, UPDATES, place / phase, [*around, *extra, watch], None)
+    trainer = build_trainer(cfg, UPDATES, place / phase, [*around, *extra, watch], [])
     try:
         trainer.fit(module, datamodule=data)
     except torch.OutOfMemoryError as error:

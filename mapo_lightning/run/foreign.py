@@ -198,7 +198,7 @@ REFUSED: Mapping[str, str] = {
     "play": "where a page is served, and how fast",
     "trainer": "hardware of this machine",
     "launch": "processes and jobs that are started",
-    "tracking": "addresses and folders",
+    "tracking": "addresses, folders, and what is recorded",
 }
 """Key or section that is never taken -> why."""
 

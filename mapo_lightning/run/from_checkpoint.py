@@ -37,6 +37,11 @@ class Resumed(NamedTuple):
     metadata: Mapping[str, Any] = MappingProxyType({})
     """What the checkpoint tells about itself."""
 
+    @property
+    def at(self) -> int:
+        """Position on the x-axis of the curves: updates, or simulator frames in fine-tuning."""
+        return int(self.metadata.get("env_frames") or self.updates)
+
     def finished(self, phase: str, updates: int) -> bool:
         """Whether ``phase`` has had all of its updates before."""
         if self.phase != phase or self.updates < updates:

@@ -19,6 +19,7 @@ from mapo_lightning.config.compose import compose
 from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.renamed import RENAMED
 from mapo_lightning.types import MapoError
+from mapo_lightning.waiting import counting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,9 @@ def _measure(cfg: RunConfig) -> None:
     from mapo_lightning.run.stages import render_demo
 
     render_demo(cfg)
-    found = measure_clips(build_videos(cfg).clips("all"), cfg.callbacks.quality, timed=True)
+    with counting("quality", "window", show=cfg.callbacks.progress, stays=False) as report:
+        clips = build_videos(cfg).clips("all")
+        found = measure_clips(clips, cfg.callbacks.quality, timed=True, progress=report)
     folder = Path(cfg.run_dir or "runs/quality")
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown([found])

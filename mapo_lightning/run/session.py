@@ -8,10 +8,10 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -48,6 +48,8 @@ class Session(NamedTuple):
     """Of whole updates, where ``trainer.capture`` asks for it."""
     continues: bool
     """Whether this goes on with a run that was begun before."""
+    results: dict[str, float]
+    """What came out so far, by name."""
 
     @property
     def cfg(self) -> RunConfig:
@@ -62,6 +64,15 @@ class Session(NamedTuple):
     def tracked(self, name: str) -> str | None:
         """The MLflow run that a phase goes on with; None where it gets one of its own."""
         return self.resumed.tracked(name) or noted(self.folder, self.continues).get(name)
+
+    def run_name(self, phase: str) -> str:
+        """What the MLflow run of a phase is called: unlike a bare phase, it names its run."""
+        return f"{self.folder.name}/{phase}"
+
+    def conclude(self, figures: Mapping[str, float]) -> None:
+        """Show what came out in MLflow's list of runs; a later figure replaces an earlier one."""
+        self.results.update(figures)
+        tracking.log_results(self.cfg.tracking, self.parent, self.results)
 
     def note(self, name: str, run: str | None) -> None:
         """Write down a phase's MLflow run: it may be stopped before its first checkpoint."""
@@ -83,17 +94,16 @@ def opened(composed: Composed[RunConfig]) -> Iterator[Session]:
     continues = cfg.resume is not None or job.restarted()
     if not continues:
         _check_job_folder(folder, cfg)
-    tags = {"method": cfg.method, "stage": cfg.stage, "run_dir": str(folder)}
-    if cfg.tracking.parent:
-        tags["mlflow.parentRunId"] = cfg.tracking.parent
     known = earlier.tracked("parent") or noted(folder, continues).get("parent")
-    parent = tracking.start_parent(cfg.tracking, folder.name, tags, known)
+    parent = tracking.start_parent(
+        cfg.tracking, folder.name, _tags(cfg, folder), known, parameters(composed)
+    )
     status: tracking.Status = "FAILED"
     inherited = os.environ.get(_SHARED)
     os.environ[_SHARED] = str(folder)  # ranks that this process starts share it
     try:
         _make_folder(folder, composed)
-        session = Session(composed, folder, parent, earlier, recorder, continues)
+        session = Session(composed, folder, parent, earlier, recorder, continues, {})
         session.note("parent", parent)
         yield session
         status = "FINISHED"
@@ -170,6 +180,28 @@ def run_folder(name: str, given: str = "") -> Path:
             raise _unwritable(path, error) from error
         return path
     raise AssertionError("counting has no end")
+
+
+def parameters(composed: Composed[RunConfig]) -> dict[str, Any]:
+    """A run's parameters in MLflow, by dotted key.
+
+    Every resume says ``resume`` and ``run_dir`` anew: they would stand among the parameters that it
+    changes.
+    """
+    return {k: v for k, v in composed.flat.items() if k not in ("resume", "run_dir")}
+
+
+def _tags(cfg: RunConfig, folder: Path) -> dict[str, str]:
+    """What tells a run from others in MLflow's list."""
+    plays = cfg.stage not in ("pretrain", "label")
+    tags = {
+        "method": cfg.method,
+        "task": str(cfg.about["task"]) if plays else f"videos/{cfg.data.kind}",
+        "seed": str(cfg.seed),
+        "stage": cfg.stage,
+        "run_dir": str(folder),
+    }
+    return tags | ({"mlflow.parentRunId": cfg.tracking.parent} if cfg.tracking.parent else {})
 
 
 def _name(cfg: RunConfig) -> str:

@@ -12,16 +12,11 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
 from callbacks.evaluate import EvaluatePolicy
 from callbacks.label_report import LabelReport
-from callbacks.progress import PhaseProgress, counting
-from callbacks.recorder import MLflowRecorder
-from callbacks.resume import Resume
 from callbacks.rollout import ImaginationRollout
 from callbacks.told import ToldUntold, save_report
-from mapo_lightning.config.redact import redact_text
 from mapo_lightning.envs.demo import render_demo_videos
 from mapo_lightning.envs.episodes import Episode, Policy, run_episodes
 from mapo_lightning.envs.experts import SENTENCES
@@ -32,29 +27,26 @@ from mapo_lightning.envs.replacement import (
     close_vector_env,
     lost_processes,
 )
-from mapo_lightning.ownership import sign
-from mapo_lightning.run import build, job
+from mapo_lightning.run import build, job, lineage
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.decisions import judge_decisions, sentence
 from mapo_lightning.run.judged_agent import judge_episodes
+from mapo_lightning.run.phase import Learned, end_curves, fit, serve
 from mapo_lightning.run.session import Session
-from mapo_lightning.run.trainer import best_device, build_trainer
-from mapo_lightning.stopping import Stopped
+from mapo_lightning.run.trainer import best_device
 from mapo_lightning.tracking import logger as tracking
 from mapo_lightning.training.acting import greedy
-from mapo_lightning.training.base_module import TrainedModule
-from mapo_lightning.training.checkpoint import BEST, read_checkpoint
+from mapo_lightning.training.checkpoint import BEST
 from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores
-from mapo_lightning.training.metadata import signed_part
-from mapo_lightning.types import Frames, MapoError
+from mapo_lightning.types import Frames
+from mapo_lightning.waiting import counting
 
-NAMES = {
-    "tokenizer": "pre-training of the tokenizer",
-    "pretrain": "pre-training",
-    "finetune": "fine-tuning",
+WATCHED = {
+    "tokenizer": {"loss": "train/future"},
+    "pretrain": {"loss": "train/tokens"},
+    "finetune": {"return": "collect/return", "reward": "train/imagined_reward"},
 }
-WATCHED = {"tokenizer": "train/future", "pretrain": "train/tokens"}
-"""What the progress bar of iVideoGPT's phases shows."""
+"""What the progress bar of a phase shows; the first two are iVideoGPT's."""
 log = logging.getLogger("mapo")
 
 
@@ -107,18 +99,19 @@ def learn_videos(session: Session, phase: str, start: Path | None) -> Path:
     module = build.build_pretrain(cfg, phase)
     if start is not None:
         log.info("from %s: %s", start, build.hand_over(module.world_model, start, ["tokenizer"]))
-    watch = {"loss": WATCHED[phase]} if cfg.tokens else {"image": "train/image"}
+    watch = WATCHED[phase] if cfg.tokens else {"image": "train/image"}
     every, last = cfg.callbacks.rollout_every, session.folder / phase / "last.ckpt"
+    learned = Learned(lineage.videos_of(cfg, data, phase), start)
     if phase == "tokenizer":  # no labels, no dreams
         drawn: list[L.Callback] = [ImaginationRollout(every, name="reconstruction")]
-        fit(session, phase, module, data, updates, drawn, watch)
+        fit(session, phase, module, data, updates, drawn, watch, learned)
         return last
     labels = LabelReport(cfg.callbacks)
     extra: list[L.Callback] = [labels, ImaginationRollout(every)]
     told = ToldUntold(cfg.callbacks.told) if cfg.reads_phrases else None
     if told is not None:
         extra.append(told)
-    fit(session, phase, module, data, updates, extra, watch)
+    fit(session, phase, module, data, updates, extra, watch, learned)
     log.info("%s", labels)
     if told is not None and told.report is not None:
         save_report(told.report, session.folder / phase)
@@ -183,7 +176,7 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     updates = cfg.finetune.updates(cfg.trainer.processes)
     best = session.folder / "finetune" / BEST if cfg.evaluate.keep_best else None
     if session.resumed.finished("finetune", updates):
-        end_curves(session, "finetune")
+        serve(session, end_curves(session, "finetune"))
         if not (session.folder / "evaluation.json").exists():  # stopped in its last episodes
             test_best(session, best) if best else test(
                 session, cfg, session.resumed.path, dreams=False
@@ -203,15 +196,20 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
         play, baseline_scores(play, stage.action_dim), cfg.evaluate.seeds, cfg.about,
         cfg.evaluate.every, cfg.env.fps, best,
     )  # fmt: skip
-    collect = CollectExperience(stage.collector, cfg.env.frames_per_step, seed)
+    show, frames = cfg.callbacks.progress, cfg.env.frames_per_step
+    collect = CollectExperience(stage.collector, frames, seed, show)
     extra = [collect, ImaginationRollout(cfg.callbacks.rollout_every), evaluation]
-    watch = {"return": "collect/return", "reward": "train/imagined_reward"}
-    data = build.build_chunks(cfg, stage.replay, seed)
+    learned = Learned(lineage.task_of(cfg, session.folder / "replay"), init_from)
     try:
-        fit(session, "finetune", module, data, updates, extra, watch, action_dim=stage.action_dim)
+        data = build.build_chunks(cfg, stage.replay, seed)
+        logger = fit(
+            session, "finetune", module, data, updates, extra, WATCHED["finetune"], learned,
+            action_dim=stage.action_dim,
+        )  # fmt: skip
     except BaseException:
         close_vector_env(stage.collector.envs)  # Lightning tears callbacks down after success only
         raise
+    serve(session, logger)
     if best is not None:
         test_best(session, best)
     elif evaluation.newest is not None:
@@ -252,7 +250,8 @@ def test(session: Session, cfg: RunConfig, path: Path, *, dreams: bool) -> None:
         judged.save(session.folder)
         log.info("%s", judged.sentence())
     summary(session, found)
-    logger = tracking.make_logger(cfg.tracking, "evaluate", session.parent)
+    name = session.run_name("evaluate")
+    logger = tracking.make_logger(cfg.tracking, name, session.parent)
     if judged is not None:
         judged.record(logger, metadata["env_frames"])
     found.record(logger, films, cfg.env.fps)
@@ -279,102 +278,30 @@ def play_episodes(
     count, seeds = min(cfg.evaluate.num_envs, cfg.evaluate.episodes), cfg.evaluate.seeds
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     deaths = deaths or Deaths(cfg.env.deaths_per_hour)
+    show = cfg.callbacks.progress and tracking.is_main_process()
     while True:
         envs = make_vector_env(build.labelled_env(cfg), cfg.evaluate.seed, count)
         try:
-            with torch.random.fork_rng(devices=devices):
+            with (
+                torch.random.fork_rng(devices=devices),
+                counting("test episodes", "episode", show=show, stays=False) as report,
+            ):
                 live_labeler = build.build_live_labeler(cfg, count, "evaluate")
-                return run_episodes(envs, live_labeler, policy_of, seeds, film)
+                return run_episodes(envs, live_labeler, policy_of, seeds, film, report)
         except DeadEnvironmentError:
             deaths.add(lost_processes(envs))
         finally:
             close_vector_env(envs)
 
 
-def fit(
-    session: Session,
-    phase: str,
-    module: TrainedModule,
-    data: L.LightningDataModule,
-    updates: int,
-    extra: list[L.Callback],
-    watch: dict[str, str],
-    **widths: int,
-) -> None:
-    """Train one phase in its own MLflow run, from the start or from a checkpoint."""
-    cfg = session.cfg
-    if session.recorder is not None:
-        module.capture(session.recorder)
-    earlier = session.resumed.path if session.resumed.phase == phase else None
-    identity = session.tracked(phase)
-    logger = tracking.make_logger(cfg.tracking, phase, session.parent, run_id=identity)
-    session.note(phase, logger.run_id if logger else None)
-    metadata = {  # what a checkpoint tells about itself
-        "stage": phase,
-        "method": cfg.method,
-        "config": session.composed.redacted_yaml,
-        "mlflow_parent": session.parent or "",
-        "mlflow_run": (logger.run_id if logger else None) or "",
-        **widths,
-    }
-    module.metadata = metadata | {"config_signature": sign(signed_part(metadata))}
-    callbacks = around(session, phase, watch) + extra
-    validate_every = None if phase == "finetune" else cfg.phase(phase).validate_every
-    folder = session.folder / phase
-    trainer = build_trainer(cfg, updates, folder, callbacks, logger, validate_every)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=earlier, weights_only=True)
-    except (Exception, Stopped) as error:
-        if isinstance(error, Stopped):
-            error.when = f"{error.when or 'in the middle'} of {NAMES[phase]}"
-        elif not isinstance(error, MapoError):
-            module.check_finite()  # a simulator, for one, fails at an action that is no number
-        raise
-
-
-def around(session: Session, phase: str, watch: dict[str, str]) -> list[L.Callback]:
-    """The callbacks that both phases have, in their order."""
-    cfg = session.cfg
-    # Every resume says these anew: they would stand among the parameters that it changes.
-    params = {k: v for k, v in session.composed.flat.items() if k not in ("resume", "run_dir")}
-    callbacks: list[L.Callback] = [
-        Resume(),
-        MLflowRecorder(
-            session.composed.redacted_yaml,
-            params,
-            every=cfg.trainer.log_every,
-            system_metrics=cfg.tracking.system_metrics,
-            git_diff=cfg.tracking.git_diff,
-        ),
-    ]
-    if cfg.callbacks.codebook:
-        callbacks.append(CodebookUpdate())
-    if cfg.callbacks.progress:
-        callbacks.append(PhaseProgress(NAMES[phase], watch))
-    return callbacks
-
-
-def end_curves(session: Session, phase: str) -> None:
-    """Deliver what a finished training still had on its way to MLflow when it was killed."""
-    identity = session.resumed.tracked(phase)
-    if identity is None:
-        return
-    logger = tracking.make_logger(session.cfg.tracking, phase, session.parent, run_id=identity)
-    if isinstance(logger, tracking.RunLogger):
-        content = read_checkpoint(session.resumed.path, mapped=True)
-        if "curves" in content:
-            logger.resume(content["curves"])
-        logger.finalize()
-
-
 def summary(session: Session, found: Evaluation) -> None:
     """Print what came out of it, and write it down."""
     found.save(session.folder / "evaluation.json")
+    session.conclude(found.metrics())
     dream = [sentence(found.dream)] if found.dream else []
     lines = ["", *found.lines(), *dream, f"Everything of this run: {session.folder}"]
-    if session.cfg.tracking.enabled:
-        store = redact_text(tracking.store_uri(session.cfg.tracking))
-        page = f"mlflow ui --backend-store-uri {store}" if store.startswith("sqlite:") else store
+    page = tracking.where_to_look(session.cfg.tracking)
+    if page is not None:
         lines.append(f"Videos, curves and phrases: {page}")
     sys.stdout.write("\n".join(lines) + "\n")
 

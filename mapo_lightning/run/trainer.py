@@ -187,7 +187,7 @@ def build_trainer(
     updates: int,
     folder: Path,
     callbacks: Sequence[L.Callback],
-    logger: Logger | None,
+    loggers: Sequence[Logger],
     validate_every: int | None = None,
 ) -> L.Trainer:
     """Lightning's Trainer for one stage of ``updates`` optimiser updates."""
@@ -209,7 +209,7 @@ def build_trainer(
         # In a job of SLURM, Lightning looks here for a checkpoint and loads it without being told
         # to. No run makes this folder.
         default_root_dir=folder / "lightning",
-        logger=logger or False,
+        logger=list(loggers) or False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mapo_lightning.config.redact import redact, redact_text
-from mapo_lightning.data.video import write_mp4
+from mapo_lightning.data.video import FILM_HEIGHT, write_mp4
 from mapo_lightning.tracking.logger import RunLogger
 from mapo_lightning.types import Frames
 
@@ -61,10 +61,20 @@ def log_image(logger: object, image_HWC: NDArray[np.uint8], name: str) -> bool:
     return _made(logger, name, lambda path: Image.fromarray(image_HWC).save(path, format="PNG"))
 
 
-def log_video(logger: object, frames_THWC: Frames, name: str, step: int, fps: float) -> bool:
-    """Record a video, (T, H, W, 3) uint8, as ``videos/<name>/step_00001200.mp4``."""
+def log_video(
+    logger: object,
+    frames_THWC: Frames,
+    name: str,
+    step: int,
+    fps: float,
+    height: int = FILM_HEIGHT,
+) -> bool:
+    """Record a video, (T, H, W, 3) uint8, as ``videos/<name>/step_00001200.mp4``.
+
+    Frames of fewer rows than ``height`` are enlarged to it.
+    """
     target = f"videos/{name}/{step_name(step)}.mp4"
-    return _made(logger, target, lambda path: write_mp4(path, frames_THWC, fps))
+    return _made(logger, target, lambda path: write_mp4(path, frames_THWC, fps, height))
 
 
 def log_html(logger: object, body: str, name: str, title: str = "") -> bool:

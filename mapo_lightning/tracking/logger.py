@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,33 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mapo_lightning.config.redact import redact_text
-from mapo_lightning.tracking import mlflow_client
+from mapo_lightning.tracking import mlflow_client, mlflow_models
+from mapo_lightning.tracking.curves import check_tensorboard
 from mapo_lightning.tracking.mlflow_client import Point, Status, clean_name
+from mapo_lightning.tracking.mlflow_models import Kept, Source
 from mapo_lightning.tracking.queue import MetricQueue
 from mapo_lightning.tracking.settings import TrackingConfig
+from mapo_lightning.tracking.store_check import StoreError
 from mapo_lightning.types import ConfigError
 from mapo_lightning.waiting import waiting
 
 __all__ = [
+    "Kept",
     "RunLogger",
     "SilentLogger",
+    "Source",
     "Status",
     "TrackingConfig",
     "check_store",
     "finish_parent",
     "is_main_process",
+    "log_results",
     "make_logger",
     "open_store",
+    "run_logger",
     "start_parent",
     "store_uri",
+    "where_to_look",
 ]
 
 log = logging.getLogger(__name__)
@@ -85,8 +93,9 @@ def check_store(cfg: TrackingConfig) -> None:
     """See whether the store can take the run; makes and changes nothing.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: It cannot; or TensorBoard is asked for and missing.
     """
+    check_tensorboard(cfg)
     if cfg.enabled and is_main_process():
         with _in_one_sentence(store_uri(cfg)):
             mlflow_client.check_experiment(store_uri(cfg), cfg.experiment, cfg.artifacts)
@@ -104,7 +113,11 @@ def _in_one_sentence(uri: str) -> Iterator[None]:
 
 
 def start_parent(
-    cfg: TrackingConfig, name: str, tags: Mapping[str, str], run_id: str | None = None
+    cfg: TrackingConfig,
+    name: str,
+    tags: Mapping[str, str],
+    run_id: str | None = None,
+    params: Mapping[str, Any] | None = None,
 ) -> str | None:
     """Start the run that holds the runs of all phases.
 
@@ -113,6 +126,7 @@ def start_parent(
         name: Name of the run.
         tags: Further tags.
         run_id: A run to continue instead.
+        params: Its parameters.
 
     Returns:
         Its id, or None where tracking is off or this is not the main process.
@@ -122,7 +136,45 @@ def start_parent(
         return None
     uri = store_uri(cfg)
     with _in_one_sentence(uri):
-        return mlflow_client.start_run(mlflow_client.client(uri), experiment, name, tags, run_id)
+        client = mlflow_client.client(uri)
+        found = mlflow_client.start_run(client, experiment, name, tags, run_id)
+        if params:
+            mlflow_client.log_params(client, found, params)
+        return found
+
+
+def log_results(cfg: TrackingConfig, run_id: str | None, figures: Mapping[str, float]) -> None:
+    """Show what came out in the list of runs: the figures become metrics of the parent.
+
+    Args:
+        cfg: The store.
+        run_id: As returned by :func:`start_parent`; None does nothing.
+        figures: By name; where one was there before, the later counts.
+    """
+    if run_id is None or not is_main_process():
+        return
+    named = {clean_name(name): float(value) for name, value in figures.items()}
+    try:
+        mlflow_models.log_results(mlflow_client.client(store_uri(cfg)), run_id, named)
+    except mlflow_client.errors() as error:
+        reason = mlflow_client.reason(error)
+        log.warning("MLflow did not take the results of run %s: %s", run_id, reason)
+
+
+def where_to_look(cfg: TrackingConfig) -> str | None:
+    """How to open the page of the runs, for people; None where nothing is tracked."""
+    if not cfg.enabled or not is_main_process():
+        return None
+    uri = store_uri(cfg)
+    try:
+        page = mlflow_client.runs_page(uri, cfg.experiment)
+    except mlflow_client.errors():  # the run is over, and the store away
+        page = None
+    shown = redact_text(uri)
+    if not shown.startswith("sqlite:"):
+        return page or shown
+    command = f"mlflow ui --backend-store-uri {shown}"
+    return command if page is None else f"{command}, and then {page}"
 
 
 def finish_parent(
@@ -155,7 +207,7 @@ def make_logger(
 
     Args:
         cfg: Where to.
-        run_name: Name of the child run, such as ``pretrain``.
+        run_name: Name of the child run, such as ``NAME/pretrain``.
         parent_run_id: The run it belongs to.
         tags: Further tags.
         run_id: A run to continue instead of starting one.
@@ -174,6 +226,11 @@ def make_logger(
         client = mlflow_client.client(uri)
         identity = mlflow_client.start_run(client, experiment, run_name, wanted, run_id)
         return RunLogger(cfg, run_name, identity, resumed=run_id is not None)
+
+
+def run_logger(loggers: Iterable[object]) -> RunLogger | None:
+    """The one among loggers that writes to MLflow."""
+    return next((one for one in loggers if isinstance(one, RunLogger)), None)
 
 
 class SilentLogger(DummyLogger):
@@ -283,6 +340,59 @@ class RunLogger(MLFlowLogger):
         self.attempt(
             "the end of the run", lambda: self.experiment.set_terminated(self.active_run, ended)
         )
+
+    def learn_from(self, sources: Sequence[Source], pretrained_run: str = "") -> None:
+        """Record data sets, and the model of another run, as inputs.
+
+        Args:
+            sources: Data sets.
+            pretrained_run: Id of the run whose last checkpoint this one starts from; empty: none.
+        """
+
+        def call() -> None:
+            client = self.experiment
+            model = mlflow_models.model_of(client, pretrained_run) if pretrained_run else None
+            mlflow_models.log_sources(
+                client, self.active_run, sources, [model] if model is not None else []
+            )
+
+        self.attempt("the data sets", call)
+
+    def keep(self, kept: Kept, about: Mapping[str, str]) -> str | None:
+        """List a checkpoint among MLflow's models, with its scores; may be called repeatedly.
+
+        Args:
+            kept: Which one.
+            about: What to say about it.
+
+        Returns:
+            The model's id; None where the store did not take it.
+        """
+        found: list[str] = []
+
+        def call() -> None:
+            if not self.flush(0.0):  # its scores are on their way
+                raise StoreError("the store does not answer")
+            found.append(mlflow_models.keep(self.experiment, self.active_run, kept, about))
+
+        self.attempt(f"the model of {kept.name}.ckpt", call)
+        return found[0] if found else None
+
+    def give_up(self, name: str) -> None:
+        """Say of a checkpoint that was to be kept, and was never written, that it will not be."""
+        self.attempt(
+            f"the model of {name}.ckpt",
+            lambda: mlflow_models.give_up(self.experiment, self.active_run, name),
+        )
+
+    def results(self) -> dict[str, float]:
+        """The figures that the run has ended with; empty where the store is away."""
+        found: dict[str, float] = {}
+        self.attempt(
+            "a question about the results",
+            lambda: found.update(mlflow_models.results(self.experiment, self.active_run)),
+        )
+        return found
 
     def attempt(self, what: str, call: Callable[[], object]) -> bool:
         """Run a call that needs the store; a failure is logged and counted, never raised.

@@ -43,6 +43,18 @@ T = TypeVar("T")
 
 MAX_PARAM = 6000  # characters MLflow keeps of one parameter
 _MAX_TAG = 5000  # characters MLflow keeps of one tag
+_VIEW = "mapo"  # name of the columns that the page of the runs shows
+_COLUMNS = [
+    "metrics.`eval/return`",
+    "metrics.`eval/success`",
+    "metrics.`eval/return_random`",
+    "metrics.`told/told_5`",
+    "metrics.`told/untold_5`",
+    "tags.`method`",
+    "tags.`task`",
+    "tags.`seed`",
+    "tags.`stage`",
+]
 _SILENT = 600.0  # seconds without a heartbeat after which a run of this machine counts as dead
 
 
@@ -123,7 +135,9 @@ def open_experiment(uri: str, name: str, artifacts: str) -> str:
 
     def find_or_make() -> str:
         mlflow = client(uri)
-        return _find_active(mlflow, name) or str(mlflow.create_experiment(name, place, tags))
+        found = _find_active(mlflow, name) or str(mlflow.create_experiment(name, place, tags))
+        _show_columns(mlflow, found)
+        return found
 
     if path is None:
         return within(SERVER_SECONDS, find_or_make)
@@ -132,6 +146,31 @@ def open_experiment(uri: str, name: str, artifacts: str) -> str:
     with FileLock(path.with_name(f".{path.name}.lock")):
         make_file(path)
         return find_or_make()
+
+
+def _show_columns(mlflow: MlflowClient, experiment: str) -> None:
+    """Let the page of an experiment's runs show what tells them apart and what came out.
+
+    MLflow's pages read the columns from a tag of the experiment that their address names.
+    """
+    tag, view = f"mlflow.sharedViewState.{_VIEW}", json.dumps({"selectedColumns": _COLUMNS})
+    if mlflow.get_experiment(experiment).tags.get(tag) != view:
+        mlflow.set_experiment_tag(experiment, tag, view)
+
+
+def runs_page(uri: str, name: str, port: int = 5000) -> str | None:
+    """Address of the page with the runs of an experiment; None where there is no such experiment.
+
+    Args:
+        uri: Absolute address of the store.
+        name: Name of the experiment.
+        port: At which ``mlflow ui`` serves a local store.
+    """
+    found = client(uri).get_experiment_by_name(name)
+    if found is None:
+        return None
+    host = uri.rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
+    return f"{redact_text(host)}/#/experiments/{found.experiment_id}/runs?viewStateShareKey={_VIEW}"
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -161,7 +200,7 @@ def start_run(
 ) -> str:
     """Start a run, or set a run that ended going again; return its id."""
     ours = {"host": socket.gethostname(), "pid": str(os.getpid()), **tags}
-    if run_id is not None and not _exists(mlflow, run_id):
+    if run_id is not None and not exists(mlflow, run_id):
         log.warning("this MLflow store has no run %s to go on with: a new one is started", run_id)
         run_id = None
     if run_id is None:
@@ -176,7 +215,8 @@ def start_run(
     return run_id
 
 
-def _exists(mlflow: MlflowClient, run_id: str) -> bool:
+def exists(mlflow: MlflowClient, run_id: str) -> bool:
+    """Whether a store has a run, and it was not deleted."""
     try:
         return str(mlflow.get_run(run_id).info.lifecycle_stage) == "active"
     except errors():

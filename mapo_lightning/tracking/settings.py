@@ -13,7 +13,7 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     enabled: bool = True
-    """Record runs in MLflow; false records nothing."""
+    """Record runs in MLflow. With false, the run's folder still has curves.csv (tracking.csv)."""
 
     uri: str = "sqlite:///runs/mlflow.db"
     """MLflow store: ``sqlite:///FILE`` (a relative FILE starts in the working folder) or the
@@ -28,6 +28,19 @@ class TrackingConfig:
     artifacts: str = "runs/artifacts"
     """Folder for videos, pictures and checkpoints; counts when the experiment is first created, and
     not with a server, which has its own."""
+
+    csv: bool = True
+    """Append every value of the curves to ``<phase>/curves.csv`` in the run's folder, with MLflow
+    and without."""
+
+    tensorboard: bool = False
+    """Write the curves for TensorBoard too, into the folder ``tensorboard`` of the run; needs the
+    extra ``tensorboard`` (``pip install 'mapo-lightning[tensorboard]'``)."""
+
+    models: bool = True
+    """At the end of fine-tuning, put the kept agent (the best one, or the last) into MLflow as a
+    model that ``mlflow.pyfunc.load_model`` loads and whose ``predict`` acts: its weights once more,
+    without the optimiser. Checkpoints are listed as models in any case."""
 
     system_metrics: bool = False
     """Also record CPU, memory and GPU use of the machine."""

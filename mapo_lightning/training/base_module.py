@@ -18,7 +18,7 @@ from mapo_lightning.training.finite import (
     broken_weights,
     refuse_broken_weights,
 )
-from mapo_lightning.training.log_due import log_due, log_now
+from mapo_lightning.training.log_due import Place, log_due, log_now
 from mapo_lightning.training.settings import OptimizerConfig
 from mapo_lightning.types import Batch, DivergedError
 
@@ -70,7 +70,7 @@ class TrainedModule(L.LightningModule):
             stage, widths, tracking run), so that it can be read with ``weights_only=True``.
         env_frames: Simulator frames seen so far, over all ranks: the x-axis of every curve of
             fine-tuning. None in pre-training, where the x-axis counts updates.
-        curve_step: Position of this update on the x-axis of the curves.
+        curve: Where the scalars of this update go; see `place`.
         clipped_along: Name of a group -> parameters that it does not have, but whose gradients
             count, and shrink, when its own are clipped.
     """
@@ -80,7 +80,7 @@ class TrainedModule(L.LightningModule):
         self.optimizer_cfg = optimizer
         self.metadata: dict[str, Any] = {}
         self.env_frames: int | None = None
-        self.curve_step = 0
+        self.curve = Place("", 0)
         self.captured: Captured | None = None
         self.clipped_along: Mapping[str, list[nn.Parameter]] = {}
         self._watch = FiniteWatch()
@@ -93,7 +93,7 @@ class TrainedModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """One update; Lightning does the rest of it unless it is captured."""
         due = self.log_due  # of this update: the captured one counts before it is logged
-        self.curve_step = self.trainer.global_step if self.env_frames is None else self.env_frames
+        self.curve = self.place(self.trainer.global_step + 1)
         if self.captured is None:
             total, terms = self.losses(batch)
             found = _named("train", terms)
@@ -105,6 +105,15 @@ class TrainedModule(L.LightningModule):
                 found["env_frames"] = torch.tensor(float(self.env_frames))
             log_now(self, found)
         return total
+
+    def place(self, updates: int) -> Place:
+        """Where in the curves stands what is found out after so many updates.
+
+        The x-axis counts updates, the newest included, or the simulator frames seen so far. A curve
+        has one of the two: what happens while no frame is added has an axis of updates, and a name
+        of its own.
+        """
+        return Place("", updates if self.env_frames is None else self.env_frames)
 
     def _replayed(self, batch: Batch, captured: Captured) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

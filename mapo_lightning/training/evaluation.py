@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mapo_lightning.data.video import write_mp4
+from mapo_lightning.data.video import FILM_HEIGHT, write_mp4
 from mapo_lightning.envs.episodes import Episode, Policy, RandomPolicy, StillPolicy
 from mapo_lightning.files import atomic_write
 from mapo_lightning.tracking import artifacts
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
 _CUT = 0.25  # share of the episodes that the interquartile mean leaves out at each end
-_FILMED = 256  # pixels; what an agent sees is too small to look at
 HELD = 4  # agent steps for which the second random policy holds an action: it moves heavy limbs
 
 PolicyOf = Callable[[int], Policy]
@@ -161,7 +160,7 @@ class Evaluation:
     def save_films(self, folder: Path, films: Sequence[Frames], fps: float) -> None:
         """Write one enlarged video per filmed episode, as ``seed_1000.mp4``."""
         for seed, film_THWC in zip(self.seeds, films, strict=False):
-            write_mp4(folder / f"seed_{seed}.mp4", enlarged(film_THWC), fps)
+            write_mp4(folder / f"seed_{seed}.mp4", film_THWC, fps, FILM_HEIGHT)
 
     def record(self, logger: object, films: Sequence[Frames], fps: float) -> None:
         """Put statistics, episodes and videos into an MLflow run of their own, and end it."""
@@ -171,7 +170,7 @@ class Evaluation:
         logger.log_metrics(self.metrics(), frames)
         artifacts.log_dict(logger, self.tree(), "evaluation.json")
         for seed, film_THWC in zip(self.seeds, films, strict=False):
-            artifacts.log_video(logger, enlarged(film_THWC), f"seed_{seed}", frames, fps)
+            artifacts.log_video(logger, film_THWC, f"seed_{seed}", frames, fps)
         logger.finalize()
 
     def _entry(self, score: Score) -> dict[str, Any]:
@@ -193,9 +192,3 @@ def baseline_scores(play: Play, action_dim: int) -> dict[str, Score]:
         "still": lambda seed: StillPolicy(action_dim),
     }
     return {name: Score(tuple(play(policy_of, 0)[0])) for name, policy_of in policies.items()}
-
-
-def enlarged(film_THWC: Frames) -> Frames:
-    """Each pixel as a square of pixels, to about 256 pixels a side; (T, kH, kW, 3)."""
-    zoom = max(1, _FILMED // film_THWC.shape[1])
-    return film_THWC.repeat(zoom, axis=1).repeat(zoom, axis=2)

@@ -12,6 +12,7 @@ from mapo_lightning.models.agents.planner import Planner
 from mapo_lightning.models.blocks import mean_over_ranks
 from mapo_lightning.models.interfaces import Agent, ClipsAlong, Fit, WorldModel
 from mapo_lightning.training.base_module import TrainedModule, named_adam
+from mapo_lightning.training.log_due import Place
 from mapo_lightning.training.settings import FinetuneConfig
 from mapo_lightning.types import Batch, ConfigError
 
@@ -71,6 +72,15 @@ class FinetuneModule(TrainedModule):
                 f"there is no learning rate for the parameters of {', '.join(unrated)}; "
                 f"finetune has rates for {', '.join(cfg.rates)}"
             )
+
+    def place(self, updates: int) -> Place:
+        """As in every training; but the updates before the agent acts count on their own.
+
+        They are made on the prefill alone, at one number of frames.
+        """
+        if updates <= self.cfg.initial_updates:
+            return Place("initial/", updates)
+        return super().place(updates)
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. (3) on the replayed chunk, eq. (4) and (5) on dreams that start in all its states."""

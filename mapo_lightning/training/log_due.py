@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import lightning as L
 from torch import Tensor
+
+
+class Place(NamedTuple):
+    """Where in the curves a value stands."""
+
+    prefix: str
+    """Comes before the name of the curve: ``initial/`` before the agent acts, else nothing."""
+    step: int
+    """Position on the x-axis: updates, or simulator frames."""
 
 
 def log_due(trainer: L.Trainer, *, counted: bool = True) -> bool:
@@ -28,13 +38,32 @@ def log_now(module: L.LightningModule, values: Mapping[str, Tensor | float]) -> 
     the curve until there is another one.
 
     Args:
-        module: The module in training; its ``curve_step``, if it has one, is the position on the
-            x-axis, otherwise the number of updates.
+        module: The module in training; its ``curve``, if it has one, is the place, otherwise the
+            number of updates.
         values: By name.
     """
     module.log_dict(dict(values), logger=False)
     if module.trainer.loggers:
-        step = getattr(module, "curve_step", module.trainer.global_step)
-        scalars = {name: float(value) for name, value in values.items()}
-        for logger in module.trainer.loggers:
-            logger.log_metrics(scalars, step)
+        log_at(
+            module.trainer, values, getattr(module, "curve", Place("", module.trainer.global_step))
+        )
+
+
+def log_at(trainer: L.Trainer, values: Mapping[str, Tensor | float], place: Place) -> None:
+    """Hand scalars to all loggers.
+
+    Args:
+        trainer: The trainer at work.
+        values: By name.
+        place: Where in the curves they stand.
+    """
+    scalars = {f"{place.prefix}{name}": float(value) for name, value in values.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, place.step)
+
+
+def place_of(module: L.LightningModule, updates: int) -> Place:
+    """Where in the curves stands what is found out after so many updates of a module."""
+    place = getattr(module, "place", None)
+    found: Place = Place("", updates) if place is None else place(updates)
+    return found

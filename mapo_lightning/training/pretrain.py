@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mapo_lightning.models.interfaces import WorldModel
 from mapo_lightning.training.base_module import TrainedModule, named_adam
+from mapo_lightning.training.log_due import log_at
 from mapo_lightning.training.settings import PhaseConfig
 from mapo_lightning.types import Batch
 
@@ -42,7 +43,17 @@ class PretrainModule(TrainedModule):
             {f"val/{name}": value for name, value in terms.items()},
             batch_size=batch["obs"].shape[0],
             sync_dist=True,
+            logger=False,
         )
+
+    def on_validation_end(self) -> None:
+        """Hand the means to the loggers, at the updates made so far as all other curves.
+
+        Lightning's own log would count one update less.
+        """
+        found = self.trainer.callback_metrics
+        means = {name: value for name, value in found.items() if name.startswith("val/")}
+        log_at(self.trainer, means, self.place(self.trainer.global_step))
 
     def configure_optimizers(self) -> Any:
         """Adam over all of the world model that learns, with the phase's learning rate."""

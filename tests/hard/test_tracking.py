@@ -31,7 +31,7 @@ def curve(client: mlflow.MlflowClient, name: str) -> list[int]:
     """Steps of a curve of the only fine-tuning."""
     experiment = client.get_experiment_by_name("mapo")
     assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], "attributes.run_name = 'finetune'")
+    runs = client.search_runs([experiment.experiment_id], "attributes.run_name = 'run/finetune'")
     assert [run.info.status for run in runs] == ["FINISHED"]
     return [point.step for point in client.get_metric_history(runs[0].info.run_id, name)]
 
@@ -62,10 +62,10 @@ def test_a_whole_training_outlives_a_crash_of_the_server(tmp_path: Path) -> None
             "\nseconds per 20 updates, median of 18: {:.2f} with, {:.2f} without it".format(*pace)
         )
         steps = curve(client, "train/actor")
-    assert len(steps) == 1202  # one of every update
-    # The first update that acts begins where the prefill has ended.
-    tail = [step for step in steps if step > 220]
-    assert (len(tail), len(set(tail))) == (1199, 1199)
+        initial = curve(client, "initial/train/actor")
+    # One of every update; the first that acts begins where the prefill has ended.
+    assert (steps[0], len(steps), len(set(steps))) == (220, 1200, 1200)
+    assert initial == [1, 2]
 
 
 def wait_for(true: object, process: Forked | subprocess.Popen[str]) -> None:
@@ -151,8 +151,9 @@ def test_a_training_is_recorded_in_postgresql(tmp_path: Path) -> None:
         words = ["tracking.enabled=true", f"tracking.uri={server.uri}", "run_dir=run"]
         train(tmp_path, *FINETUNE, *words)
         client = mlflow.MlflowClient(server.uri)
-        assert len(curve(client, "train/actor")) == 6
+        assert len(curve(client, "initial/train/actor") + curve(client, "train/actor")) == 6
         experiment = client.get_experiment_by_name("mapo")
-        (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'finetune'")
+        wanted = "attributes.run_name = 'run/finetune'"
+        (run,) = client.search_runs([experiment.experiment_id], wanted)
         place = Path(client.download_artifacts(run.info.run_id, "checkpoints"))
         assert (place / "last.ckpt").stat().st_size > 0

@@ -16,7 +16,7 @@ import torch
 from mlflow_server import Door, MlflowServer, mlflow_server
 
 from callbacks.recorder import MLflowRecorder
-from mapo_lightning.tracking.logger import RunLogger, make_logger
+from mapo_lightning.tracking.logger import Kept, RunLogger, make_logger
 from mapo_lightning.tracking.mlflow_client import Point
 from mapo_lightning.tracking.queue import MetricQueue
 from mapo_lightning.tracking.settings import TrackingConfig
@@ -61,7 +61,8 @@ def test_a_training_outlives_an_outage_and_loses_and_doubles_no_value(
     cfg = TrackingConfig(uri=door.uri)
     run = make_logger(cfg, "fit")
     assert isinstance(run, RunLogger)
-    refused = refusals(run)
+    refused, best = refusals(run), Kept("best", tmp_path / "best.ckpt", 7)
+    run.log_metrics({"eval/return": 3.0}, 7)
     calls: list[str] = []
 
     def leave() -> None:
@@ -75,6 +76,7 @@ def test_a_training_outlives_an_outage_and_loses_and_doubles_no_value(
             time.sleep(0.01)
         assert not run.attempt("a file", lambda: calls.append("made"))
         assert not calls, "a store that does not answer was called"
+        assert run.keep(best, {}) is None
 
     after = {30: leave, 60: while_away, 90: door.open}
     data = torch.utils.data.TensorDataset(torch.ones(120, 1))
@@ -86,14 +88,24 @@ def test_a_training_outlives_an_outage_and_loses_and_doubles_no_value(
     with caplog.at_level(logging.WARNING):
         trainer.fit(Line(after), torch.utils.data.DataLoader(data, batch_size=1))
     assert trainer.global_step == 120
+    model = run.keep(best, {"method": "mapo"})  # it is listed when the store is back
     door.shut()
     client = mlflow.MlflowClient(server.uri)
+    check_model(client, model, run.active_run)
     found = client.get_run(run.active_run)
     assert found.info.status == "FINISHED"
     history = client.get_metric_history(run.active_run, "train/loss")
     assert [point.step for point in history] == list(range(120))
     assert caplog.text.count("The tracking store does not answer, values wait") == 1
     assert "MLflow did not take a file: the store does not answer" in caplog.text
+
+
+def check_model(client: mlflow.MlflowClient, model: str | None, run: str) -> None:
+    """The model has its score, of which the run's curve has one point only."""
+    assert model is not None
+    listed = client.get_logged_model(model)
+    assert [(one.key, one.step, one.value) for one in listed.metrics] == [("eval/return", 7, 3.0)]
+    assert len(client.get_metric_history(run, "eval/return")) == 1
 
 
 def refusals(run: RunLogger) -> threading.Event:

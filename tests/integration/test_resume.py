@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import signal
@@ -11,8 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import numpy as np
 import pytest
 import torch
+import yaml
 from killing import differences, experience, state_of
 from program import SMALL, TRAIN, end, start, train
 
@@ -76,14 +80,31 @@ def test_a_killed_run_goes_on_where_its_checkpoint_was(tmp_path: Path) -> None:
 def check_one_mlflow_run(path: Path) -> None:
     db = sqlite3.connect(path)
     assert sorted(db.execute("select name, status from runs")) == [
-        ("finetune", "FINISHED"),
         ("run", "FINISHED"),
+        ("run/finetune", "FINISHED"),
     ]
-    points = db.execute("select step, count(*) from metrics where key='train/actor' group by step")
-    # No point of the curve twice; the updates on the prefill alone share one number of frames.
-    assert {count for step, count in points if step > 220} == {1}
+    for name in ("train/actor", "initial/train/actor"):  # no point of a curve twice
+        what = f"from metrics where key='{name}' group by step"
+        assert {count for _, count in db.execute(f"select step, count(*) {what}")} == {1}
+    # The same in the file beside MLflow.
+    with (path.parents[1] / "run/finetune/curves.csv").open(newline="") as file:
+        rows = [(row["name"], row["step"]) for row in csv.DictReader(file)]
+    assert len(set(rows)) == len(rows)
+    stored = db.execute("select count(*) from metrics where key='train/actor'").fetchone()[0]
+    assert stored == sum(name == "train/actor" for name, _ in rows) > 0
     tags = dict(db.execute("select key, value from tags where key like 'resume.%'"))
     assert any("finetune.agent_steps: 400 -> " in text for text in tags.values())
+
+
+def first_by_return(folder: Path) -> Any:
+    """The model of MLflow with the best evaluation."""
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/runs/mlflow.db")
+    experiment = mlflow.get_experiment_by_name("mapo")
+    order = [{"field_name": "metrics.eval/return", "ascending": False}]
+    found = mlflow.search_logged_models([experiment.experiment_id], order_by=order)
+    assert sorted(found["name"]) == ["run-finetune-best", "run-finetune-last"]
+    assert set(found["status"].map(str)) == {"READY"}
+    return found.iloc[0]
 
 
 def test_the_best_agent_is_kept_and_plays_episodes_that_chose_nobody(tmp_path: Path) -> None:
@@ -92,7 +113,7 @@ def test_the_best_agent_is_kept_and_plays_episodes_that_chose_nobody(tmp_path: P
     db = sqlite3.connect(tmp_path / "runs/mlflow.db")
 
     def evaluations() -> dict[int, float]:
-        tuned = "select run_uuid from runs where name = 'finetune'"
+        tuned = "select run_uuid from runs where name = 'run/finetune'"
         what = f"where key = 'eval/return' and run_uuid in ({tuned})"
         return dict(db.execute(f"select step, value from metrics {what}"))
 
@@ -106,6 +127,11 @@ def test_the_best_agent_is_kept_and_plays_episodes_that_chose_nobody(tmp_path: P
 
     before = evaluations()
     assert len(before) == 3
+    model, best = first_by_return(tmp_path), tmp_path / "run/finetune/best.ckpt"
+    assert Path(model["tags"]["checkpoint"]) == best
+    size = yaml.safe_load(read_checkpoint(best)["mapo"]["config"])["env"]["size"]
+    agent = mlflow.pyfunc.load_model(f"models:/{model['model_id']}")
+    assert agent.predict(np.zeros((size, size, 3), np.uint8)).shape == (2,)
     assert list((tmp_path / "runs/artifacts").rglob("checkpoints/best.ckpt"))
     assert before[kept()] == max(before.values())
     assert [film.name for film in (tmp_path / "run/videos").iterdir()] == ["seed_1003.mp4"]
@@ -121,6 +147,9 @@ def test_the_best_agent_is_kept_and_plays_episodes_that_chose_nobody(tmp_path: P
     after = evaluations()
     assert len(after) > 3
     assert after[kept()] == max(after.values())
+    again = first_by_return(tmp_path)
+    (newest,) = (one for one in again["metrics"] if one.key == "eval/return")
+    assert (newest.step, newest.value) == (kept(), after[kept()])
     (tmp_path / "run/finetune/best.ckpt").unlink()
     train(tmp_path, "resume=run", "finetune.agent_steps=170")
     last = {frames: score for frames, score in evaluations().items() if frames not in after}
@@ -132,7 +161,7 @@ import hashlib
 import sys
 from pathlib import Path
 import lightning as L
-from mapo_lightning.run import stages
+from mapo_lightning.run import phase
 from mapo_lightning.run.main import main
 
 class Digest(L.Callback):
@@ -141,8 +170,8 @@ class Digest(L.Callback):
         digests = {k: hashlib.sha256(data).hexdigest() for k, data in weights.items()}
         Path(f"rank{trainer.global_rank}.txt").write_text(repr(digests))
 
-make = stages.build_trainer
-stages.build_trainer = lambda cfg, n, at, calls, *rest: make(cfg, n, at, [*calls, Digest()], *rest)
+make = phase.build_trainer
+phase.build_trainer = lambda cfg, n, at, calls, *rest: make(cfg, n, at, [*calls, Digest()], *rest)
 
 if __name__ == "__main__":
     sys.exit(main())
@@ -170,10 +199,10 @@ def test_two_processes_fine_tune_together_and_resume_together(tmp_path: Path) ->
     assert content["mapo"]["env_frames"] == 2 * sum(held)
     db = sqlite3.connect(tmp_path / "runs/mlflow.db")
     assert sorted(db.execute("select name, status from runs")) == [
-        ("evaluate", "FINISHED"),
-        ("evaluate", "FINISHED"),
-        ("finetune", "FINISHED"),
         ("run", "FINISHED"),
+        ("run/evaluate", "FINISHED"),
+        ("run/evaluate", "FINISHED"),
+        ("run/finetune", "FINISHED"),
     ]
     # It equals a run that made all updates at once.
     assert run(*FINETUNE, *two, "run_dir=whole", "finetune.agent_steps=190")

@@ -42,9 +42,10 @@ def test_a_sweep_survives_kills_and_a_run_that_fails(tmp_path: Path) -> None:
     assert log.count("this job was started again") == 2, log
     assert "stopped by SIGTERM after update" in log  # it noticed that its sweep was gone
     assert recorded(tmp_path / "runs/mlflow.db") == [
-        ("finetune", "FINISHED", "name=disc"), ("name=disc", "FINISHED", "s"), ("s", "FAILED", ""),
+        ("name=disc", "FINISHED", "s"), ("name=disc/finetune", "FINISHED", "name=disc"),
+        ("s", "FAILED", ""),
     ]  # fmt: skip
-    assert repeated_points(tmp_path / "runs/mlflow.db", "train/actor", 220) == 0
+    assert repeated_points(tmp_path / "runs/mlflow.db", "train/actor", 219) == 0
 
 
 def test_shared_pre_training_runs_once_and_changes_nothing(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from miniatures import write_ssv2
@@ -82,7 +84,8 @@ def test_tracking_holds_a_parent_and_a_run_per_phase(toy_videos: Path, tmp_path:
     train(tmp_path, *words, "data.holdout=0.25")  # two videos, so that one can be mistold
     db = sqlite3.connect(tmp_path / "runs/mlflow.db")
     runs = dict(db.execute("select name, status from runs"))
-    assert runs == {"run": "FINISHED", "pretrain": "FINISHED", "finetune": "FINISHED"}
+    assert runs == dict.fromkeys(("run", "run/pretrain", "run/finetune"), "FINISHED")
+    check_parent(db, json.loads((tmp_path / "run/evaluation.json").read_text()))
     keys = {key for (key,) in db.execute("select distinct key from metrics")}
     expected = {
         "train/image", "train/kl_lower", "train/kl_upper", "train/commitment", "train/reward",
@@ -133,6 +136,37 @@ def test_evaluate_plays_a_checkpoint(toy_videos: Path, tmp_path: Path) -> None:
     assert one["states"] == one["decided"] == 3
     said_no = train(tmp_path, checkpoint, code=2, script=TOLD)
     assert "is no checkpoint of stage=pretrain; phrases drive only those" in said_no
+
+
+def check_parent(db: sqlite3.Connection, played: dict[str, Any]) -> None:
+    """The list of runs says what was run, on what, and what came out of it."""
+
+    def of(name: str, table: str) -> dict[str, Any]:
+        run = f"(select run_uuid from runs where name = '{name}')"
+        return dict(db.execute(f"select key, value from {table} where run_uuid = {run}"))
+
+    tags, figures = of("run", "tags"), of("run", "latest_metrics")
+    wanted = {"method": "mapo", "task": "toy/disc", "seed": "0", "stage": "all"}
+    assert wanted.items() <= tags.items()
+    assert Path(tags["run_dir"]).name == "run"
+    assert figures["eval/return"] == played["policies"]["agent"]["return"]
+    assert figures["eval/return_random"] == played["policies"]["random"]["return"]
+    assert {"told/told_1", "told/untold_5", "val/loss", "eval/success"} <= set(figures)
+    assert of("run", "params") == of("run/finetune", "params")
+    before, after = of("run/pretrain", "tags"), of("run/finetune", "tags")
+    (pretrained,) = db.execute("select run_uuid from runs where name = 'run/pretrain'").fetchone()
+    assert (after["pretrained_run"], before.get("pretrained_run")) == (pretrained, None)
+    path = Path(after["pretrained_checkpoint"])
+    assert path.parts[-3:] == ("run", "pretrain", "last.ckpt")
+    assert after["pretrained_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    names = [name for (name,) in db.execute("select name from datasets order by name")]
+    assert [name.split()[0] for name in names] == ["labels", "replay", "videos"]
+    found = "select dataset_profile from datasets where name like 'videos %'"
+    assert json.loads(db.execute(found).fetchone()[0])["frames"] > 0
+    models = dict(db.execute("select name, source_run_id from logged_models"))
+    assert models["run-pretrain-last"] == pretrained
+    linked = "select count(*) from inputs where destination_type = 'MODEL_INPUT'"
+    assert db.execute(linked).fetchone()[0] == 1
 
 
 def test_dreams_are_judged_with_the_test_episodes_and_alone(
@@ -219,7 +253,7 @@ def test_two_processes_make_one_run_and_end_cleanly(toy_videos: Path, tmp_path: 
         train(tmp_path, *words, "tracking.enabled=true", f"run_dir=run{attempt}")
     db = sqlite3.connect(tmp_path / "runs/mlflow.db")
     runs = sorted(name for (name,) in db.execute("select name from runs"))
-    assert runs == ["pretrain", "pretrain", "pretrain", "run0", "run1", "run2"]
+    assert runs == [f"run{n}{phase}" for n in range(3) for phase in ("", "/pretrain")]
     assert (tmp_path / "run2/pretrain/last.ckpt").is_file()
 
 
@@ -239,12 +273,14 @@ def test_two_nodes_started_by_torchrun_make_one_run(toy_videos: Path, tmp_path: 
         for node in nodes:
             end(node)
     runs = sqlite3.connect(tmp_path / "runs/mlflow.db").execute("select name, status from runs")
-    assert sorted(runs) == [("job7-mapo-videos-seed0", "FINISHED"), ("pretrain", "FINISHED")]
+    name = "job7-mapo-videos-seed0"
+    assert sorted(runs) == [(name, "FINISHED"), (f"{name}/pretrain", "FINISHED")]
 
 
 TWO_RANKS = """
 import sys
 from pathlib import Path
+from typing import Any
 import lightning as L, torch
 from callbacks.codebook import CodebookUpdate
 from mapo_lightning.run import build
@@ -263,7 +299,7 @@ if __name__ == "__main__":
     cfg = compose(sys.argv[1:], RunConfig, Path(CONF)).config
     L.seed_everything(0)
     torch.set_num_threads(1)
-    trainer = build_trainer(cfg, 4, Path("ckpt"), [CodebookUpdate(), Digest()], None)
+    trainer = build_trainer(cfg, 4, Path("ckpt"), [CodebookUpdate(), Digest()], [])
     trainer.fit(build.build_pretrain(cfg), datamodule=build.build_videos(cfg))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -60,7 +60,7 @@ DOORS = {
     "dm_control": {"envs/dmc.py"},
     "jinja2": {"label_tools/page.py", "playing/page.py"},
     "metaworld": {"envs/metaworld.py", "envs/demo.py"},
-    "mlflow": {"tracking/mlflow_client.py"},
+    "mlflow": {"tracking/mlflow_client.py", "tracking/mlflow_models.py"},
     "mujoco": {"envs/gl.py", "envs/mujoco_state.py"},
     "omegaconf": {"config/compose.py"},
     "openai": {"semantics/chat_client.py"},

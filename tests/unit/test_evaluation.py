@@ -11,7 +11,7 @@ import pytest
 
 from mapo_lightning.data.video import probe_video
 from mapo_lightning.envs.episodes import Episode, RandomPolicy
-from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores, enlarged
+from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores
 
 RETURNS = [3.0, 100.0, 1.0, 2.0, 4.0, 5.0, 6.0, -50.0]
 
@@ -82,7 +82,6 @@ def test_the_tracker_the_file_and_the_summary_say_the_same(tmp_path: Path) -> No
 
 def test_films_are_enlarged_and_named_by_seed(tmp_path: Path) -> None:
     film = np.random.default_rng(0).integers(0, 255, (7, 16, 16, 3), np.uint8)
-    assert (enlarged(film)[:, 2::16, 1::16] == film).all()  # to 256 pixels
     evaluation().save_films(tmp_path, [film, film], fps=25)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seed_1000.mp4", "seed_1001.mp4"]
     info = probe_video(tmp_path / "seed_1001.mp4")

@@ -91,7 +91,7 @@ def fit(folder: Path, broken_at: int, recorder: Recorder | None = None, **more: 
     module = Line()
     if recorder is not None:
         module.capture(recorder)
-    trainer = build_trainer(cfg, 20, folder, [], None)
+    trainer = build_trainer(cfg, 20, folder, [], [])
     loader = torch.utils.data.DataLoader(Inputs(broken_at), batch_size=None)
     trainer.fit(module, loader)
     return trainer
@@ -125,7 +125,7 @@ def test_checkpoints_with_broken_weights_are_refused(tmp_path: Path) -> None:
     cfg = compose(["env=toy", "trainer.accelerator=cpu"], RunConfig, CONF).config
     loader = torch.utils.data.DataLoader(Inputs(-1), batch_size=None)
     with pytest.raises(CheckpointError, match=r"infinite numbers or NaN in 'layer.weight'"):
-        build_trainer(cfg, 30, tmp_path / "b", [], None).fit(
+        build_trainer(cfg, 30, tmp_path / "b", [], []).fit(
             Line(), loader, ckpt_path=tmp_path / "nan.ckpt", weights_only=True
         )
 

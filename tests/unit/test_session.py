@@ -61,7 +61,7 @@ def test_a_phase_that_was_killed_before_its_first_checkpoint_keeps_its_mlflow_ru
     tmp_path: Path,
 ) -> None:
     composed = compose(["env=toy"], RunConfig, conf_folder())
-    begun = Session(composed, tmp_path, "parent", Resumed(), None, False)
+    begun = Session(composed, tmp_path, "parent", Resumed(), None, False, {})
     begun.note("parent", "a")
     begun.note("pretrain", "b")
     begun.note("finetune", "c")

@@ -135,6 +135,9 @@ def _sum_up(sweep: Sweep, folder: Path, parent: str | None) -> None:
     sys.stdout.write(f"\n{table.as_markdown(rows)}\nEverything of this sweep: {folder}\n")
     if any("return" in row.figures for row in rows):
         sys.stdout.write(f"Figures, comparisons, a page: mapo-report {folder}\n")
+    page = tracking.where_to_look(sweep.config.tracking)
+    if page is not None:
+        sys.stdout.write(f"Its runs in MLflow: {page}\n")
     if parent is None:
         return
     logger = tracking.RunLogger(sweep.config.tracking, folder.name, parent)
