@@ -99,12 +99,17 @@ def experience(replay: Path) -> dict[str, str]:
     return found
 
 
+def clocked(name: str) -> bool:
+    """Whether a point's value differs from run to run."""
+    return name.removeprefix("initial/").startswith(("time/", "vlm/"))
+
+
 def curves(path: Path, run: str) -> list[tuple[str, int, float]]:
     """All points of a run, sorted; without clocks, and without counts of known and new labels."""
     with contextlib.closing(sqlite3.connect(path)) as db:
         what = "select key, step, value, is_nan from metrics where run_uuid = ?"
         rows = db.execute(what, (run,)).fetchall()
-    kept = [row for row in rows if not row[0].startswith(("time/", "vlm/"))]
+    kept = [row for row in rows if not clocked(row[0])]
     return sorted((key, step, -1e9 if nan else value) for key, step, value, nan in kept)
 
 
@@ -112,7 +117,7 @@ def clocks(path: Path, run: str) -> list[tuple[str, int]]:
     """Names and steps of the points whose values differ from run to run."""
     with contextlib.closing(sqlite3.connect(path)) as db:
         rows = db.execute("select key, step from metrics where run_uuid = ?", (run,)).fetchall()
-    return sorted(row for row in rows if row[0].startswith(("time/", "vlm/")))
+    return sorted(row for row in rows if clocked(row[0]))
 
 
 def runs(path: Path, folder: Path) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from callbacks.recorder import KEPT, MLflowRecorder, list_kept
 from callbacks.resume import Resume
 from mapo_lightning.ownership import sign
 from mapo_lightning.run import lineage
+from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.served import put_agent
 from mapo_lightning.run.session import Session, parameters
 from mapo_lightning.run.trainer import build_trainer
@@ -122,9 +123,15 @@ def around(session: Session, phase: str, watch: dict[str, str]) -> list[L.Callba
     if cfg.callbacks.codebook:
         callbacks.append(CodebookUpdate())
     if cfg.callbacks.progress:
-        frames = cfg.finetune.train_every * cfg.env.frames_per_step * cfg.trainer.processes
-        callbacks.append(PhaseProgress(NAMES[phase], watch, frames if phase == "finetune" else 0))
+        callbacks.append(PhaseProgress(NAMES[phase], watch, _frames_per_update(cfg, phase)))
     return callbacks
+
+
+def _frames_per_update(cfg: RunConfig, phase: str) -> int:
+    """Simulator frames in which a bar counts; 0 where it counts updates."""
+    if phase != "finetune":
+        return 0
+    return cfg.finetune.train_every * cfg.env.frames_per_step * cfg.trainer.processes
 
 
 def about(session: Session, phase: str) -> dict[str, str]:

@@ -127,6 +127,7 @@ def trained(
     take = logger.log_metrics
 
     def log_metrics(metrics: dict[str, float], step: int | None = None) -> None:
+        metrics = {name.removeprefix("initial/"): value for name, value in metrics.items()}
         if not logged or metrics.keys() & logged[-1].keys():  # another update's
             logged.append({"at": float(step or 0)})
         logged[-1] |= metrics

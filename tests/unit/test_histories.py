@@ -171,7 +171,7 @@ def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path, cfg: Trackin
     (tmp_path / "text.db").write_text("no database at all, but long enough to be one" * 100)
     with pytest.raises(ConfigError, match="no SQLite file"):
         Store(f"sqlite:///{tmp_path}/text.db")
-    with pytest.raises(ConfigError, match=r"has no experiment 'nope', only .*alone"):
+    with pytest.raises(ConfigError, match=r"has no experiment 'nope', only .*mapo"):
         Store(store_uri(cfg)).runs("nope")
     open_store(own("empty", cfg))
     with pytest.raises(ConfigError, match="holds no run of mapo-train"):

@@ -63,7 +63,10 @@ def pretrained(path: Path, *words: str) -> Path:
         (["trainer.capture=true"], "records the work of one GPU"),
         (["trainer.capture=true", "finetune.agent_updates=2"], "finetune.agent_updates is 2"),
         (["trainer.capture=true", "world_model.image.recompute=true"], "cannot record world_model"),
-        (["trainer.capture=true", "vlm=qwen2_5_vl_7b"], "labels in a thread on it"),
+        (
+            ["trainer.capture=true", "vlm=qwen2_5_vl_7b", "trainer.deterministic=false"],
+            "labels in a thread on it",
+        ),
         (["trainer.capture=true", "method=ivideogpt"], "world_model.kind=tokens"),
         (["data=folder", "data.root=nowhere"], "data.root must be a folder with videos"),
         (["data=folder", "data.root=..", "stage=label"], "no video found in '..'"),

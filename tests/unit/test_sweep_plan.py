@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mapo_lightning.config.schema import walk
-from mapo_lightning.run import build, finished, job, stages
+from mapo_lightning.run import build, finished, job, phase, stages
 from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.from_checkpoint import configure
 from mapo_lightning.run.main import main
@@ -161,7 +161,8 @@ def test_settings_are_read_unless_they_are_listed() -> None:
 READERS = {
     build.__file__: {"build_videos", "build_pretrain", "demo_scenes", "left_out", "shared_store",
                      "_token_world"},
-    stages.__file__: {"learn_videos", "seed_phase", "render_demo", "fit", "around"},
+    stages.__file__: {"learn_videos", "seed_phase", "render_demo"},
+    phase.__file__: {"fit", "around"},
 }  # fmt: skip
 
 
