@@ -110,7 +110,7 @@ def measure_data(args: argparse.Namespace) -> dict[str, Any]:
             found[f"clips/s {name}"] = 8 * args.steps / seconds
             if name == "cold":
                 found["windows/s cold"] = windows / seconds
-        work = Work("pretrain tiny")
+        work = Work("pretrain tiny, today")
         rates: dict[str, list[float]] = {"flow": [], "none": []}
         loaders = {kind: iter(build_videos(cfg).train_dataloader()) for kind, cfg in cfgs.items()}
         for turn in range(6):
