@@ -22,6 +22,9 @@ import torch
 from hypothesis import settings
 from label_servers import Running, running
 
+from mapo_lightning.tracking.logger import open_store
+from mapo_lightning.tracking.settings import TrackingConfig
+
 torch.set_num_threads(1)
 settings.register_profile("mapo", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("mapo")
@@ -45,6 +48,15 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in an empty folder: for code whose defaults write beside the user."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
+    """One MLflow store for the tests of a file: making its tables takes seconds."""
+    place = tmp_path_factory.mktemp("store")
+    cfg = TrackingConfig(uri=f"sqlite:///{place}/mlflow.db", artifacts=str(place / "artifacts"))
+    open_store(cfg)
+    return cfg
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote
 
 from mapo_lightning.config.redact import redact_text
 from mapo_lightning.tracking import mlflow_client
-from mapo_lightning.tracking.store_check import SERVER_SECONDS, StoreError, within
+from mapo_lightning.tracking.store_check import SERVER_SECONDS, check_readable, within
 from mapo_lightning.types import ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +60,7 @@ class Store:
         self.uri = uri
         try:
             if uri.startswith(_SQLITE):
-                _check(Path(uri.removeprefix(_SQLITE)))
+                check_readable(Path(uri.removeprefix(_SQLITE)))
                 self._client = mlflow_client.client(uri)
             else:
                 self._client = within(SERVER_SECONDS, lambda: mlflow_client.client(uri))
@@ -131,20 +128,3 @@ class Store:
             f"cannot read the MLflow store '{redact_text(self.uri)}': "
             f"{mlflow_client.reason(error)}. Give another with tracking.uri=..."
         )
-
-
-def _check(path: Path) -> None:
-    """See that a file is a store, because MLflow makes one of any database that it is given.
-
-    Raises:
-        StoreError: It is none.
-    """
-    if not path.is_file():
-        raise StoreError("there is no such file")
-    try:
-        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as file:
-            rows = file.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-    except sqlite3.Error as error:
-        raise StoreError(f"it is no SQLite file ({error})") from error
-    if not {"alembic_version", "experiments", "runs"} <= {name for (name,) in rows}:
-        raise StoreError("it is a database of something else")

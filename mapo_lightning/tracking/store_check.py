@@ -58,6 +58,18 @@ def check_file(path: Path, experiment: str, artifacts: Path) -> None:
         _check_folder(Path(unquote(place.path)))
 
 
+def check_readable(path: Path) -> None:
+    """See that a file is a store, because MLflow makes one of any database that it is given.
+
+    Raises:
+        StoreError: It is none.
+    """
+    if not path.is_file():
+        raise StoreError("there is no such file")
+    if not _reads(path, lambda file: bool(_tables(file))):
+        raise StoreError("it is an empty database")
+
+
 def deleted(experiment: str, identity: str) -> str:
     """Say that an experiment was deleted, and how it comes back."""
     return (
@@ -111,23 +123,48 @@ def _find_experiment(path: Path, name: str) -> tuple[str, str, str] | None:
     Raises:
         StoreError: The file is no store of MLflow.
     """
+
+    def find(file: sqlite3.Connection) -> tuple[object, ...] | None:
+        columns = "experiment_id, lifecycle_stage, artifact_location"
+        query = f"SELECT {columns} FROM experiments WHERE name = ?"
+        found: tuple[object, ...] | None = None
+        if _tables(file):
+            found = file.execute(query, (name,)).fetchone()
+        return found
+
+    row = _reads(path, find)
+    return None if row is None else (str(row[0]), str(row[1]), str(row[2] or ""))
+
+
+def _reads(path: Path, look: Callable[[sqlite3.Connection], T]) -> T:
+    """What ``look`` finds in a SQLite file.
+
+    Raises:
+        StoreError: SQLite cannot read it.
+    """
+    # Read-write: the first to open a file after a kill rolls the unfinished commit back.
+    source = f"{path.absolute().as_uri()}?mode=rw"
     try:
-        # Read-write: the first to open a file after a kill rolls the unfinished commit back.
-        source = f"{path.as_uri()}?mode=rw"
         with closing(sqlite3.connect(source, uri=True, timeout=_LOCK_SECONDS)) as file:
-            rows = file.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-            tables = {str(row[0]) for row in rows}
-            if tables and not tables >= _OURS:
-                raise StoreError(
-                    "it is the database of another program, with the tables "
-                    f"{', '.join(sorted(tables)[:3])}"
-                )
-            columns = "experiment_id, lifecycle_stage, artifact_location"
-            query = f"SELECT {columns} FROM experiments WHERE name = ?"
-            row = file.execute(query, (name,)).fetchone() if tables else None
+            return look(file)
     except sqlite3.Error as error:
         raise StoreError(f"SQLite cannot read it ({error})") from error
-    return None if row is None else (str(row[0]), str(row[1]), str(row[2] or ""))
+
+
+def _tables(file: sqlite3.Connection) -> set[str]:
+    """Names of a store's tables; none where the file is empty.
+
+    Raises:
+        StoreError: They are those of another program.
+    """
+    rows = file.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    tables = {str(row[0]) for row in rows}
+    if tables and not tables >= _OURS:
+        raise StoreError(
+            "it is the database of another program, with the tables "
+            f"{', '.join(sorted(tables)[:3])}"
+        )
+    return tables
 
 
 def _check_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ PART = Part("capture", ("mapo",), "tiny", 2, 12)
 
 def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a CUDA device")
     command = [sys.executable, "-m", "mapo_lightning.gpu_check", "--quick"]
     here = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(

@@ -28,15 +28,6 @@ from mapo_lightning.types import ConfigError
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def cfg(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    """One store for the module: making its tables takes seconds."""
-    place = tmp_path_factory.mktemp("store")
-    cfg = TrackingConfig(uri=f"sqlite:///{place}/mlflow.db", artifacts=str(place / "artifacts"))
-    open_store(cfg)
-    return cfg
-
-
 def phase(
     cfg: TrackingConfig, parent: str, name: str, values: dict[int, float], keep_best: bool = False
 ) -> str:
@@ -166,10 +157,10 @@ def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path, cfg: Trackin
     assert not (tmp_path / "none.db").exists()
     with sqlite3.connect(tmp_path / "other.db") as file:
         file.execute("CREATE TABLE shopping (item TEXT)")
-    with pytest.raises(ConfigError, match="a database of something else"):
+    with pytest.raises(ConfigError, match="the database of another program"):
         Store(f"sqlite:///{tmp_path}/other.db")
     (tmp_path / "text.db").write_text("no database at all, but long enough to be one" * 100)
-    with pytest.raises(ConfigError, match="no SQLite file"):
+    with pytest.raises(ConfigError, match="SQLite cannot read it"):
         Store(f"sqlite:///{tmp_path}/text.db")
     with pytest.raises(ConfigError, match=r"has no experiment 'nope', only .*mapo"):
         Store(store_uri(cfg)).runs("nope")

@@ -30,15 +30,6 @@ from mapo_lightning.tracking.settings import TrackingConfig
 from mapo_lightning.types import ConfigError
 
 
-@pytest.fixture(scope="module")
-def cfg(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    """One store for the module: making its tables takes seconds."""
-    place = tmp_path_factory.mktemp("store")
-    cfg = TrackingConfig(uri=f"sqlite:///{place}/mlflow.db", artifacts=str(place / "artifacts"))
-    open_store(cfg)
-    return cfg
-
-
 @pytest.fixture
 def run(cfg: TrackingConfig) -> Iterator[RunLogger]:
     logger = make_logger(cfg, "child")

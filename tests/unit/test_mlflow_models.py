@@ -33,14 +33,6 @@ ABOUT = {"method": "mapo", "task": "toy/disc", "seed": "3", "stage": "finetune"}
 BY_RETURN = [{"field_name": "metrics.eval/return", "ascending": False}]
 
 
-@pytest.fixture(scope="module")
-def cfg(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    place = tmp_path_factory.mktemp("store")
-    cfg = TrackingConfig(uri=f"sqlite:///{place}/mlflow.db", artifacts=str(place / "artifacts"))
-    open_store(cfg)
-    return cfg
-
-
 @pytest.fixture
 def run(cfg: TrackingConfig) -> Iterator[RunLogger]:
     logger = make_logger(cfg, "v1.2: tests/finetune")  # a name that no model may have

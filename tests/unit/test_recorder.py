@@ -16,7 +16,7 @@ from PIL import Image
 
 from callbacks.recorder import MLflowRecorder, contact_sheet, recorder_of
 from mapo_lightning.data.clips import LabelExample
-from mapo_lightning.tracking.logger import RunLogger, make_logger, open_store, store_uri
+from mapo_lightning.tracking.logger import RunLogger, make_logger, store_uri
 from mapo_lightning.tracking.settings import TrackingConfig
 from mapo_lightning.tracking.versions import GitState, git_state
 
@@ -60,14 +60,6 @@ def fit(run: Any, recorder: MLflowRecorder, place: Path, breaks_at: int = -1) ->
     )
     trainer.fit(Line(breaks_at), torch.utils.data.DataLoader(data, batch_size=1))
     return trainer
-
-
-@pytest.fixture(scope="module")
-def cfg(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    place = tmp_path_factory.mktemp("store")
-    cfg = TrackingConfig(uri=f"sqlite:///{place}/mlflow.db", artifacts=str(place / "artifacts"))
-    open_store(cfg)
-    return cfg
 
 
 @pytest.fixture

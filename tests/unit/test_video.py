@@ -168,3 +168,12 @@ def test_real_footage_is_frame_accurate(root: Path, name: str) -> None:
             if number in wanted:
                 truth = frame.to_ndarray(format="rgb24", width=info.width).astype(int)
                 assert np.abs(truth - frames[wanted.index(number)]).mean() < 2.0
+
+
+def test_a_pixel_of_an_enlarged_film_is_a_square(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(30, 220, (3, 16, 16, 1), np.uint8)
+    film = grey.repeat(3, axis=-1)  # without colours, which yuv420p halves
+    write_mp4(tmp_path / "film.mp4", film, 10, 256)
+    shown = read_frames(tmp_path / "film.mp4", range(3), (256, 256)).astype(int)
+    squares = shown.reshape(3, 16, 16, 16, 16, 3)[:, :, 4:12, :, 4:12]
+    assert np.abs(squares - film[:, :, None, :, None].astype(int)).max() < 12
