@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from host_watch import HostWatch
 
 from mapo_lightning.run.gpu_parts import FLOAT32, Part, compared, replayed, rows
 from mapo_lightning.run.gpu_report import _times
@@ -22,7 +23,7 @@ from mapo_lightning.run.step_check import (
 )
 from mapo_lightning.run.step_timing import Updates, covered
 from mapo_lightning.training.base_module import TrainedModule
-from mapo_lightning.training.cuda_graph import WARM, HostWatch
+from mapo_lightning.training.cuda_graph import WARM
 from mapo_lightning.types import Batch
 from tests.unit.test_cuda_graph import Tape
 
