@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ _DEPTH = 4  # folders below the one that is given in which runs are looked for
 _SUCCESS = "eval/success"
 _STATISTICS = ("std", "se", "iqm", "iqm_low", "iqm_high")  # of the agent, not of another policy
 _SQLITE = "sqlite:///"
+_MLFLOW_ID = re.compile("[0-9a-f]{32}")
 
 
 class Stores:
@@ -132,6 +134,8 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Run]:
             )  # fmt: skip
     if depth:
         for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+            if inner.name == "artifacts" and _MLFLOW_ID.fullmatch(folder.name):
+                continue  # MLflow's copies of a run's settings and checkpoints
             yield from _runs_in(inner, depth - 1)
 
 

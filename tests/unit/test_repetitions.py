@@ -101,6 +101,13 @@ def test_a_folder_that_is_given_twice_counts_once(tmp_path: Path) -> None:
     assert len(gather(tmp_path, tmp_path / "x", tmp_path / "x/a")) == 1
 
 
+def test_what_mlflow_keeps_of_a_run_is_no_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", *TOY, score=5.0)
+    make_run(tmp_path / "artifacts" / ("0f" * 16) / "artifacts", *TOY, score=6.0)
+    make_run(tmp_path / "mine/artifacts", *TOY, "seed=1", score=7.0)  # a name that users may take
+    assert sorted(run.name.rpartition("/")[2] for run in gather(tmp_path)) == ["a", "artifacts"]
+
+
 def test_an_evaluation_of_another_runs_agent_is_no_seed(tmp_path: Path) -> None:
     make_run(tmp_path / "a", *TOY, score=5.0)
     make_run(
