@@ -12,6 +12,7 @@ from mapo_lightning.run.config import RunConfig, conf_folder
     ("preset", "env"),
     [
         ("toy", "toy"),
+        ("demo", "demo"),
         ("cheetah_run", "dmc/cheetah_run"),
         ("cartpole_swingup", "dmc/cartpole_swingup"),
     ],
