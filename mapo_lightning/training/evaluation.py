@@ -185,7 +185,7 @@ def baseline_scores(play: Play, action_dim: int) -> dict[str, Score]:
     """What policies that learn nothing score on the evaluation's episodes; empty off rank 0."""
     if not is_main_process():
         return {}
-    log.info("playing the test episodes at random and without acting")
+    log.info("playing the test episodes with policies that learn nothing")
     policies: dict[str, PolicyOf] = {
         "random": lambda seed: RandomPolicy(action_dim, seed),
         "random_held": lambda seed: RandomPolicy(action_dim, seed, hold=HELD),

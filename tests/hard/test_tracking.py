@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import itertools
 import os
@@ -66,6 +67,31 @@ def test_a_whole_training_outlives_a_crash_of_the_server(tmp_path: Path) -> None
     # One of every update; the first that acts begins where the prefill has ended.
     assert (steps[0], len(steps), len(set(steps))) == (220, 1200, 1200)
     assert initial == [1, 2]
+
+
+def test_a_report_of_a_server_is_that_of_the_folders(tmp_path: Path) -> None:
+    with mlflow_server(tmp_path) as server:
+        store = [f"tracking.uri={server.uri}", "tracking.experiment=study"]
+        words = [*SMALL, *store, "tracking.enabled=true", "env=toy", "stage=finetune", "seed=0,1"]
+        words += ["method=mapo,apv", "finetune.agent_steps=400", "evaluate.every=40"]
+        train(tmp_path, *words, "run_dir=sweep")
+        for name, runs in (("folders", ["sweep"]), ("server", ["experiment=study", store[0]])):
+            command = [sys.executable, "-m", "mapo_lightning.report", *runs, f"out={name}"]
+            subprocess.run(command, check=True, cwd=tmp_path, env=ENVIRONMENT)
+
+    def table(name: str, file: str, rows: slice) -> list[list[str]]:
+        with (tmp_path / name / f"{file}.csv").open() as lines:
+            return [row[rows] for row in csv.reader(lines)]
+
+    for file in ("curves", "comparisons"):
+        assert table("server", file, slice(None)) == table("folders", file, slice(None))
+    runs = table("server", "runs", slice(10))  # up to its return
+    assert runs == table("folders", "runs", slice(10))
+    assert [row[1] for row in runs] == ["state"] + ["finished"] * 4
+    # The success of policies that learn nothing is in the folders only.
+    scores = table("server", "scores", slice(8))
+    assert scores == table("folders", "scores", slice(8))
+    assert [row[1] for row in scores[1:]] == ["mapo", "apv", "random", "random_held", "still"]
 
 
 def wait_for(true: object, process: Forked | subprocess.Popen[str]) -> None:

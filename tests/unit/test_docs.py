@@ -30,7 +30,10 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 OTHERS = [p for p in sorted(ROOT.glob("*.md")) if p != README]
 PAGES = [README, *OTHERS, *sorted((ROOT / "docs").glob("*.md"))]
-MEASURED = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+MEASURED = [
+    *sorted((ROOT / "docs" / "protocols").glob("*.md")),
+    *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
+]
 # These have words of earlier versions, or of other programs.
 HISTORY = {"CHANGELOG.md", "renamed.md", "facts.md"}
 NO_SETTINGS = {  # not of a run, or of a file that only the reader has
