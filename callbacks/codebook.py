@@ -36,7 +36,7 @@ class CodebookUpdate(L.Callback):
                 "CodebookUpdate found no codebook in the model. Switch it off "
                 "(callbacks.codebook=false) or choose a method with one (method=mapo)."
             )
-        self._done_step = trainer.global_step  # not 0 when resuming
+        self._done_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any

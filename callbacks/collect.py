@@ -138,6 +138,10 @@ class CollectExperience(L.Callback):
         self.collector.close()
 
     def _count(self, trainer: L.Trainer, module: FinetuneModule, taken: int) -> None:
-        """Add simulator frames of all ranks; each takes the same number."""
+        """Add simulator frames of all ranks, as if each took as many.
+
+        They do but for the prefill, which lasts until a first episode has ended, and for resets,
+        which take no frame.
+        """
         assert module.env_frames is not None
         module.env_frames += taken * self.action_repeat * trainer.world_size

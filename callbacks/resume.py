@@ -1,4 +1,4 @@
-"""What a resumed run takes up first: random numbers, and a validation that was still to come."""
+"""The random numbers of every rank, and what a resumed run takes up first."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import lightning as L
 import numpy as np
 import torch
 
-from mapo_lightning.training.ranks import of_all_ranks
+from mapo_lightning.training.ranks import of_all_ranks, seed_of_rank
 
 log = logging.getLogger(__name__)
 
 
 class Resume(L.Callback):
     """Save the generators of torch, CUDA, numpy and Python; continue them after resuming.
+
+    The networks of all ranks are built with the same random numbers. From the first batch on each
+    rank draws its own; those of the first are the ones that a run of one process draws.
 
     A checkpoint gets an entry ``random`` with the states of every rank. They come back when the
     first batch starts: before that, the data loaders of the resumed run draw seeds, as those of
@@ -33,7 +36,7 @@ class Resume(L.Callback):
     def __init__(self) -> None:
         self._resumed: dict[str, Any] | None = None
         self._at_end: dict[str, Any] | None = None
-        self._validates = False
+        self._validates, self._begins = False, True
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -71,10 +74,16 @@ class Resume(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Continue the random numbers of the checkpoint, once."""
+        """Continue the random numbers of the checkpoint, or begin those of this rank, once."""
         if self._resumed is not None:
             restore(self._resumed, pl_module.device)
             self._resumed = None
+        elif self._begins and trainer.global_rank:
+            seed = seed_of_rank(torch.initial_seed(), trainer.global_rank)
+            torch.manual_seed(seed)  # of a GPU too
+            np.random.seed(seed)
+            random.seed(seed)
+        self._begins = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note where the last update left the random numbers."""

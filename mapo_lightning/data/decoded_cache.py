@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mapo_lightning.data.reader import read
+from mapo_lightning.data.frame_cache import read_all
 from mapo_lightning.data.video import DECODERS, SCALER
 from mapo_lightning.data.video_info import VideoInfo
 from mapo_lightning.files import atomic_write
@@ -46,6 +47,8 @@ class DecodedCache:
     def __init__(self, folder: Path, size: tuple[int, int], beside: int | None = None) -> None:
         self.folder, self.size, self.beside = folder, size, beside
         self._open: OrderedDict[Path, Frames] = OrderedDict()
+        self._whole: dict[Path, tuple[int, int]] = {}
+        """Size and time of the files whose digest this process has seen to be right."""
 
     def read(self, info: VideoInfo, indices: Sequence[int]) -> Frames:
         """As `FrameCache.read`.
@@ -56,10 +59,10 @@ class DecodedCache:
         path = self.path(info)
         frames = self._open.get(path)
         if frames is None:
-            frames = _mapped(path, (info.frames, *self.size, 3))
+            frames = self._mapped(path, (info.frames, *self.size, 3))
         if frames is None:
             self._make(path, info)
-            frames = _mapped(path, (info.frames, *self.size, 3))
+            frames = self._mapped(path, (info.frames, *self.size, 3))
             if frames is None:
                 raise ConfigError(
                     f"data.cache=decoded: '{path}' was written and cannot be read back whole: look "
@@ -108,7 +111,7 @@ class DecodedCache:
         )  # fmt: skip
 
     def _make(self, path: Path, info: VideoInfo) -> None:
-        frames = np.ascontiguousarray(read(info, range(info.frames), self.size, self.beside))
+        frames = read_all(info, self.size, self.beside)
         head = _MAGIC + _digest(frames) + np.array(frames.shape, "<i8").tobytes()[:32]
         try:
             with atomic_write(path) as draft, draft.open("wb") as file:
@@ -120,24 +123,29 @@ class DecodedCache:
                 "another disk with work_dir=DIR, or take data.cache=memory"
             ) from error
 
+    def _mapped(self, path: Path, shape: tuple[int, ...]) -> Frames | None:
+        """Frames of a file, mapped; None if there is none, or it is not what was written."""
+        try:
+            with path.open("rb") as file:
+                head, stat = file.read(_HEADER), os.fstat(file.fileno())
+            if stat.st_size != _HEADER + int(np.prod(shape)) or head[:16] != _MAGIC:
+                raise ValueError("another size")
+            if head[32:64] != np.array(shape, "<i8").tobytes():
+                raise ValueError("another shape")
+            frames: Frames = np.memmap(path, np.uint8, "r", _HEADER, shape)
+            # A digest reads all frames: once for a file, and not each time that it is opened.
+            now = stat.st_size, stat.st_mtime_ns
+            if self._whole.get(path) != now:
+                if _digest(frames) != head[16:32]:
+                    raise ValueError("another content")
+                self._whole[path] = now
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            log.warning("'%s' is damaged (%s) and is made again", path, error)
+            return None
+        return frames
+
 
 def _digest(frames: Frames) -> bytes:
     return hashlib.blake2b(frames.data, digest_size=16).digest()
-
-
-def _mapped(path: Path, shape: tuple[int, ...]) -> Frames | None:
-    """Frames of a file, mapped; None if there is none, or it is not what was written."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEADER)
-        if path.stat().st_size != _HEADER + int(np.prod(shape)) or head[:16] != _MAGIC:
-            raise ValueError("another size")
-        frames: Frames = np.memmap(path, np.uint8, "r", _HEADER, shape)
-        if _digest(frames) != head[16:32] or head[32:64] != np.array(shape, "<i8").tobytes():
-            raise ValueError("another content")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        log.warning("'%s' is damaged (%s) and is made again", path, error)
-        return None
-    return frames

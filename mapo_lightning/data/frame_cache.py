@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from mapo_lightning.data.reader import read
 from mapo_lightning.data.video_info import VideoInfo
 from mapo_lightning.types import Frames
+
+_AT_ONCE = 256  # frames: they are decoded at a larger size first
+
+
+def read_all(info: VideoInfo, size: tuple[int, int], beside: int | None) -> Frames:
+    """All frames of a video, piece by piece; see `reader.read`."""
+    frames = np.empty((info.frames, *size, 3), np.uint8)
+    for start in range(0, info.frames, _AT_ONCE):
+        piece = range(start, min(start + _AT_ONCE, info.frames))
+        frames[piece.start : piece.stop] = read(info, piece, size, beside)
+    return frames
 
 
 class FrameCache(Protocol):
@@ -56,6 +69,6 @@ class MemoryCache:
             return read(info, indices, self.size, self.beside)
         frames = self._kept.get(info.fingerprint)
         if frames is None:
-            frames = read(info, range(info.frames), self.size, self.beside)
+            frames = read_all(info, self.size, self.beside)
             self._kept[info.fingerprint] = frames
         return frames[list(indices)]

@@ -150,8 +150,9 @@ def run_episodes(
         kept = max(0, min(record - start, len(batch)))
         # A short last batch plays its last seed more than once and counts it once.
         padded = batch + [batch[-1]] * (envs.num_envs - len(batch))
-        played, frames = _play_batch(envs, live_labeler, policy_of(batch[0]), padded, kept)
-        episodes += played[: len(batch)]
+        live = np.arange(envs.num_envs) < len(batch)
+        played, frames = _play_batch(envs, live_labeler, policy_of(batch[0]), padded, kept, live)
+        episodes += played
         videos += frames
     if progress is not None:
         progress(len(seeds), len(seeds))
@@ -159,18 +160,23 @@ def run_episodes(
 
 
 def _play_batch(
-    envs: VectorEnv, live_labeler: LiveLabeler, policy: Policy, seeds: list[int], record: int
+    envs: VectorEnv,
+    live_labeler: LiveLabeler,
+    policy: Policy,
+    seeds: list[int],
+    record: int,
+    live: NDArray[np.bool_],
 ) -> tuple[list[Episode], list[Frames]]:
-    """Reset to ``seeds`` and play until every environment has finished one episode."""
-    count = envs.num_envs
-    first, live = np.ones(count, bool), np.ones(count, bool)
+    """Reset to ``seeds`` and play until every environment that is ``live`` has finished one."""
+    count, counted = envs.num_envs, int(live.sum())
+    first = np.ones(count, bool)
     tally = EpisodeTally(count)
     with awaited(envs, "begin the test episodes"):
         obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]  # Gymnasium takes one for each
     filmed = "label_image" if "label_image" in obs else "image"  # people like the larger one
     videos: list[list[Frames]] = [[obs[filmed][n].copy()] for n in range(record)]
     while live.any():
-        step = {"obs": obs["image"], "is_first": first, **live_labeler.update(obs, first)}
+        step = {"obs": obs["image"], "is_first": first, **live_labeler.update(obs, first, live)}
         action = policy(step)
         with awaited(envs, "take their next step of a test episode"):
             obs, reward, terminated, truncated, info = envs.step(action)
@@ -179,4 +185,4 @@ def _play_batch(
         for n in np.flatnonzero(live[:record]):
             videos[n].append(obs[filmed][n].copy())
         live &= ~(terminated | truncated)
-    return [tally.result(n) for n in range(count)], [np.stack(frames) for frames in videos]
+    return [tally.result(n) for n in range(counted)], [np.stack(frames) for frames in videos]

@@ -169,7 +169,7 @@ class OffscreenCamera:
 
         Small pictures are the means of larger ones: a thin leg would fall between their pixels.
         """
-        times = max(1, SMALLEST // size)
+        times = -(-SMALLEST // size)
         renderer = self._renderers.get(size * times) or self._new_renderer(size * times)
         renderer.update_scene(data, camera=self._camera)
         image: Frames = renderer.render()

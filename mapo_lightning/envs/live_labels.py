@@ -166,12 +166,19 @@ class LiveLabeler:
         """Windows whose answer has not arrived yet."""
         return 0 if self._late is None else self._late.waiting
 
-    def update(self, obs: dict[str, NDArray[np.uint8]], is_first: NDArray[np.bool_]) -> Step:
+    def update(
+        self,
+        obs: dict[str, NDArray[np.uint8]],
+        is_first: NDArray[np.bool_],
+        live: NDArray[np.bool_] | None = None,
+    ) -> Step:
         """Take in the newest frames, query where a window ends, and return the labels to act on.
 
         Args:
             obs: ``image`` and perhaps ``label_image``, (N, H, W, 3).
             is_first: Environments whose episode has just begun, (N,).
+            live: Environments that still count, (N,); the others keep their labels, and nothing is
+                asked about them. None: all count.
 
         Returns:
             ``semantic`` (N, V), ``has_semantic`` (N,) and ``position`` (N,).
@@ -182,6 +189,8 @@ class LiveLabeler:
         frames = obs.get("label_image", obs["image"])
         ended: list[tuple[Window, Frames]] = []
         for n, first in enumerate(is_first):
+            if live is not None and not live[n]:
+                continue
             if first:
                 self.recent[n].clear()
                 self._windows[n].clear()

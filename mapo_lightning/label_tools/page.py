@@ -194,7 +194,8 @@ def _file_of(key: str, label: StoredLabel, place: Place, paths: list[Path]) -> P
             return path
     detail = (
         f"{len(paths)} files have this name, and which one it is about cannot be told: the file "
-        "was changed, or data.rate or data.square changed what is seen of it"
+        "was changed, data.rate or data.square changed what is seen of it, or its labels are "
+        "sentences that come with the videos (vlm=templates)"
     )
     raise VideoFileError(Path(place.name), "missing", detail)
 

@@ -52,6 +52,7 @@ from mapo_lightning.training.published_weights import (
     load_folder,
     perceptual_distance,
 )
+from mapo_lightning.training.ranks import seed_of_rank
 from mapo_lightning.training.settings import HANDED_OVER
 from mapo_lightning.types import CheckpointError, ConfigError
 
@@ -292,7 +293,7 @@ class Stage2(NamedTuple):
 
 def build_collection(cfg: RunConfig, folder: Path, rank: int) -> Stage2:
     """Environments, labels and replay of one rank, seeded from (seed, rank)."""
-    seed = cfg.seed + 10_007 * rank
+    seed = seed_of_rank(cfg.seed, rank)
     make = partial(make_vector_env, labelled_env(cfg), seed)
     envs = make()
     action_dim = int(envs.single_action_space.shape[0])  # type: ignore[index]

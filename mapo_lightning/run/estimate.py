@@ -30,7 +30,7 @@ import torch
 from callbacks.codebook import CodebookUpdate
 from callbacks.collect import CollectExperience
 from mapo_lightning.data.label_corpus import CorpusLabelling
-from mapo_lightning.data.video import write_mp4
+from mapo_lightning.data.video import FILM_HEIGHT, write_mp4
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.from_checkpoint import resumed
@@ -42,6 +42,7 @@ from mapo_lightning.semantics.factory import semantic_dim
 from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.base_module import TrainedModule
 from mapo_lightning.training.cuda_graph import cuda_recorder
+from mapo_lightning.training.settings import EvaluateConfig
 from mapo_lightning.types import ConfigError
 
 UPDATES = 8
@@ -166,17 +167,26 @@ def _finetune(cfg: RunConfig, place: Path) -> Phase:
     since = 2 * cfg.callbacks.checkpoint_every * tune.train_every
     kept = min(cfg.replay.capacity + min(since, 2 * cfg.replay.capacity), tune.agent_steps)
     seconds, film = _one_episode(short, module)
-    count = 2 + updates // cfg.evaluate.every
+    played, filmed = evaluations(cfg.evaluate, updates)
     return Phase(
         "fine-tuning",
         updates,
         watch.seconds,
         before=watch.before * tune.prefill / max(1, steps),
-        evaluating=count * cfg.evaluate.episodes * seconds,
+        evaluating=played * cfg.evaluate.episodes * seconds,
         checkpoint=(place / "finetune/last.ckpt").stat().st_size,
         replay=math.ceil(per_step * kept),
-        films=count * cfg.evaluate.videos * film,
+        films=filmed * film,
     )
+
+
+def evaluations(cfg: EvaluateConfig, updates: int) -> tuple[int, int]:
+    """How often a fine-tuning plays its test episodes, and how many films it writes."""
+    in_training = -(-updates // cfg.every)  # each films one episode
+    # The three baselines; with keep_best the kept agent too, and they again.
+    played = in_training + 3 + 4 * cfg.keep_best
+    # Those of the kept agent go into the folder and into MLflow.
+    return played, in_training + 2 * min(cfg.videos, cfg.episodes) * cfg.keep_best
 
 
 def _one_episode(cfg: RunConfig, module: Any) -> tuple[float, int]:
@@ -184,7 +194,7 @@ def _one_episode(cfg: RunConfig, module: Any) -> tuple[float, int]:
     one = replace(cfg, evaluate=replace(cfg.evaluate, episodes=1, num_envs=1))
     began = time.perf_counter()
     _, films = play_episodes(one, greedy(module), 1)
-    return time.perf_counter() - began, len(write_mp4(None, films[0], cfg.env.fps))
+    return time.perf_counter() - began, len(write_mp4(None, films[0], cfg.env.fps, FILM_HEIGHT))
 
 
 class _Watch(L.Callback):

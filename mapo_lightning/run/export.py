@@ -22,6 +22,7 @@ from mapo_lightning.config.redact import HIDDEN, redact
 from mapo_lightning.config.schema import flatten, nested
 from mapo_lightning.run.foreign import bound_of, settings_of
 from mapo_lightning.run.renamed import RENAMED
+from mapo_lightning.tracking.versions import package_version
 from mapo_lightning.types import ConfigError
 
 _LOADED = ("vlm.model", "vlm.embed.encoder")  # a name on a hub, or a folder of this machine
@@ -52,7 +53,7 @@ def export(checkpoint: Path, out: Path) -> None:
 
     content = read_checkpoint(checkpoint)
     settings = settings_of(content["mapo"].get("config") or "", checkpoint)
-    made_with = {name: version(name) for name in ("mapo-lightning", "torch")}
+    made_with = {"mapo-lightning": package_version(), "torch": version("torch")}
     write_export(content, shareable(RENAMED.translate(settings)), made_with, out)
 
 

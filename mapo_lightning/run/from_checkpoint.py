@@ -18,6 +18,7 @@ from mapo_lightning.ownership import is_own, own_text
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.foreign import describer_is_off, settings_of, taken
 from mapo_lightning.run.renamed import RENAMED
+from mapo_lightning.training.settings import seed_after
 from mapo_lightning.types import ConfigError
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def agent_settings(path: Path, words: Sequence[str] = (), videos: bool = False) 
     played = base.get("evaluate", {})
     numbers = all(isinstance(played.get(name), int) for name in ("seed", "episodes"))
     if played.get("keep_best") and numbers:  # these seeds have chosen the agent
-        played["seed"] += played["episodes"]
+        played["seed"] = seed_after(played["seed"], played["episodes"])
     _fit_silence(base, content, typed)
     return f"the settings in '{path}'", base
 

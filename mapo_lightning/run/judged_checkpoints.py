@@ -19,6 +19,7 @@ import numpy as np
 
 from mapo_lightning.envs.episodes import RandomPolicy
 from mapo_lightning.envs.factory import make_env
+from mapo_lightning.envs.settings import EnvConfig
 from mapo_lightning.judging.branches import BranchPlan
 from mapo_lightning.judging.decisions import over_checkpoints, over_checkpoints_interval
 from mapo_lightning.judging.foresight import record_foresight
@@ -30,7 +31,7 @@ from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.judged_agent import CLIPS
 from mapo_lightning.run.trainer import best_device
 from mapo_lightning.training.evaluation import HELD
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import SEEDS, ConfigError
 
 LEAST = 3
 """Agents that can be ranked."""
@@ -45,8 +46,14 @@ class Returns(NamedTuple):
     imagined: Values
 
 
-def returns_of(cfg: RunConfig, path: Path) -> Returns:
-    """Play and dream one agent from states that depend on the task and ``evaluate`` alone.
+def returns_of(cfg: RunConfig, path: Path, seed: int, contexts: int) -> Returns:
+    """Play and dream one agent from states that depend on the task and ``seed`` alone.
+
+    Args:
+        cfg: Settings of the checkpoint.
+        path: The checkpoint.
+        seed: First reset seed of the episodes to which the states belong.
+        contexts: Number C of states.
 
     Raises:
         CheckpointError: The file holds no agent, or does not fit its settings.
@@ -56,13 +63,12 @@ def returns_of(cfg: RunConfig, path: Path) -> Returns:
     module, metadata = build.load_finetuned(cfg, path)
     module.to(best_device(cfg.trainer.accelerator))
     leader = partial(RandomPolicy, metadata["action_dim"], hold=HELD)
-    seed = cfg.evaluate.seed + _SEED
     with closing(make_env(build.labelled_env(cfg), seed)) as env:
         vlm = build.acting_vlm(cfg)
         labeler = build.build_live_labeler(replace(cfg, vlm=vlm), 1, "judged-checkpoints")
         limit = env.steps_limit
         steps = HORIZONS[-1] if limit is None else max(1, min(HORIZONS[-1], limit - SEEN))
-        plan = BranchPlan(cfg.evaluate.dreams or CLIPS, steps, SEEN)
+        plan = BranchPlan(contexts, steps, SEEN)
         seen = record_foresight(
             env, labeler.update, module.world_model, module.agent, plan, seed, leader
         )
@@ -78,13 +84,16 @@ def judge_checkpoints(runs: Sequence[tuple[RunConfig, Path]]) -> DreamReport:
     Raises:
         ConfigError: There are too few, or they act in different tasks; otherwise as `returns_of`.
     """
-    tasks = {cfg.env.name for cfg, _ in runs}
+    tasks = {_task(cfg.env) for cfg, _ in runs}
     if len(runs) < LEAST or len(tasks) > 1:
         raise ConfigError(
             f"agents are ranked where there are {LEAST} or more of one task, got {len(runs)} of "
-            f"{', '.join(sorted(tasks))}"
+            f"{'; '.join(sorted(tasks))}"
         )
-    found = [returns_of(*run) for run in runs]
+    # Behind the seeds that have chosen any of them.
+    seed = (max(cfg.evaluate.seed for cfg, _ in runs) + _SEED) % SEEDS
+    contexts = max(cfg.evaluate.dreams or CLIPS for cfg, _ in runs)
+    found = [returns_of(cfg, path, seed, contexts) for cfg, path in runs]
     really, imagined = (np.stack(part) for part in zip(*found, strict=True))
     rows: list[Row] = []
     ahead = reachable(really.shape[2], (*HORIZONS, really.shape[2]))
@@ -95,7 +104,14 @@ def judge_checkpoints(runs: Sequence[tuple[RunConfig, Path]]) -> DreamReport:
             last = Measure((really.shape[2],), values[number][:, -1:])
             who = f"{number + 1}: {path.parent.name}/{path.name}"
             rows.append(Row("checkpoints", who, f"return, {name}", last.ahead[0], last.estimate(0)))
-    return DreamReport(f"{len(runs)} agents of {tasks.pop()}, ranked by their dreams", tuple(rows))
+    name = runs[0][0].env.name
+    return DreamReport(f"{len(runs)} agents of {name}, ranked by their dreams", tuple(rows))
+
+
+def _task(env: EnvConfig) -> str:
+    """What makes returns comparable, in words."""
+    limit = "its own length" if env.time_limit is None else f"{env.time_limit} agent steps"
+    return f"{env.kind}/{env.name} ({env.frames_per_step} frames a step, episodes of {limit})"
 
 
 def _ranked(really: Values, imagined: Values) -> list[Row]:

@@ -112,7 +112,7 @@ def task_of(cfg: RunConfig, replay: Path) -> list[Source]:
 
 
 def _digest(parts: list[str]) -> str:
-    return hashlib.blake2b("\\n".join(parts).encode(), digest_size=_DIGEST).hexdigest()
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=_DIGEST).hexdigest()
 
 
 def _sha256(path: Path) -> str:

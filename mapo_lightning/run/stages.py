@@ -38,6 +38,7 @@ from mapo_lightning.tracking import logger as tracking
 from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.checkpoint import BEST
 from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores
+from mapo_lightning.training.ranks import seed_of_rank
 from mapo_lightning.types import Frames
 from mapo_lightning.waiting import counting
 
@@ -166,7 +167,7 @@ def label(session: Session) -> None:
 
 def finetune(session: Session, init_from: Path | None = None) -> None:
     """Stage 2, with an evaluation before and after, and a summary."""
-    cfg, seed = session.cfg, session.cfg.seed + session.rank
+    cfg, seed = session.cfg, seed_of_rank(session.cfg.seed, session.rank)
     if cfg.vlm.kind == "templates":
         log.warning(
             "vlm=templates has no sentences about an environment: every label in fine-tuning is "
@@ -209,11 +210,11 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     except BaseException:
         close_vector_env(stage.collector.envs)  # Lightning tears callbacks down after success only
         raise
-    serve(session, logger)
     if best is not None:
         test_best(session, best)
     elif evaluation.newest is not None:
         summary(session, evaluation.newest)
+    serve(session, logger)
 
 
 def test_best(session: Session, path: Path) -> None:

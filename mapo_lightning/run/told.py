@@ -61,9 +61,12 @@ def _run(words: Sequence[str]) -> None:
 
 
 def _measure(cfg: RunConfig, path: Path) -> ToldReport:
-    # These import torch, which takes seconds: the words were checked without.
+    # Torch takes seconds to import: the words were checked without.
+    import torch
+
     from mapo_lightning.run import build
     from mapo_lightning.run.stages import render_demo
+    from mapo_lightning.run.trainer import best_device
     from mapo_lightning.semantics.factory import log_servers
     from mapo_lightning.training.checkpoint import read_checkpoint
     from mapo_lightning.training.told import measure_held_out
@@ -75,7 +78,10 @@ def _measure(cfg: RunConfig, path: Path) -> ToldReport:
     content = read_checkpoint(path, mapped=True)
     if content["mapo"].get("stage") != "pretrain":
         raise ConfigError(f"'{path}' is no checkpoint of stage=pretrain; phrases drive only those")
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
     module = build.load_pretraining(cfg, path)
+    module.to(best_device(cfg.trainer.accelerator))
     log_servers(cfg.vlm)
     render_demo(cfg)
     data = build.build_videos(cfg)

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -55,6 +56,7 @@ _COLUMNS = [
     "tags.`seed`",
     "tags.`stage`",
 ]
+_SPACE = "pid_namespace"
 _SILENT = 600.0  # seconds without a heartbeat after which a run of this machine counts as dead
 
 
@@ -199,7 +201,7 @@ def start_run(
     run_id: str | None = None,
 ) -> str:
     """Start a run, or set a run that ended going again; return its id."""
-    ours = {"host": socket.gethostname(), "pid": str(os.getpid()), **tags}
+    ours = {"host": socket.gethostname(), "pid": str(os.getpid()), _SPACE: _space(), **tags}
     if run_id is not None and not exists(mlflow, run_id):
         log.warning("this MLflow store has no run %s to go on with: a new one is started", run_id)
         run_id = None
@@ -233,10 +235,26 @@ def close_dead_runs(mlflow: MlflowClient, experiment: str) -> None:
 
 
 def _lives(tags: Mapping[str, str]) -> bool:
-    if not psutil.pid_exists(int(tags.get("pid", "0"))):
-        return False
-    beat = tags.get("heartbeat")  # the process number may belong to another program by now
-    return beat is None or time.time() - int(beat) < _SILENT
+    """Whether a run may still go on, by its process number and its newest heartbeat."""
+    try:
+        pid, beat = int(tags.get("pid", "0")), int(tags.get("heartbeat", "0"))
+    except ValueError:
+        return True  # these are not our tags
+    silent = bool(beat) and time.time() - beat >= _SILENT
+    if tags.get(_SPACE, _space()) != _space():
+        return not silent  # a container of the same name: its process numbers are not ours
+    # The process number may belong to another program by now.
+    return psutil.pid_exists(pid) and not silent
+
+
+@cache
+def _space() -> str:
+    """In which boot, and in which container of it, the process numbers of this machine count."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
 
 
 def log_points(mlflow: MlflowClient, run_id: str, points: list[Point]) -> list[str]:

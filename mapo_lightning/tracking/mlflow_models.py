@@ -228,7 +228,7 @@ def write_pyfunc(
     pyfunc.add_to_model(model, loader_module=loader, data=data)
     model.model_size_bytes = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
     model.save(str(folder / "MLmodel"))
-    (folder / _REQUIREMENTS).write_text(f"{requirement}\\n", encoding="utf-8")
+    (folder / _REQUIREMENTS).write_text(f"{requirement}\n", encoding="utf-8")
 
 
 def upload(mlflow: MlflowClient, model_id: str, folder: Path) -> None:

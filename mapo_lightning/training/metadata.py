@@ -40,6 +40,10 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
+    except OSError as error:
+        raise CheckpointError(
+            f"'{path}' cannot be read ({error.strerror}); look at its permissions and at the disk"
+        ) from error
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
         raise CheckpointError(
             f"'{path}' is damaged or not a checkpoint ({printable(str(error))}); take an earlier "

@@ -226,8 +226,11 @@ class EvaluateConfig:
         for name in ("videos", "dreams", "decisions"):
             if (value := getattr(self, name)) < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")
-        if not 0 <= self.seed < SEEDS:
-            raise ConfigError(f"seed must lie in [0, {SEEDS}), got {self.seed}")
+        if not 0 <= self.seed <= SEEDS - self.episodes:
+            raise ConfigError(
+                f"seed must lie in [0, {SEEDS} - episodes], got {self.seed} with "
+                f"episodes={self.episodes}"
+            )
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -237,7 +240,13 @@ class EvaluateConfig:
     @property
     def unseen(self) -> EvaluateConfig:
         """The same with the seeds after these, for an agent that these have chosen."""
-        return replace(self, seed=(self.seed + self.episodes) % SEEDS)
+        return replace(self, seed=seed_after(self.seed, self.episodes))
+
+
+def seed_after(seed: int, episodes: int) -> int:
+    """First reset seed behind those of so many episodes; 0 where too few are left."""
+    following = seed + episodes
+    return following if following + episodes <= SEEDS else 0
 
 
 @dataclass

@@ -102,14 +102,17 @@ class ToldReport(NamedTuple):
 
 
 def over_seeds(reports: Sequence[ToldReport]) -> str:
-    """Markdown: means over models of several seeds, with Student's t interval over the models."""
-    cells = zip(*(report.rows() for report in reports), strict=True)
-    rows = [
-        (same[0][0], same[0][1], student([value.mean for _, _, value in same])) for same in cells
-    ]
+    """Markdown: means over models of several seeds, with Student's t interval over the models.
+
+    What not all of them have is left out: a horizon, or dreams without a body.
+    """
+    found = [{(name, ahead): value.mean for name, ahead, value in r.rows()} for r in reports]
+    of_all = [row for row in found[0] if all(row in mine for mine in found)]
+    rows = [(*row, student([mine[row] for mine in found])) for row in of_all]
+    horizons = tuple(dict.fromkeys(ahead for _, ahead in of_all))
     return (
         f"Means over {len(reports)} models, with 95 % Student's t intervals over them.\n\n"
-        + _table(rows, reports[0].horizons)
+        + _table(rows, horizons)
     )
 
 

@@ -67,6 +67,8 @@ def test_a_token_method_trains_on_two_processes(tmp_path: Path) -> None:
     assert "ivideogpt_fixed return" in said
     content = read_checkpoint(tmp_path / "run/finetune/last.ckpt")
     assert len(content["collection"]) == 2
+    first, second = content["random"]
+    assert not torch.equal(first["torch"], second["torch"])  # each draws its own
     state = content["state_dict"]["agent._extra_state"]
     assert state["updates"] == content["global_step"] > 3
     assert len(state["dreams"]) >= 2

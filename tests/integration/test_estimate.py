@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mapo_lightning.run import estimate
+from mapo_lightning.config.compose import compose
+from mapo_lightning.run import estimate, stages
+from mapo_lightning.run.config import RunConfig, conf_folder
 from mapo_lightning.run.main import main
 
 TINY = ["trainer=debug", "env=toy", "world_model.image.channels=[4]"]
@@ -40,6 +43,33 @@ def test_a_run_is_measured_and_one_that_cannot_fit_is_refused(
     monkeypatch.setattr(estimate, "_memory", lambda: 1 << 20)
     assert main([*TINY, "--preflight", "stage=finetune"]) == 2
     assert "this run does not fit the memory" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_a_run_plays_and_films_as_often_as_estimated(
+    keep_best: bool, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve updates, evaluated every five."""
+    played: list[int] = []
+    play = stages.play_episodes
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        episodes, films = play(*args, **kwargs)
+        played.append(len(films))
+        return episodes, films
+
+    monkeypatch.setattr(stages, "play_episodes", counting)
+    words = [*TINY, "stage=finetune", "run_dir=run", f"evaluate.keep_best={keep_best}"]
+    words += ["evaluate.every=5", "evaluate.episodes=2", "evaluate.videos=3"]
+    words += ["finetune.initial_updates=2", "finetune.train_every=10"]
+    cfg = compose(words, RunConfig, conf_folder()).config
+    steps = cfg.finetune.prefill + 10 * cfg.finetune.train_every
+    assert main([*words, f"finetune.agent_steps={steps}"]) == 0
+    cfg = compose([*words, f"finetune.agent_steps={steps}"], RunConfig, conf_folder()).config
+    times, films = estimate.evaluations(cfg.evaluate, cfg.finetune.updates(1))
+    assert len(played) == times
+    assert sum(played) + sum(played[-4:]) * keep_best == films
 
 
 def test_only_trainings_are_measured(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

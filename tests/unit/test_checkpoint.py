@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,20 @@ def test_files_that_are_no_checkpoints(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=sentence):
+        read_checkpoint(path)
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"somebody else's")
+
+    def refuse(file: Path) -> None:  # root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    with pytest.raises(CheckpointError, match=r"last.ckpt' cannot be read \(Permission denied\)"):
         read_checkpoint(path)
 
 

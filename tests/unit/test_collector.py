@@ -208,6 +208,27 @@ def test_an_offset_keeps_a_label_from_the_frame_it_has_seen(tmp_path: Path) -> N
     assert known == [False, False, False, False, True]
 
 
+def test_nothing_is_asked_about_an_environment_that_no_longer_counts(tmp_path: Path) -> None:
+    watch, describer = tracker(tmp_path, 2)
+    for time in range(12):
+        frame = np.stack([np.full((8, 8, 3), time + 100 * n, np.uint8) for n in range(2)])
+        step = watch.update({"image": frame}, np.full(2, time == 0), np.array([True, time < 6]))
+    assert [w[0] for w in describer.windows] == [0, 100, 4, 8]
+    assert step["has_semantic"].all()  # it keeps the label that it had
+    np.testing.assert_array_equal(step["position"], [11, 5])
+
+
+def test_evaluation_asks_nothing_for_what_fills_its_last_batch(tmp_path: Path) -> None:
+    watch, describer = tracker(tmp_path, 3)
+    asked: list[int] = []
+    query = watch._query
+    watch._query = lambda ended: (asked.append(len(ended)), query(ended))[1]  # type: ignore[method-assign]
+    run_episodes(clocks(3), watch, lambda seed: StillPolicy(2), [5, 6, 7, 8])
+    windows = LENGTH // 4
+    assert sum(asked) == 4 * windows
+    assert len(describer.windows) == windows  # the others are known
+
+
 def test_a_new_episode_forgets_the_label(tmp_path: Path) -> None:
     watch, describer = tracker(tmp_path, 1)
     for time in (0, 1, 2, 3, 0, 1):

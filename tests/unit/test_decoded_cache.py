@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from multiprocessing import get_context
@@ -129,6 +130,35 @@ def test_decoded_frames_are_made_once_and_are_those_of_the_reader(
     assert decoded.opened == []
     clip[:] = 0  # what was given belongs to whoever asked
     assert other.clip_at(0, 5)["obs"].any()
+
+
+def test_a_file_is_digested_once_by_a_process_and_again_when_it_changed(
+    videos: list[VideoInfo], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoded_cache, "_OPEN", 1)  # every other video closes the one before
+    DecodedCache(tmp_path, SIZE).read(videos[0], [0])
+    digested: list[int] = []
+    digest = decoded_cache._digest
+
+    def counting(frames: Any) -> bytes:
+        digested.append(len(frames))
+        return digest(frames)
+
+    monkeypatch.setattr(decoded_cache, "_digest", counting)
+    cache = DecodedCache(tmp_path, SIZE)
+    cache.read(videos[1], [0])  # made: digested as it is written and as it is read back
+    assert len(digested) == 2
+    for number in (0, 1, 0, 1):
+        cache.read(videos[number], [0])
+    assert len(digested) == 3
+    path = cache.path(videos[0])
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # damaged after this process has seen it whole
+    path.write_bytes(content)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    whole = cache.read(videos[0], range(videos[0].frames))
+    np.testing.assert_array_equal(whole, read(videos[0], range(videos[0].frames), SIZE))
+    assert len(digested) == 6  # found to be wrong, made again, read back
 
 
 def test_the_name_holds_what_frames_depend_on(

@@ -45,6 +45,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int]]]:
     return found
 
 
+def test_a_video_is_decoded_in_pieces_which_make_no_difference(
+    videos: list[VideoInfo], asked: list[tuple[str, list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame_cache, "_AT_ONCE", 7)
+    for info in videos:
+        asked.clear()
+        whole = frame_cache.read_all(info, SIZE, 48)
+        np.testing.assert_array_equal(whole, read(info, range(info.frames), SIZE, 48))
+        assert [frame for _, piece in asked for frame in piece] == [*range(info.frames)]
+        assert max(len(piece) for _, piece in asked) == 7
+
+
 @pytest.mark.parametrize("megabytes", [0, 1])
 def test_frames_are_those_of_the_reader(videos: list[VideoInfo], megabytes: int) -> None:
     cache = MemoryCache(videos, SIZE, megabytes)

@@ -123,6 +123,23 @@ def test_environments_in_processes_import_neither_the_program_nor_torch(tmp_path
     assert done.stdout.splitlines() == ["imported", f"{script} None"], done.stderr
 
 
+@pytest.mark.parametrize(("size", "drawn"), [(20, 80), (33, 66), (48, 96), (63, 126), (64, 64)])
+def test_pictures_under_64_pixels_are_means_of_larger_ones(size: int, drawn: int) -> None:
+    prepare_gl()
+    import mujoco
+
+    model = mujoco.MjModel.from_xml_string(SCENE)
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    view = OffscreenCamera(model, "upright", "fast")
+    image, times = view.frame(data, size), drawn // size
+    whole = view.frame(data, drawn) if drawn >= 64 else None
+    view.close()
+    assert whole is not None
+    blocks = whole.reshape(size, times, size, times, 3).mean(axis=(1, 3))
+    np.testing.assert_array_equal(image, blocks.round().astype(np.uint8))
+
+
 @pytest.mark.parametrize("camera", ["upright", "hanging"])
 def test_a_ball_is_drawn_upright_where_project_says(camera: str) -> None:
     prepare_gl()

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -228,10 +229,18 @@ def test_runs_of_dead_processes_are_closed(cfg: TrackingConfig) -> None:
     silent = start_parent(cfg, "number taken over", {"heartbeat": "1000"})
     alive = start_parent(cfg, "alive", {})
     elsewhere = start_parent(cfg, "elsewhere", {"pid": str(gone.pid), "host": "another"})
+    # Two containers of one name: a process number says nothing there, a heartbeat does.
+    inside = {"pid": str(gone.pid), "pid_namespace": "another"}
+    beating = start_parent(cfg, "beating", {**inside, "heartbeat": str(int(time.time()))})
+    fresh = start_parent(cfg, "fresh", inside)
+    quiet = start_parent(cfg, "quiet", {**inside, "heartbeat": "1000"})
+    odd = start_parent(cfg, "odd", {"pid": "abc"})
     open_store(cfg)
-    status = {r: client(cfg).get_run(r).info.status for r in (dead, silent, alive, elsewhere)}
-    assert status == {dead: "KILLED", silent: "KILLED", alive: "RUNNING", elsewhere: "RUNNING"}
-    for left in (alive, elsewhere):
+    runs = {"KILLED": (dead, silent, quiet)}
+    runs["RUNNING"] = (alive, elsewhere, beating, fresh, odd)
+    for status, those in runs.items():
+        assert {client(cfg).get_run(run).info.status for run in those} == {status}
+    for left in runs["RUNNING"]:
         finish_parent(left, "FINISHED", cfg)
 
 

@@ -143,8 +143,9 @@ def test_the_shape_of_a_file_stays(tmp_path: Path) -> None:
     [
         (["seed=-1"], r"seed must lie in \[0, 4294967296\), got -1"),
         (["seed=4294967296"], r"seed must lie in \[0, 4294967296\), got 4294967296"),
-        (["evaluate.seed=-1"], r"evaluate.seed must lie in \[0, 4294967296\)"),
+        (["evaluate.seed=-1"], r"evaluate.seed must lie in \[0, 4294967296 - episodes\]"),
         (["evaluate.seed=4294967296"], r"evaluate.seed must lie in.*got 4294967296"),
+        (["evaluate.seed=4294967295"], "got 4294967295 with episodes=10"),
         (["env.seed=-1"], "unknown configuration key 'env.seed'"),
         (
             ["env=dmc/walker_run", "finetune.chunk_length=3"],
@@ -160,5 +161,7 @@ def test_seeds_and_chunks_out_of_range_are_refused(words: list[str], message: st
 def test_the_largest_seeds_are_taken() -> None:
     cfg = compose([f"seed={2**32 - 1}"], RunConfig, conf_folder()).config
     assert cfg.seed == 2**32 - 1
-    last = EvaluateConfig(seed=2**32 - 1, episodes=10)
-    assert not set(last.unseen.seeds) & set(last.seeds)
+    last = EvaluateConfig(seed=2**32 - 10, episodes=10)
+    assert max(last.seeds) == 2**32 - 1
+    for one in (last, EvaluateConfig(seed=2**32 - 15, episodes=10)):
+        assert not set(one.unseen.seeds) & set(one.seeds)

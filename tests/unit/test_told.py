@@ -205,6 +205,18 @@ def test_models_of_several_seeds_are_the_unit_of_their_interval() -> None:
     assert table.startswith("Means over 3 models")
 
 
+def test_what_not_all_models_have_is_left_out_of_their_mean() -> None:
+    def model(horizons: tuple[int, ...], *more: str) -> ToldReport:
+        names = ("told", "untold", "mistold", "copy", *more)
+        errors = {name: np.full((2, len(horizons)), 0.01) for name in names}
+        return ToldReport(errors, horizons, {}, SEEN)
+
+    table = over_seeds([model((1, 5, 10), "told_late"), model((1, 5))])
+    assert "| thousandths | 1 ahead | 5 ahead |\n" in table
+    assert "| told | 10.00 [10.00, 10.00] | 10.00 [10.00, 10.00] |\n" in table
+    assert "late" not in table
+
+
 def test_intervals_are_over_videos_and_gains_are_paired() -> None:
     told = np.array([[0.001], [0.002], [0.006]])
     errors = {name: told for name in ("mistold", "copy")} | {"told": told, "untold": told + 0.004}
