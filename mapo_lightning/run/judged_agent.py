@@ -30,6 +30,7 @@ from mapo_lightning.training.acting import acting
 from mapo_lightning.training.evaluation import HELD
 from mapo_lightning.training.finetune import FinetuneModule
 from mapo_lightning.training.published_weights import perceptual_distance
+from mapo_lightning.training.settings import seed_after
 from mapo_lightning.types import ConfigError
 
 CLIPS = 48
@@ -54,7 +55,7 @@ def judge_episodes(
         ConfigError: The episodes are too short.
         EnvironmentSetupError: The environments fail.
     """
-    device, seed = next(module.parameters()).device, cfg.evaluate.seed + _FRESH
+    device, seed = next(module.parameters()).device, seed_after(cfg.evaluate.seed, _FRESH)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

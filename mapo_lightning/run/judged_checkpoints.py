@@ -31,7 +31,8 @@ from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.judged_agent import CLIPS
 from mapo_lightning.run.trainer import best_device
 from mapo_lightning.training.evaluation import HELD
-from mapo_lightning.types import SEEDS, ConfigError
+from mapo_lightning.training.settings import seed_after
+from mapo_lightning.types import ConfigError
 
 LEAST = 3
 """Agents that can be ranked."""
@@ -91,7 +92,7 @@ def judge_checkpoints(runs: Sequence[tuple[RunConfig, Path]]) -> DreamReport:
             f"{'; '.join(sorted(tasks))}"
         )
     # Behind the seeds that have chosen any of them.
-    seed = (max(cfg.evaluate.seed for cfg, _ in runs) + _SEED) % SEEDS
+    seed = seed_after(max(cfg.evaluate.seed for cfg, _ in runs), _SEED)
     contexts = max(cfg.evaluate.dreams or CLIPS for cfg, _ in runs)
     found = [returns_of(cfg, path, seed, contexts) for cfg, path in runs]
     really, imagined = (np.stack(part) for part in zip(*found, strict=True))

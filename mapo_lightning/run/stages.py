@@ -177,11 +177,12 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     updates = cfg.finetune.updates(cfg.trainer.processes)
     best = session.folder / "finetune" / BEST if cfg.evaluate.keep_best else None
     if session.resumed.finished("finetune", updates):
-        serve(session, end_curves(session, "finetune"))
+        logger = end_curves(session, "finetune")
         if not (session.folder / "evaluation.json").exists():  # stopped in its last episodes
             test_best(session, best) if best else test(
                 session, cfg, session.resumed.path, dreams=False
             )
+        serve(session, logger)
         return
     init_from = init_from or (Path(cfg.init_from) if cfg.init_from else None)
     if session.resumed.phase == "finetune":

@@ -418,4 +418,4 @@ class RunLogger(MLFlowLogger):
     def _heartbeat(self) -> None:
         if time.monotonic() - self._beat >= _HEARTBEAT:
             self._beat = time.monotonic()
-            self.experiment.set_tag(self.active_run, "heartbeat", str(int(time.time())))
+            self.experiment.set_tag(self.active_run, mlflow_client.BEAT, str(int(time.time())))

@@ -13,7 +13,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -56,6 +55,8 @@ _COLUMNS = [
     "tags.`seed`",
     "tags.`stage`",
 ]
+BEAT = "heartbeat"
+"""Tag of a run: seconds since 1970 at which its process was last seen alive."""
 _SPACE = "pid_namespace"
 _SILENT = 600.0  # seconds without a heartbeat after which a run of this machine counts as dead
 
@@ -211,9 +212,12 @@ def start_run(
         about |= {"mlflow.source.git.commit": git.commit} if git else {}
         run = mlflow.create_run(experiment, tags={**about, **_short_tags(ours)}, run_name=name)
         return str(run.info.run_id)
-    count = int(mlflow.get_run(run_id).data.tags.get("resume.count", "0")) + 1
+    before = mlflow.get_run(run_id).data.tags
+    ours["resume.count"] = str(int(before.get("resume.count", "0")) + 1)
+    if BEAT in before:  # that of the run that ended
+        ours[BEAT] = str(int(time.time()))
     mlflow.update_run(run_id, status="RUNNING")
-    set_tags(mlflow, run_id, {**ours, "resume.count": str(count)})
+    set_tags(mlflow, run_id, ours)
     return run_id
 
 
@@ -226,33 +230,41 @@ def exists(mlflow: MlflowClient, run_id: str) -> bool:
 
 
 def close_dead_runs(mlflow: MlflowClient, experiment: str) -> None:
-    """Mark as KILLED the runs of this machine whose process is gone (SIGKILL leaves RUNNING)."""
+    """Mark as KILLED the runs of this machine whose process is gone (SIGKILL leaves RUNNING).
+
+    A container may have the name of another one, whose process numbers it cannot see. There the
+    newest heartbeat counts; a run that has none lives if one of those that belong to it does.
+    """
     here = socket.gethostname()
-    for run in mlflow.search_runs([experiment], "attributes.status = 'RUNNING'"):
-        tags = run.data.tags
-        if tags.get("host") == here and not _lives(tags):
-            mlflow.set_terminated(run.info.run_id, "KILLED")
+    running = mlflow.search_runs([experiment], "attributes.status = 'RUNNING'")
+    found = {r.info.run_id: r for r in running if r.data.tags.get("host") == here}
+    lives = {name for name, run in found.items() if _lives(run.data.tags, run.info.start_time)}
+    held = {found[name].data.tags.get("mlflow.parentRunId") for name in lives}
+    for name, run in found.items():
+        if name not in lives and not (name in held and _is_elsewhere(run.data.tags)):
+            mlflow.set_terminated(name, "KILLED")
 
 
-def _lives(tags: Mapping[str, str]) -> bool:
-    """Whether a run may still go on, by its process number and its newest heartbeat."""
+def _lives(tags: Mapping[str, str], started: int) -> bool:
+    """Whether a run may still go on; it was ``started`` so many milliseconds after 1970."""
     try:
-        pid, beat = int(tags.get("pid", "0")), int(tags.get("heartbeat", "0"))
+        pid, beat = int(tags.get("pid", "0")), int(tags.get(BEAT, "0"))
     except ValueError:
         return True  # these are not our tags
-    silent = bool(beat) and time.time() - beat >= _SILENT
-    if tags.get(_SPACE, _space()) != _space():
-        return not silent  # a container of the same name: its process numbers are not ours
+    if _is_elsewhere(tags):
+        return time.time() - (beat or started / 1000) < _SILENT
     # The process number may belong to another program by now.
-    return psutil.pid_exists(pid) and not silent
+    return psutil.pid_exists(pid) and not (beat and time.time() - beat >= _SILENT)
 
 
-@cache
+def _is_elsewhere(tags: Mapping[str, str]) -> bool:
+    return tags.get(_SPACE, _space()) != _space()
+
+
 def _space() -> str:
-    """In which boot, and in which container of it, the process numbers of this machine count."""
+    """In which container of this machine its process numbers count."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+        return str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:
         return ""
 

@@ -244,7 +244,7 @@ class EvaluateConfig:
 
 
 def seed_after(seed: int, episodes: int) -> int:
-    """First reset seed behind those of so many episodes; 0 where too few are left."""
+    """First reset seed behind those of so many episodes; 0 where not as many again are left."""
     following = seed + episodes
     return following if following + episodes <= SEEDS else 0
 

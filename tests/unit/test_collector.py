@@ -222,7 +222,12 @@ def test_evaluation_asks_nothing_for_what_fills_its_last_batch(tmp_path: Path) -
     watch, describer = tracker(tmp_path, 3)
     asked: list[int] = []
     query = watch._query
-    watch._query = lambda ended: (asked.append(len(ended)), query(ended))[1]  # type: ignore[method-assign]
+
+    def counting(ended: list[Any]) -> None:
+        asked.append(len(ended))
+        query(ended)
+
+    watch._query = counting  # type: ignore[method-assign]
     run_episodes(clocks(3), watch, lambda seed: StillPolicy(2), [5, 6, 7, 8])
     windows = LENGTH // 4
     assert sum(asked) == 4 * windows

@@ -52,3 +52,6 @@ def test_all_agents_play_from_the_same_states(monkeypatch: pytest.MonkeyPatch) -
     assert seed > 5000 + 10
     assert contexts == 60
     assert report.rows
+    asked.clear()
+    judge_checkpoints(agents(f"evaluate.seed={2**32 - 10}", "seed=1", "seed=2"))
+    assert {seed for seed, _ in asked} == {0}  # no seeds are left behind the last

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import sqlite3
 import subprocess
 import sys
 import time
@@ -235,13 +236,27 @@ def test_runs_of_dead_processes_are_closed(cfg: TrackingConfig) -> None:
     fresh = start_parent(cfg, "fresh", inside)
     quiet = start_parent(cfg, "quiet", {**inside, "heartbeat": "1000"})
     odd = start_parent(cfg, "odd", {"pid": "abc"})
+    # Of these two, begun yesterday, one has a run that lives.
+    held, left = (start_parent(cfg, name, inside) for name in ("held", "left"))
+    start_parent(cfg, "inner", {"mlflow.parentRunId": str(held)})
+    with sqlite3.connect(store_uri(cfg).removeprefix("sqlite:///")) as store:
+        store.execute("UPDATE runs SET start_time = start_time - 86400000 WHERE name IN (?, ?)",
+                      ("held", "left"))  # fmt: skip
     open_store(cfg)
-    runs = {"KILLED": (dead, silent, quiet)}
-    runs["RUNNING"] = (alive, elsewhere, beating, fresh, odd)
+    runs = {"KILLED": (dead, silent, quiet, left)}
+    runs["RUNNING"] = (alive, elsewhere, beating, fresh, odd, held)
     for status, those in runs.items():
         assert {client(cfg).get_run(run).info.status for run in those} == {status}
-    for left in runs["RUNNING"]:
-        finish_parent(left, "FINISHED", cfg)
+    for run in runs["RUNNING"]:
+        finish_parent(run, "FINISHED", cfg)
+
+
+def test_a_run_that_goes_on_after_a_long_break_counts_as_alive(cfg: TrackingConfig) -> None:
+    broken_off = start_parent(cfg, "run", {"heartbeat": "1000"})
+    start_parent(cfg, "run", {}, broken_off)
+    open_store(cfg)  # as another run does when it starts
+    assert client(cfg).get_run(broken_off).info.status == "RUNNING"
+    finish_parent(broken_off, "FINISHED", cfg)
 
 
 def test_switched_off_means_nothing_is_written(in_tmp: Path) -> None:
