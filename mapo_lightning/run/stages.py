@@ -177,13 +177,7 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     updates = cfg.finetune.updates(cfg.trainer.processes)
     best = session.folder / "finetune" / BEST if cfg.evaluate.keep_best else None
     if session.resumed.finished("finetune", updates):
-        logger = end_curves(session, "finetune")
-        if not (session.folder / "evaluation.json").exists():  # stopped in its last episodes
-            test_best(session, best) if best else test(
-                session, cfg, session.resumed.path, dreams=False
-            )
-        serve(session, logger)
-        return
+        return _end(session, best)
     init_from = init_from or (Path(cfg.init_from) if cfg.init_from else None)
     if session.resumed.phase == "finetune":
         init_from = None  # its own checkpoint holds all parts
@@ -215,6 +209,17 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
         test_best(session, best)
     elif evaluation.newest is not None:
         summary(session, evaluation.newest)
+    serve(session, logger)
+
+
+def _end(session: Session, best: Path | None) -> None:
+    """What is left of a fine-tuning that was stopped after its last update."""
+    logger = end_curves(session, "finetune")
+    if not (session.folder / "evaluation.json").exists():  # stopped in its last episodes
+        if best is not None:
+            test_best(session, best)
+        else:
+            test(session, session.cfg, session.resumed.path, dreams=False)
     serve(session, logger)
 
 
