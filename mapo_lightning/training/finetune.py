@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,15 +85,25 @@ class FinetuneModule(TrainedModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. (3) on the replayed chunk, eq. (4) and (5) on dreams that start in all its states."""
-        fit = self.world_model.loss(batch)
+        fit, fitted = self._fit(batch)
         for number in range(self.cfg.agent_updates - 1):
             norms = self._update_agent(fit, batch)
             self._scalars |= {f"{key} of agent update {number + 1}": x for key, x in norms.items()}
         behaviour = self.agent.losses(self.world_model, fit, batch)
-        total = fit.total
+        total = fitted
         for loss in behaviour.losses.values():
             total = total + loss
-        return total, fit.log | behaviour.log | {"world_model": fit.total.detach()}
+        return total, fit.log | behaviour.log | {"world_model": fit.total}
+
+    def _fit(self, batch: Batch) -> tuple[Fit, Tensor]:
+        """The world model's fit, without its graph, and its total, which brings the gradients.
+
+        They are computed before the agent dreams, so that what the images left behind for the
+        backward is gone before what the dreams leave is made: two thirds of the memory.
+        """
+        fit = self.world_model.loss(batch)
+        fitted = differentiated(fit.total, self.world_model.parameters())
+        return Fit(fit.total.detach(), fit.log, fit.belief.detach()), fitted
 
     def _update_agent(self, fit: Fit, batch: Batch) -> dict[str, Tensor]:
         """One update of the agent alone, with its groups of the shared optimiser.
@@ -147,6 +158,35 @@ class FinetuneModule(TrainedModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+class _Differentiated(torch.autograd.Function):
+    """A scalar whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, known: Sequence[Tensor], *_parameters: Tensor) -> Tensor:
+        ctx.known = known
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        known, ctx.known = ctx.known, None
+        torch._foreach_mul_(known, grad)
+        return None, None, *known
+
+
+def differentiated(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """``loss`` with its gradients computed now; the backward of what comes of it hands them on.
+
+    Parameters get them in that backward, like any others, so that hooks (of DDP) run as ever. The
+    graph that led to ``loss`` is freed here. The result can be used in one backward only.
+    """
+    wanted = [p for p in parameters if p.requires_grad]
+    with torch.autocast(loss.device.type, enabled=False):
+        found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    used = [(p, g) for p, g in zip(wanted, found, strict=True) if g is not None]
+    known: Tensor = _Differentiated.apply(loss.detach(), [g for _, g in used], *(p for p, _ in used))
+    return known
 
 
 def _waiting(wait: int, update: int) -> float:
