@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ class Renamed:
     """Old dotted key -> new dotted key. An old key may be the name of a new section."""
     choices: Mapping[str, str] = field(default_factory=dict)
     """Old ``group=file`` -> new ``group=file/variant``."""
+    values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    """Dotted key, as it is now -> old value -> new value."""
 
     def check_word(self, key: str, value: str) -> None:
         """Refuse an old key on the command line.
@@ -50,7 +52,9 @@ class Renamed:
             raise ConfigError(f"{origin}: renamed keys: {pairs}")
 
     def translate(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy nested keys with the old ones moved to their successors; new ones stay.
+        """Copy nested keys with the old ones moved to their successors, and values with a new name.
+
+        What is new already stays.
 
         Raises:
             ConfigError: A section is a single value.
@@ -65,18 +69,28 @@ class Renamed:
                 if not isinstance(owner, dict):
                     raise ConfigError(f"{key} cannot be set, because {parent} is a single value")
             owner.setdefault(name, value)
+        for key, successors in self.values.items():
+            owner, name = _owner(tree, key)
+            value = None if owner is None else owner.get(name)
+            if isinstance(value, Hashable) and value in successors:
+                owner[name] = successors[value]
         return tree
 
     def _found(self, content: Mapping[str, Any]) -> Iterator[str]:
         for old, new in self.keys.items():
-            *parents, name = old.split(".")
-            owner: Any = content
-            for parent in parents:
-                owner = owner.get(parent) if isinstance(owner, Mapping) else None
-            if not isinstance(owner, Mapping) or name not in owner:
+            owner, name = _owner(content, old)
+            if owner is None or name not in owner:
                 continue
             if not (_is_section(old, new) and isinstance(owner[name], Mapping)):
                 yield old
+
+
+def _owner(content: Any, key: str) -> tuple[Any, str]:
+    """The section that a dotted key lies in, None without one, and the key's last part."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        content = content.get(parent) if isinstance(content, Mapping) else None
+    return (content if isinstance(content, Mapping) else None), name
 
 
 def _is_section(old: str, new: str) -> bool:

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from mapo_lightning.models.settings import MLPStyle
+from mapo_lightning.models.settings import MLPStyle, Recompute
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
@@ -118,19 +122,53 @@ class ResidualLayer(nn.Module):
         return F.relu(out_NCHW, inplace=True)
 
 
-def recomputed(modules: Sequence[nn.Module], run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``run(*inputs)``, of which the backward keeps the inputs only and computes the rest again.
+_DEAR = {torch.ops.aten.convolution.default, torch.ops.aten.addmm.default}
+
+
+def recomputed(
+    what: Recompute,
+    modules: Sequence[nn.Module],
+    run: Callable[..., Tensor],
+    *inputs: Tensor,
+) -> Tensor:
+    """``run(*inputs)``, of which the backward computes a part again instead of keeping it.
 
     The batch norms of ``modules`` count the batch once, and random numbers are drawn again as they
-    were.
+    were: the result and its gradients are the same to the bit.
+
+    Args:
+        what: ``all``: only the inputs are kept; ``cheap``: also what convolutions and linear
+            layers gave; ``none``: everything.
+        modules: All that ``run`` uses.
+        run: Part of a network.
+        inputs: What it reads.
     """
-    if not torch.is_grad_enabled():
+    if what == "none" or not torch.is_grad_enabled():
         return run(*inputs)
     norms = [m for one in modules for m in one.modules() if isinstance(m, nn.BatchNorm2d)]
-    out: Tensor = checkpoint(
-        run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still(norms))
-    )
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        if what == "all":
+            return nullcontext(), _still(norms)
+        forward, again = create_selective_checkpoint_contexts(_keep_what_is_dear)  # type: ignore[no-untyped-call]
+        return forward, _both(_still(norms), again)
+
+    out: Tensor = checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
     return out
+
+
+def _keep_what_is_dear(
+    _context: Any, operation: Any, *_args: Any, **_kwargs: Any
+) -> CheckpointPolicy:
+    if operation in _DEAR:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 @contextmanager

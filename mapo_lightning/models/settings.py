@@ -14,6 +14,9 @@ ScalarKind: TypeAlias = Literal["normal", "twohot"]
 """How a network says a number: as the mean of a unit normal (DreamerV2), or by weights of 255 fixed
 values on a symlog scale (DreamerV3)."""
 
+Recompute: TypeAlias = Literal["none", "cheap", "all"]
+"""What a part of a network computes again in the backward; see `recomputed`."""
+
 
 @dataclass
 class ObjectiveConfig:

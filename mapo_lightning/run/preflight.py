@@ -74,10 +74,10 @@ def _check_capture(cfg: RunConfig, phases: tuple[str, ...]) -> None:
             "trainer.capture=true records one optimiser update per batch, but "
             f"finetune.agent_updates is {cfg.finetune.agent_updates}: set one of them back"
         )
-    if cfg.world_model.image.recompute:
+    if (again := cfg.world_model.image.recompute) != "none":
         raise ConfigError(
-            "trainer.capture=true cannot record world_model.image.recompute=true, which reads the "
-            "state of the random numbers in the middle of an update: set one of them back"
+            f"trainer.capture=true cannot record world_model.image.recompute={again}, which reads "
+            "the state of the random numbers in the middle of an update: set one of them back"
         )
     if "finetune" in phases and cfg.vlm.kind == "transformers" and build.answers_late(cfg):
         raise ConfigError(

@@ -28,6 +28,7 @@ RENAMED = Renamed(
         "vlm.text_encoder_revision": "vlm.embed.revision",
         "vlm.marks": "vlm.reviews",
     },
+    values={"world_model.image.recompute": {False: "none", True: "all"}},
     choices={
         **{f"env=dmc_{task}": f"env=dmc/{task}" for task in _DMC},
         **{f"env=metaworld_{t.replace('-', '_')}": f"env=metaworld/{t}" for t in _METAWORLD},

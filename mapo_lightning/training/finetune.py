@@ -169,7 +169,7 @@ class _Differentiated(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         known, ctx.known = ctx.known, None
         torch._foreach_mul_(known, grad)
         return None, None, *known
@@ -185,7 +185,9 @@ def differentiated(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     with torch.autocast(loss.device.type, enabled=False):
         found = torch.autograd.grad(loss, wanted, allow_unused=True)
     used = [(p, g) for p, g in zip(wanted, found, strict=True) if g is not None]
-    known: Tensor = _Differentiated.apply(loss.detach(), [g for _, g in used], *(p for p, _ in used))
+    known: Tensor = _Differentiated.apply(  # type: ignore[no-untyped-call]
+        loss.detach(), [g for _, g in used], *(p for p, _ in used)
+    )
     return known
 
 

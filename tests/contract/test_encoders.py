@@ -11,7 +11,10 @@ from mapo_lightning.models.rssm_world.settings import ImageConfig
 
 ENCODERS = {
     "resnet": ImageConfig(kind="resnet", channels=[4, 8, 16], layers=1),
-    "resnet, recomputed": ImageConfig(kind="resnet", channels=[4, 8, 16], layers=1, recompute=True),
+    "resnet, cheap": ImageConfig(kind="resnet", channels=[4, 8, 16], layers=1, recompute="cheap"),
+    "resnet, recomputed": ImageConfig(
+        kind="resnet", channels=[4, 8, 16], layers=1, recompute="all"
+    ),
     "cnn": ImageConfig(kind="cnn", channels=[4]),
     "resnet, 32": ImageConfig(kind="resnet", size=32, channels=[8, 16], layers=1),
     "cnn, 32": ImageConfig(kind="cnn", size=32, channels=[4]),

@@ -283,6 +283,11 @@ def test_renamed_words_are_those_of_the_program() -> None:
     assert {old: new for old, new in rows.items() if old not in commands} == {
         **RENAMED.keys,
         **RENAMED.choices,
+        **{
+            f"{key}={str(old).lower()}": f"{key}={new}"
+            for key, successors in RENAMED.values.items()
+            for old, new in successors.items()
+        },
     }
 
 

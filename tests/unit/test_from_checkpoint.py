@@ -82,7 +82,7 @@ OLD = Path(__file__).with_name(
 def test_every_renamed_key_was_one_and_leads_to_one() -> None:
     old = dict(flatten(yaml.safe_load(OLD.read_text())))
     assert set(RENAMED.keys) <= set(old)
-    assert set(RENAMED.keys.values()) <= {leaf.key for leaf in walk(RunConfig)}
+    assert {*RENAMED.keys.values(), *RENAMED.values} <= {leaf.key for leaf in walk(RunConfig)}
 
 
 @pytest.mark.slow
@@ -102,7 +102,8 @@ def test_settings_of_version_0_1_0_are_translated(run: Path, saved: str) -> None
         kept = {
             key for key in old if key.startswith(("world_model.", "agent.", "env.", "finetune."))
         }
-        assert {key: flat[key] for key in kept} == {key: old[key] for key in kept}
+        now = {key: successors[old[key]] for key, successors in RENAMED.values.items()}
+        assert {key: flat[key] for key in kept} == {key: old[key] for key in kept} | now
     cfg = from_base(agent_settings(checkpoint), RunConfig)
     assert (cfg.vlm.window.frames, cfg.vlm.server.retries, cfg.vlm.collect.size) == (5, 2, 80)
 

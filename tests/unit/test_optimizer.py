@@ -1,17 +1,27 @@
-"""Adam with and without decoupled weight decay, clipping by name, and rates over a phase."""
+"""Gradients, Adam with and without decoupled weight decay, clipping by name, rates over a phase."""
 
 from __future__ import annotations
 
 import math
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mapo_lightning.config.compose import compose
+from mapo_lightning.models.interfaces import AgentLoss
+from mapo_lightning.run.build import build_finetune
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.step_check import batch_of
 from mapo_lightning.training.base_module import TrainedModule, named_adam
+from mapo_lightning.training.finetune import FinetuneModule, differentiated
 from mapo_lightning.training.settings import OptimizerConfig, PhaseConfig
-from mapo_lightning.types import ConfigError
+from mapo_lightning.types import Batch, ConfigError
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 class Words(nn.Module):
@@ -101,3 +111,78 @@ def test_rates_rise_and_fall() -> None:
     assert cfg.rate(500) == pytest.approx(0.0)
     assert PhaseConfig(warmup=2).rate(10**9) == 1.0
     assert PhaseConfig().rate(0) == 1.0
+
+
+def finetuning(*words: str) -> tuple[FinetuneModule, Batch]:
+    cfg = compose([*words], RunConfig, CONF).config
+    torch.manual_seed(0)
+    return build_finetune(cfg, 3, None)[0], batch_of(cfg, 2, 8, 3)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+PUBLISHED = ["mapo", "contextwm", "apv", "prelar", "dreamerv2", "ivideogpt"]
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_two_backwards_give_the_gradients_of_one(method: str) -> None:
+    """The world model's come first, so that memory is free when the agent dreams."""
+    perceptual = ["token_world.lpips=false"] if method == "ivideogpt" else []
+    (module, batch), (plain, _) = (finetuning(f"method={method}", *perceptual) for _ in range(2))
+    torch.manual_seed(1)
+    total, terms = module.losses(batch)
+    total.backward()
+    torch.manual_seed(1)
+    fit = plain.world_model.loss(batch)
+    losses = plain.agent.losses(plain.world_model, fit, batch).losses
+    together = fit.total + sum(losses.values())
+    together.backward()
+    torch.testing.assert_close(total, together)
+    torch.testing.assert_close(terms["world_model"], fit.total.detach(), rtol=0.0, atol=0.0)
+    assert gradients(module).keys() == gradients(plain).keys()
+    torch.testing.assert_close(gradients(module), gradients(plain), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_what_the_images_left_is_gone_before_the_agent_dreams(
+    updates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, batch = finetuning("method=mapo", f"finetune.agent_updates={updates}")
+    optimizer = module.configure_optimizers()["optimizer"]
+    monkeypatch.setattr(module, "optimizers", lambda **_: optimizer)
+    kept: list[weakref.ref[Box]] = []
+    alive: list[int] = []
+
+    class Box:
+        """What autograd keeps of a tensor."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            kept.append(weakref.ref(self))
+
+    learn = module.agent.losses
+
+    def losses(*args: Any) -> AgentLoss:
+        alive.append(sum(ref() is not None for ref in kept))
+        return learn(*args)
+
+    monkeypatch.setattr(module.agent, "losses", losses)
+    with torch.autograd.graph.saved_tensors_hooks(Box, lambda box: box.tensor):
+        module.losses(batch)
+    assert len(kept) > 50
+    assert alive[0] == 0
+    assert len(alive) == updates
+
+
+def test_known_gradients_are_scaled_and_leave_others_alone() -> None:
+    a, b, idle = (torch.tensor(x, requires_grad=True) for x in (2.0, 3.0, 5.0))
+    fixed = torch.tensor(7.0)
+    seen: list[Tensor] = []
+    a.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    loss = differentiated(a * a * b, [a, b, idle, fixed])
+    assert (a.grad, b.grad) == (None, None)
+    (2.0 * loss + a).backward()
+    assert (loss.item(), a.grad, b.grad, idle.grad) == (12.0, 25.0, 8.0, None)
+    assert seen == [25.0]

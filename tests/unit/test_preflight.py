@@ -62,7 +62,10 @@ def pretrained(path: Path, *words: str) -> Path:
         (["trainer.strategy=dpp"], "Did you mean 'ddp'?"),
         (["trainer.capture=true"], "records the work of one GPU"),
         (["trainer.capture=true", "finetune.agent_updates=2"], "finetune.agent_updates is 2"),
-        (["trainer.capture=true", "world_model.image.recompute=true"], "cannot record world_model"),
+        (
+            ["trainer.capture=true", "world_model.image.recompute=cheap"],
+            "cannot record world_model",
+        ),
         (
             ["trainer.capture=true", "vlm=qwen2_5_vl_7b", "trainer.deterministic=false"],
             "labels in a thread on it",

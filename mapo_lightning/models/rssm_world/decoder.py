@@ -115,10 +115,7 @@ class ResNetDecoder(nn.Module):
             attention = dict(self.attention.items()).get(side)
             seen = (x, scene[int(side)]) if attention is not None else (x,)
             run = partial(_through, stage, attention)
-            if self.recompute:
-                x = recomputed([stage, attention or stage], run, *seen)
-            else:
-                x = run(*seen)
+            x = recomputed(self.recompute, [stage, attention or stage], run, *seen)
         mean_NCHW: Tensor = self.convout(x)
         return mean_NCHW
 

@@ -50,7 +50,7 @@ class ResNetEncoder(nn.Module):
             x = F.avg_pool2d(x, RESAMPLE) if i else x
             assert isinstance(stage, nn.ModuleList)
             run = partial(_through, stage)
-            x = recomputed([stage], run, x) if self.recompute else run(x)
+            x = recomputed(self.recompute, [stage], run, x)
             maps[x.shape[-1]] = x
         return maps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mapo_lightning.models.settings import MLPStyle, ScalarKind
+from mapo_lightning.models.settings import MLPStyle, Recompute, ScalarKind
 from mapo_lightning.types import ConfigError, check_at_least
 
 IMAGE_SIZES = (32, 64, 128)
@@ -26,9 +26,10 @@ class ImageConfig:
     four at 128. The CNN takes 1, 2, 4 ... times the first."""
     layers: int = 2
     """Residual layers per stage; the CNN ignores it."""
-    recompute: bool = False
-    """Keep only what enters a residual stage and compute the rest again in the backward: less
-    memory for more time (docs/performance.md); the CNN ignores it."""
+    recompute: Recompute = "none"
+    """What a residual stage computes again in the backward, to use less memory for more time
+    (docs/performance.md): ``cheap``: norms, activations and attention weights, but no convolution
+    and no projection; ``all``: everything, from what enters the stage. The CNN ignores it."""
 
     def __post_init__(self) -> None:
         if self.size not in IMAGE_SIZES:
