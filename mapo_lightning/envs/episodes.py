@@ -5,6 +5,7 @@ Shapes: N environments side by side, A action.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from mapo_lightning.envs.live_labels import LiveLabeler, Step
 from mapo_lightning.envs.replacement import awaited
+from mapo_lightning.envs.wrappers import BLIND
 from mapo_lightning.types import Frames
 
 Policy = Callable[[Step], NDArray[np.float32]]
@@ -83,7 +85,15 @@ class EpisodeTally:
         self._success = list(success)
 
 
-class RandomPolicy:
+class BlindPolicy(ABC):
+    """A policy that never looks: its test episodes are neither drawn nor labelled."""
+
+    @abstractmethod
+    def __call__(self, step: Step) -> NDArray[np.float32]:
+        """Actions (N, A) of a step, of which only ``is_first`` may be read."""
+
+
+class RandomPolicy(BlindPolicy):
     """Uniform random actions: for the prefill, and as a baseline score.
 
     Args:
@@ -107,7 +117,7 @@ class RandomPolicy:
         return self._action.copy()
 
 
-class StillPolicy:
+class StillPolicy(BlindPolicy):
     """Zero actions: the better baseline where a task begins at its goal."""
 
     def __init__(self, action_dim: int) -> None:
@@ -171,12 +181,18 @@ def _play_batch(
     count, counted = envs.num_envs, int(live.sum())
     first = np.ones(count, bool)
     tally = EpisodeTally(count)
+    blind = isinstance(policy, BlindPolicy) and not record
     with awaited(envs, "begin the test episodes"):
-        obs, _ = envs.reset(seed=seeds)  # type: ignore[arg-type]  # Gymnasium takes one for each
+        obs, _ = envs.reset(
+            seed=seeds,  # type: ignore[arg-type]  # Gymnasium takes one for each
+            options={BLIND: True} if blind else None,
+        )
     filmed = "label_image" if "label_image" in obs else "image"  # people like the larger one
     videos: list[list[Frames]] = [[obs[filmed][n].copy()] for n in range(record)]
     while live.any():
-        step = {"obs": obs["image"], "is_first": first, **live_labeler.update(obs, first, live)}
+        step: Step = {"is_first": first}
+        if not blind:
+            step |= {"obs": obs["image"], **live_labeler.update(obs, first, live)}
         action = policy(step)
         with awaited(envs, "take their next step of a test episode"):
             obs, reward, terminated, truncated, info = envs.step(action)

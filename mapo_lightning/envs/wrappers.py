@@ -22,6 +22,9 @@ from mapo_lightning.envs.actions import action_width, to_space
 from mapo_lightning.envs.snapshots import Freezer, Restorable, Snapshot
 from mapo_lightning.types import EnvironmentSetupError, Frames, MapoError
 
+BLIND = "blind"
+"""Option of a reset: nobody looks at this episode."""
+
 _COUNTERS = ("_first_seed", "_agent_steps", "_np_random", "_np_random_seed")
 _LARGEST = float(np.finfo(np.float32).max)  # replay stores rewards as float32
 
@@ -113,6 +116,7 @@ class PixelEnv(gym.Env[Any, Any]):
             -1.0, 1.0, (action_width(simulator.action_space),), np.float32
         )
         self._first_seed: int | None = seed
+        self._blind = False
         self._agent_steps: int | None = None  # None: the episode has ended or never begun
         self._moment = "before its first reset"
 
@@ -127,14 +131,18 @@ class PixelEnv(gym.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode; see `gymnasium.Env.reset`. ``options`` are not used.
+        """Start an episode; see `gymnasium.Env.reset`.
+
+        Args:
+            seed: Its seed.
+            options: With ``blind``, nothing is drawn in this episode: its pictures are black.
 
         Raises:
             EnvironmentSetupError: The simulator failed.
         """
         if seed is None:
             seed = self._first_seed
-        self._first_seed = None
+        self._first_seed, self._blind = None, bool(options and options.get(BLIND))
         super().reset(seed=seed)
         self._moment = "at reset"
         with self._guarded():
@@ -202,6 +210,7 @@ class PixelEnv(gym.Env[Any, Any]):
             simulator.restore(saved["simulator"])
             for name, value in saved["counters"].items():
                 setattr(self, name, value)
+            self._blind = False
             return self._observe()
 
     def _restorable(self) -> Restorable:
@@ -244,6 +253,8 @@ class PixelEnv(gym.Env[Any, Any]):
         return Outcome(reward, terminated, truncated, success)
 
     def _observe(self) -> Observation:
+        if self._blind:
+            return {name: np.zeros((size, size, 3), np.uint8) for name, size in self._sizes.items()}
         return {name: self.simulator.frame(size) for name, size in self._sizes.items()}
 
     @contextmanager

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mapo_lightning.data.replay import Replay, ReplayError, ReplaySpec
 from mapo_lightning.data.settings import ReplayConfig
 from mapo_lightning.envs.collector import Collector
-from mapo_lightning.envs.episodes import RandomPolicy, StillPolicy, run_episodes
+from mapo_lightning.envs.episodes import Policy, RandomPolicy, StillPolicy, run_episodes
 from mapo_lightning.envs.factory import make_vector_env
 from mapo_lightning.envs.live_labels import LiveLabeler, Step
 from mapo_lightning.envs.replacement import Deaths, close_vector_env
@@ -228,7 +228,7 @@ def test_evaluation_asks_nothing_for_what_fills_its_last_batch(tmp_path: Path) -
         query(ended)
 
     watch._query = counting  # type: ignore[method-assign]
-    run_episodes(clocks(3), watch, lambda seed: StillPolicy(2), [5, 6, 7, 8])
+    run_episodes(clocks(3), watch, lambda seed: lambda step: np.zeros((3, 2)), [5, 6, 7, 8])
     windows = LENGTH // 4
     assert sum(asked) == 4 * windows
     assert len(describer.windows) == windows  # the others are known
@@ -258,6 +258,36 @@ def test_evaluation_plays_every_seed_once(count: int, tmp_path: Path) -> None:
     assert [tuple(e) for e in episodes] == [(total, LENGTH, 1.0)] * 3
     assert [film[:, 0, 0, 0].tolist() for film in films] == [list(range(LENGTH + 1))] * 2
     assert sum(bool(first.any()) for first in seen) == -(-3 // count)
+
+
+def test_policies_that_never_look_cost_no_pictures_and_no_labels(tmp_path: Path) -> None:
+    watch, describer = tracker(tmp_path, 2)
+    envs = make_vector_env(EnvConfig(size=32, time_limit=8), 0, 2)
+    shown: list[Step] = []
+
+    def looking(seed: int) -> Policy:
+        random = RandomPolicy(2, seed)
+
+        def policy(step: Step) -> NDArray[np.float32]:
+            shown.append(step)
+            return random(step)
+
+        return policy
+
+    def blind(seed: int) -> Policy:
+        return RandomPolicy(2, seed)
+
+    try:
+        unseen, _ = run_episodes(envs, watch, blind, [5, 6, 7])
+        assert not describer.windows
+        seen, _ = run_episodes(envs, watch, looking, [5, 6, 7])
+        assert describer.windows
+        filmed, (film,) = run_episodes(envs, watch, blind, [5, 6, 7], record=1)
+    finally:
+        close_vector_env(envs)
+    assert seen == unseen == filmed
+    assert film.any()
+    assert all(step["obs"].any() for step in shown)
 
 
 @pytest.mark.parametrize("label_size", [None, 48])

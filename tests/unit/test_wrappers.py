@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from mapo_lightning.envs.factory import env_seed, make_env, make_vector_env
 from mapo_lightning.envs.settings import EnvConfig
-from mapo_lightning.envs.wrappers import Outcome, PixelEnv, resize_area
+from mapo_lightning.envs.wrappers import BLIND, Outcome, PixelEnv, resize_area
 from mapo_lightning.types import ConfigError, MapoError
 
 
@@ -147,6 +147,23 @@ def test_a_second_image_is_drawn_at_its_own_size() -> None:
     }
     assert env.observation_space.contains(observation)
     assert env.render().shape == (96, 96, 3)
+
+
+def test_in_a_blind_episode_nothing_is_drawn() -> None:
+    simulator = Recorder(UNEQUAL, frame_limit=2)
+    env = PixelEnv(simulator, size=4, label_size=8)
+    seen, _ = env.reset(options={BLIND: True})
+    simulator.frames = 7  # what a picture would show
+    after, *_ = env.step(np.zeros(2, np.float32))
+    for obs in (seen, after):
+        assert {name: image.shape for name, image in obs.items()} == {
+            "image": (4, 4, 3),
+            "label_image": (8, 8, 3),
+        }
+        assert not any(image.any() for image in obs.values())
+    env.reset()
+    obs, *_ = env.step(np.zeros(2, np.float32))
+    assert {int(image.max()) for image in obs.values()} == {1}  # the next episode is seen again
 
 
 def test_resizing_averages_areas_exactly_where_sizes_divide() -> None:
