@@ -260,7 +260,10 @@ class Agent(Protocol):
         ...
 
     def losses(self, world_model: WorldModel, fit: Fit, batch: Batch) -> AgentLoss:
-        """Learn from a batch, and from dreams that start in what ``fit`` believes of it."""
+        """Learn from a batch, and from dreams that start in what ``fit`` believes of it.
+
+        No gradient flows into ``fit``: its graph may be gone.
+        """
         ...
 
     def groups(self) -> Mapping[str, Iterable[nn.Parameter]]:

@@ -99,7 +99,7 @@ class FinetuneModule(TrainedModule):
         """The world model's fit, without its graph, and its total, which brings the gradients.
 
         They are computed before the agent dreams, so that what the images left behind for the
-        backward is gone before what the dreams leave is made: two thirds of the memory.
+        backward is gone before what the dreams leave is made.
         """
         fit = self.world_model.loss(batch)
         fitted = differentiated(fit.total, self.world_model.parameters())
