@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -182,7 +183,10 @@ def differentiated(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     graph that led to ``loss`` is freed here. The result can be used in one backward only.
     """
     wanted = [p for p in parameters if p.requires_grad]
-    with torch.autocast(loss.device.type, enabled=False):
+    device = loss.device.type
+    # on the meta device, where costs are counted, there is no autocast to switch off
+    has_autocast = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         found = torch.autograd.grad(loss, wanted, allow_unused=True)
     used = [(p, g) for p, g in zip(wanted, found, strict=True) if g is not None]
     known: Tensor = _Differentiated.apply(  # type: ignore[no-untyped-call]
