@@ -33,10 +33,11 @@ from mapo_lightning.data.label_corpus import CorpusLabelling
 from mapo_lightning.data.video import FILM_HEIGHT, write_mp4
 from mapo_lightning.run import build
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.episode_player import EpisodePlayer
 from mapo_lightning.run.from_checkpoint import resumed
 from mapo_lightning.run.phase import NAMES
 from mapo_lightning.run.preflight import phases_of
-from mapo_lightning.run.stages import play_episodes, render_demo
+from mapo_lightning.run.stages import render_demo
 from mapo_lightning.run.trainer import build_trainer
 from mapo_lightning.semantics.factory import semantic_dim
 from mapo_lightning.training.acting import greedy
@@ -194,7 +195,8 @@ def _one_episode(cfg: RunConfig, module: Any) -> tuple[float, int]:
     """(seconds, bytes of its film) of one evaluation episode."""
     one = replace(cfg, evaluate=replace(cfg.evaluate, episodes=1, num_envs=1))
     began = time.perf_counter()
-    _, films = play_episodes(one, greedy(module), 1)
+    with EpisodePlayer(one) as play:
+        _, films = play(greedy(module), 1)
     return time.perf_counter() - began, len(write_mp4(None, films[0], cfg.env.fps, FILM_HEIGHT))
 
 

@@ -6,11 +6,9 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import lightning as L
-import torch
 
 from callbacks.collect import CollectExperience
 from callbacks.evaluate import EvaluatePolicy
@@ -18,18 +16,12 @@ from callbacks.label_report import LabelReport
 from callbacks.rollout import ImaginationRollout
 from callbacks.told import ToldUntold, save_report
 from mapo_lightning.envs.demo import render_demo_videos
-from mapo_lightning.envs.episodes import Episode, Policy, run_episodes
 from mapo_lightning.envs.experts import SENTENCES
-from mapo_lightning.envs.factory import make_vector_env
-from mapo_lightning.envs.replacement import (
-    DeadEnvironmentError,
-    Deaths,
-    close_vector_env,
-    lost_processes,
-)
+from mapo_lightning.envs.replacement import close_vector_env
 from mapo_lightning.run import build, job, lineage
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.decisions import judge_decisions, sentence
+from mapo_lightning.run.episode_player import EpisodePlayer
 from mapo_lightning.run.judged_agent import judge_episodes
 from mapo_lightning.run.phase import Learned, end_curves, fit, serve
 from mapo_lightning.run.session import Session
@@ -39,7 +31,6 @@ from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.checkpoint import BEST
 from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores
 from mapo_lightning.training.ranks import seed_of_rank
-from mapo_lightning.types import Frames
 from mapo_lightning.waiting import counting
 
 WATCHED = {
@@ -187,24 +178,24 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     if report is not None:
         log.info("from %s: %s", init_from, report)
     assert stage.collector.spare is not None
-    play = partial(play_episodes, cfg, deaths=stage.collector.spare[1])
-    evaluation = EvaluatePolicy(
-        play, baseline_scores(play, stage.action_dim), cfg.evaluate.seeds, cfg.about,
-        cfg.evaluate.every, cfg.env.fps, best,
-    )  # fmt: skip
     show, frames = cfg.callbacks.progress, cfg.env.frames_per_step
-    collect = CollectExperience(stage.collector, frames, seed, show)
-    extra = [collect, ImaginationRollout(cfg.callbacks.rollout_every), evaluation]
     learned = Learned(lineage.task_of(cfg, session.folder / "replay"), init_from)
-    try:
-        data = build.build_chunks(cfg, stage.replay, seed)
-        logger = fit(
-            session, "finetune", module, data, updates, extra, WATCHED["finetune"], learned,
-            action_dim=stage.action_dim,
+    with EpisodePlayer(cfg, stage.collector.spare[1]) as play:
+        evaluation = EvaluatePolicy(
+            play, baseline_scores(play, stage.action_dim), cfg.evaluate.seeds, cfg.about,
+            cfg.evaluate.every, cfg.env.fps, best,
         )  # fmt: skip
-    except BaseException:
-        close_vector_env(stage.collector.envs)  # Lightning tears callbacks down after success only
-        raise
+        collect = CollectExperience(stage.collector, frames, seed, show)
+        extra = [collect, ImaginationRollout(cfg.callbacks.rollout_every), evaluation]
+        try:
+            data = build.build_chunks(cfg, stage.replay, seed)
+            logger = fit(
+                session, "finetune", module, data, updates, extra, WATCHED["finetune"], learned,
+                action_dim=stage.action_dim,
+            )  # fmt: skip
+        except BaseException:
+            close_vector_env(stage.collector.envs)  # Lightning tears down after success only
+            raise
     if best is not None:
         test_best(session, best)
     elif evaluation.newest is not None:
@@ -242,12 +233,12 @@ def test(session: Session, cfg: RunConfig, path: Path, *, dreams: bool) -> None:
         return
     module, metadata = build.load_finetuned(cfg, path)
     module.to(best_device(cfg.trainer.accelerator))
-    play = partial(play_episodes, cfg)
     # First, because it refuses what it cannot judge at once.
     dream = judge_decisions(cfg, module) if cfg.evaluate.decisions else {}
-    episodes, films = play(greedy(module), cfg.evaluate.videos)
+    with EpisodePlayer(cfg) as play:
+        episodes, films = play(greedy(module), cfg.evaluate.videos)
+        baselines = baseline_scores(play, metadata["action_dim"])
     about = cfg.about | {"checkpoint": str(path), "env_frames": metadata["env_frames"]}
-    baselines = baseline_scores(play, metadata["action_dim"])
     found = Evaluation(Score(tuple(episodes)), baselines, cfg.evaluate.seeds, about, dream)
     found.save_films(session.folder / "videos", films, cfg.env.fps)
     judged = None
@@ -262,43 +253,6 @@ def test(session: Session, cfg: RunConfig, path: Path, *, dreams: bool) -> None:
     if judged is not None:
         judged.record(logger, metadata["env_frames"])
     found.record(logger, films, cfg.env.fps)
-
-
-def play_episodes(
-    cfg: RunConfig, policy_of: Callable[[int], Policy], film: int, deaths: Deaths | None = None
-) -> tuple[list[Episode], list[Frames]]:
-    """Play the evaluation's episodes: the same reset seeds whoever plays.
-
-    Leaves the program's random numbers as they were. Where the process of an environment dies, all
-    episodes are played again in new ones, with the same results.
-
-    Args:
-        cfg: The run.
-        policy_of: Makes the policy for a batch of episodes from its first reset seed.
-        film: Number of episodes whose frames are kept.
-        deaths: Counts processes that die; None: a count of its own.
-
-    Raises:
-        EnvironmentSetupError: Too many died.
-    """
-    cfg = replace(cfg, vlm=build.acting_vlm(cfg))
-    count, seeds = min(cfg.evaluate.num_envs, cfg.evaluate.episodes), cfg.evaluate.seeds
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    deaths = deaths or Deaths(cfg.env.deaths_per_hour)
-    show = cfg.callbacks.progress and tracking.is_main_process()
-    while True:
-        envs = make_vector_env(build.labelled_env(cfg), cfg.evaluate.seed, count)
-        try:
-            with (
-                torch.random.fork_rng(devices=devices),
-                counting("test episodes", "episode", show=show, stays=False) as report,
-            ):
-                live_labeler = build.build_live_labeler(cfg, count, "evaluate")
-                return run_episodes(envs, live_labeler, policy_of, seeds, film, report)
-        except DeadEnvironmentError:
-            deaths.add(lost_processes(envs))
-        finally:
-            close_vector_env(envs)
 
 
 def summary(session: Session, found: Evaluation) -> None:

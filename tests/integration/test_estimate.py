@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from mapo_lightning.config.compose import compose
-from mapo_lightning.run import estimate, stages
+from mapo_lightning.run import estimate
 from mapo_lightning.run.config import RunConfig, conf_folder
+from mapo_lightning.run.episode_player import EpisodePlayer
 from mapo_lightning.run.main import main
 
 TINY = ["trainer=debug", "env=toy", "world_model.image.channels=[4]"]
@@ -52,14 +53,14 @@ def test_a_run_plays_and_films_as_often_as_estimated(
 ) -> None:
     """Twelve updates, evaluated every five."""
     played: list[int] = []
-    play = stages.play_episodes
+    play = EpisodePlayer.__call__
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        episodes, films = play(*args, **kwargs)
+    def counting(*args: Any) -> Any:
+        episodes, films = play(*args)
         played.append(len(films))
         return episodes, films
 
-    monkeypatch.setattr(stages, "play_episodes", counting)
+    monkeypatch.setattr(EpisodePlayer, "__call__", counting)
     words = [*TINY, "stage=finetune", "run_dir=run", f"evaluate.keep_best={keep_best}"]
     words += ["evaluate.every=5", "evaluate.episodes=2", "evaluate.videos=3"]
     words += ["finetune.initial_updates=2", "finetune.train_every=10"]

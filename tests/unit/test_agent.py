@@ -16,9 +16,10 @@ import mapo_lightning
 from mapo_lightning.config.compose import compose
 from mapo_lightning.envs.factory import make_env
 from mapo_lightning.ownership import sign
-from mapo_lightning.run import build, stages
+from mapo_lightning.run import build
 from mapo_lightning.run.agent import ObservationError
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.episode_player import EpisodePlayer
 from mapo_lightning.run.from_checkpoint import configure
 from mapo_lightning.training.acting import ActingPolicy, greedy
 from mapo_lightning.training.checkpoint import write_checkpoint
@@ -58,7 +59,8 @@ def test_an_episode_goes_as_in_evaluation(words: tuple[str, ...], tmp_path: Path
     path = tmp_path / "last.ckpt"
     cfg = save(path, *words, "evaluate.episodes=2")
     module, _ = build.load_finetuned(cfg, path)
-    episodes, _ = stages.play_episodes(cfg, greedy(module), 0)
+    with EpisodePlayer(cfg) as play:
+        episodes, _ = play(greedy(module), 0)
     env = make_env(build.labelled_env(cfg), seed=0)
     torch.manual_seed(99)
     before = torch.get_rng_state()

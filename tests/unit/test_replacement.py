@@ -1,4 +1,4 @@
-"""An evaluation whose environment's process dies is played again, with the same results."""
+"""Test episodes go the same way in new environments, in kept ones, and after a process died."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from numpy.typing import NDArray
 
 from mapo_lightning.config.compose import compose
-from mapo_lightning.envs.episodes import Policy, StillPolicy
+from mapo_lightning.envs.episodes import Policy, RandomPolicy, StillPolicy
 from mapo_lightning.envs.factory import make_env
 from mapo_lightning.envs.live_labels import Step
 from mapo_lightning.envs.replacement import Deaths
 from mapo_lightning.envs.seeded_episodes import SeededEpisodes
-from mapo_lightning.run import stages
+from mapo_lightning.run import episode_player
 from mapo_lightning.run.config import RunConfig
+from mapo_lightning.run.episode_player import EpisodePlayer
 from mapo_lightning.types import EnvironmentSetupError
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
-@pytest.mark.slow
-def test_an_evaluation_is_played_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cfg(tmp_path: Path) -> RunConfig:
     words = ["env=toy", "vlm=none", f"work_dir={tmp_path}", "evaluate.episodes=3"]
-    words += ["env.deaths_per_hour=2"]
-    cfg = compose(words, RunConfig, CONF).config
+    return compose([*words, "env.deaths_per_hour=2"], RunConfig, CONF).config
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[AsyncVectorEnv]:
+    """Environments that a player starts, each in a process of its own."""
     made: list[AsyncVectorEnv] = []
 
     def in_processes(env: Any, seed: int, count: int) -> AsyncVectorEnv:
@@ -38,6 +43,24 @@ def test_an_evaluation_is_played_again(tmp_path: Path, monkeypatch: pytest.Monke
         )
         return made[-1]
 
+    monkeypatch.setattr(episode_player, "make_vector_env", in_processes)
+    return made
+
+
+def alive(made: list[AsyncVectorEnv]) -> int:
+    return sum(process.is_alive() for envs in made for process in envs.processes)
+
+
+def still(seed: int) -> Policy:
+    return StillPolicy(2)
+
+
+def random(seed: int) -> Policy:
+    return RandomPolicy(2, seed)
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_played_again(cfg: RunConfig, made: list[AsyncVectorEnv]) -> None:
     def fatal(lives: int) -> Any:
         """Policies under which one process dies in the third step, as often as asked."""
 
@@ -47,7 +70,7 @@ def test_an_evaluation_is_played_again(tmp_path: Path, monkeypatch: pytest.Monke
             def policy(step: Step) -> NDArray[np.float32]:
                 nonlocal count
                 count += 1
-                if count == 3 and 0 < len(made) <= lives:
+                if count == 3 and len(made) <= lives:
                     made[-1].processes[0].kill()
                     made[-1].processes[0].join()
                 return StillPolicy(2)(step)
@@ -56,11 +79,51 @@ def test_an_evaluation_is_played_again(tmp_path: Path, monkeypatch: pytest.Monke
 
         return policy_of
 
-    expected, _ = stages.play_episodes(cfg, fatal(0), 0)
-    monkeypatch.setattr(stages, "make_vector_env", in_processes)
+    with EpisodePlayer(cfg) as play:
+        expected, _ = play(still, 0)
+    made.clear()
     deaths = Deaths(cfg.env.deaths_per_hour, clock=lambda: 0.0)
-    assert stages.play_episodes(cfg, fatal(2), 0, deaths)[0] == expected
-    assert (deaths.count, len(made)) == (2, 3)
-    with pytest.raises(EnvironmentSetupError, match=r"3 processes .*deaths_per_hour allows 2"):
-        stages.play_episodes(cfg, fatal(4), 0, deaths)
-    assert not any(process.is_alive() for envs in made for process in envs.processes)
+    with EpisodePlayer(cfg, deaths) as play:
+        assert play(fatal(2), 0)[0] == expected
+        assert (deaths.count, len(made)) == (2, 3)
+        made[-1].processes[0].kill()  # between two evaluations
+        made[-1].processes[0].join()
+        with pytest.raises(EnvironmentSetupError, match=r"3 processes .*deaths_per_hour allows 2"):
+            play(still, 0)
+    assert not alive(made)
+
+
+@pytest.mark.slow
+def test_environments_are_kept_and_remember_nothing(
+    cfg: RunConfig, made: list[AsyncVectorEnv]
+) -> None:
+    def played(*policies: Any) -> list[Any]:
+        with EpisodePlayer(cfg) as play:
+            return [play(policy_of, 0)[0] for policy_of in policies]
+
+    alone = [played(policy_of)[0] for policy_of in (random, still)]
+    assert alone[0] != alone[1]
+    made.clear()
+    assert played(random, still, random) == [*alone, alone[0]]
+    assert len(made) == 1
+    assert not alive(made)
+
+
+@pytest.mark.slow
+def test_a_broken_off_evaluation_leaves_no_step_behind(
+    cfg: RunConfig, made: list[AsyncVectorEnv]
+) -> None:
+    def broken_off(seed: int) -> Policy:
+        def policy(step: Step) -> NDArray[np.float32]:
+            made[-1].step_async(np.zeros((2, 2), np.float32))
+            raise KeyboardInterrupt
+
+        return policy
+
+    cfg.evaluate.num_envs = 2
+    with EpisodePlayer(cfg) as play:
+        expected, _ = play(random, 0)
+        with pytest.raises(KeyboardInterrupt):
+            play(broken_off, 0)
+        assert not alive(made)
+        assert play(random, 0)[0] == expected

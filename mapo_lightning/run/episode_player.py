@@ -1,0 +1,96 @@
+"""Plays the test episodes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from types import TracebackType
+
+import torch
+from gymnasium.vector import AsyncVectorEnv, VectorEnv
+
+from mapo_lightning.envs.episodes import Episode, Policy, run_episodes
+from mapo_lightning.envs.factory import make_vector_env
+from mapo_lightning.envs.replacement import (
+    DeadEnvironmentError,
+    Deaths,
+    close_vector_env,
+    end_processes,
+    lost_processes,
+)
+from mapo_lightning.run import build
+from mapo_lightning.run.config import RunConfig
+from mapo_lightning.tracking.logger import is_main_process
+from mapo_lightning.types import Frames
+from mapo_lightning.waiting import counting
+
+
+class EpisodePlayer(AbstractContextManager["EpisodePlayer"]):
+    """Plays the evaluation's episodes: the same reset seeds whoever plays.
+
+    Its environments are started for the first episodes and kept for the next ones, because starting
+    their processes takes seconds. What an episode does depends on its seed and on who plays alone.
+
+    Args:
+        cfg: The run.
+        deaths: Counts processes that die; None: a count of its own.
+    """
+
+    def __init__(self, cfg: RunConfig, deaths: Deaths | None = None) -> None:
+        self.cfg = replace(cfg, vlm=build.acting_vlm(cfg))
+        self.deaths = deaths or Deaths(cfg.env.deaths_per_hour)
+        self._envs: VectorEnv | None = None
+
+    def __call__(
+        self, policy_of: Callable[[int], Policy], film: int
+    ) -> tuple[list[Episode], list[Frames]]:
+        """Play every episode once, and leave the program's random numbers as they were.
+
+        Where the process of an environment dies, all episodes are played again in new ones, with
+        the same results.
+
+        Args:
+            policy_of: Makes the policy for a batch of episodes from its first reset seed.
+            film: Number of episodes whose frames are returned.
+
+        Raises:
+            EnvironmentSetupError: Too many processes died.
+        """
+        cfg, test = self.cfg, self.cfg.evaluate
+        count = min(test.num_envs, test.episodes)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        show = cfg.callbacks.progress and is_main_process()
+        while True:
+            if self._envs is None:
+                self._envs = make_vector_env(build.labelled_env(cfg), test.seed, count)
+            try:
+                with (
+                    torch.random.fork_rng(devices=devices),
+                    counting("test episodes", "episode", show=show, stays=False) as report,
+                ):
+                    labeler = build.build_live_labeler(cfg, count, "evaluate")
+                    return run_episodes(self._envs, labeler, policy_of, test.seeds, film, report)
+            except DeadEnvironmentError:
+                lost, self._envs = lost_processes(self._envs), None
+                self.deaths.add(lost)
+            except BaseException:
+                if isinstance(self._envs, AsyncVectorEnv):
+                    end_processes(self._envs)  # in the middle of a step they could not be closed
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """End the environments; the next episodes would start new ones."""
+        envs, self._envs = self._envs, None
+        if envs is not None:
+            close_vector_env(envs)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
