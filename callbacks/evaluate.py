@@ -58,9 +58,11 @@ class EvaluatePolicy(L.Callback):
         """A resumed run must beat the agent that is kept, whatever checkpoint it resumes from."""
         self._broken_off = bool(state_dict.get("broken_off"))
         self.best_return = float(state_dict["best_return"])
-        if self.best is not None and self.best.exists():
-            kept = read_checkpoint(self.best, mapped=True)["callbacks"][self.state_key]
-            self.best_return = float(kept["best_return"])
+        if self.best is not None:
+            self.best_return = -math.inf  # what is not there has to be beaten by nobody
+            if self.best.exists():
+                kept = read_checkpoint(self.best, mapped=True)["callbacks"][self.state_key]
+                self.best_return = float(kept["best_return"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make up for an evaluation that was broken off."""

@@ -21,11 +21,14 @@ class Renamed:
     """Dotted key, as it is now -> old value -> new value."""
 
     def check_word(self, key: str, value: str) -> None:
-        """Refuse an old key on the command line.
+        """Refuse an old key, or an old value, on the command line.
 
         Raises:
             ConfigError: Names the successor.
         """
+        for old, successor in self.values.get(key, {}).items():
+            if value.strip().lower() == str(old).lower():
+                raise ConfigError(f"{key}={value} is now {key}={successor}")
         new = self.keys.get(key)
         if new is not None and not (_is_section(key, new) and value.lstrip().startswith("{")):
             raise ConfigError(f"{key} is now {new}: write {new}={value}")
@@ -41,15 +44,16 @@ class Renamed:
             raise ConfigError(f"'{group}={name}' is now '{new}': write {new}")
 
     def check_file(self, content: Mapping[str, Any], origin: str) -> None:
-        """Refuse a file with old keys.
+        """Refuse a file with old keys or values.
 
         Raises:
             ConfigError: Names all of them with their successors.
         """
-        found = list(self._found(content))
+        found = [f"{old} is now {self.keys[old]}" for old in self._found(content)]
+        for key, old, new in self._values(content):
+            found.append(f"{key}: {str(old).lower()} is now {new}")
         if found:
-            pairs = ", ".join(f"{old} is now {self.keys[old]}" for old in found)
-            raise ConfigError(f"{origin}: renamed keys: {pairs}")
+            raise ConfigError(f"{origin}: renamed: {', '.join(found)}")
 
     def translate(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """Copy nested keys with the old ones moved to their successors, and values with a new name.
@@ -69,12 +73,18 @@ class Renamed:
                 if not isinstance(owner, dict):
                     raise ConfigError(f"{key} cannot be set, because {parent} is a single value")
             owner.setdefault(name, value)
-        for key, successors in self.values.items():
+        for key, _, new in list(self._values(tree)):
             owner, name = _owner(tree, key)
+            owner[name] = new
+        return tree
+
+    def _values(self, content: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+        """Keys whose value has a new name, that value, and its successor."""
+        for key, successors in self.values.items():
+            owner, name = _owner(content, key)
             value = None if owner is None else owner.get(name)
             if isinstance(value, Hashable) and value in successors:
-                owner[name] = successors[value]
-        return tree
+                yield key, value, successors[value]
 
     def _found(self, content: Mapping[str, Any]) -> Iterator[str]:
         for old, new in self.keys.items():

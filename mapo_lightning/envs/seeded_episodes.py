@@ -48,6 +48,7 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self.episode: OpenEpisode | None = None
         self._first_seed, self._number = seed, -1
+        self._options: dict[str, Any] | None = None
         self._withheld: Any = None
 
     def reset(
@@ -58,7 +59,7 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         Args:
             seed: Its seed, and of the episodes that follow; None: the next episode's.
             options: ``go_on`` takes up the episode of the attribute ``episode``; all others are
-                passed on.
+                passed on, those given with a seed also in the episodes that follow.
 
         Returns:
             Observation and info. Where an episode was taken up, ``info`` has the ``reward`` of its
@@ -71,7 +72,8 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         if seed is None:
             self._number += 1
         else:
-            self._first_seed, self._number = seed, 0
+            self._first_seed, self._number, self._options = seed, 0, options
+        options = self._options if options is None else options
         return self.env.reset(seed=episode_seed(self._first_seed, self._number), options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -83,6 +85,7 @@ class SeededEpisodes(gym.Wrapper[Any, Any, Any, Any]):
 
     def _go_on(self, episode: OpenEpisode) -> tuple[Any, dict[str, Any]]:
         self._first_seed, self._number = episode.first_seed, episode.number
+        self._options = None
         obs, info = self.env.reset(seed=episode_seed(self._first_seed, self._number))
         if episode.withheld:
             self._withheld = obs, info

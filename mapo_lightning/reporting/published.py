@@ -35,6 +35,7 @@ _FREE = (
     "callbacks", "play", "trainer", "tracking", "launch", "env.num_envs", "env.deaths_per_hour",
     "evaluate.num_envs", "evaluate.videos", "evaluate.dreams", "evaluate.rollouts",
     "evaluate.decisions", "finetune.collect_ahead", "world_model.recurrence",
+    "world_model.image.recompute",
 )  # fmt: skip
 """Settings that each reader chooses, and that change nothing in what a number means."""
 _DESCRIBER = "Qwen2.5-VL-7B"

@@ -23,6 +23,7 @@ _NO_METHOD = (
     "vlm.server", "vlm.device", "vlm.batch_size", "vlm.store", "vlm.cached_only", "vlm.reviews",
     "evaluate", "env.kind", "env.name", "env.num_envs", "env.deaths_per_hour",
     "finetune.collect_ahead", "world_model.recurrence",
+    "world_model.image.recompute",
 )  # fmt: skip
 """Settings that make no other method of a run: seeds, places, machines, and what is watched."""
 _SAME = ("env", "evaluate.episodes", "evaluate.seed", "evaluate.keep_best", "finetune.agent_steps")

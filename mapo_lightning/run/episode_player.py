@@ -30,7 +30,8 @@ class EpisodePlayer(AbstractContextManager["EpisodePlayer"]):
     """Plays the evaluation's episodes: the same reset seeds whoever plays.
 
     Its environments are started for the first episodes and kept for the next ones, because starting
-    their processes takes seconds. What an episode does depends on its seed and on who plays alone.
+    their processes takes seconds; those of Gymnasium, which may remember, are started anew. What an
+    episode does depends on its seed and on who plays alone.
 
     Args:
         cfg: The run.
@@ -58,27 +59,36 @@ class EpisodePlayer(AbstractContextManager["EpisodePlayer"]):
             EnvironmentSetupError: Too many processes died.
         """
         cfg, test = self.cfg, self.cfg.evaluate
-        count = min(test.num_envs, test.episodes)
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         show = cfg.callbacks.progress and is_main_process()
         while True:
-            if self._envs is None:
-                self._envs = make_vector_env(build.labelled_env(cfg), test.seed, count)
+            envs = self.start()
             try:
                 with (
                     torch.random.fork_rng(devices=devices),
                     counting("test episodes", "episode", show=show, stays=False) as report,
                 ):
-                    labeler = build.build_live_labeler(cfg, count, "evaluate")
-                    return run_episodes(self._envs, labeler, policy_of, test.seeds, film, report)
+                    labeler = build.build_live_labeler(cfg, envs.num_envs, "evaluate")
+                    return run_episodes(envs, labeler, policy_of, test.seeds, film, report)
             except DeadEnvironmentError:
-                lost, self._envs = lost_processes(self._envs), None
-                self.deaths.add(lost)
+                self._envs = None
+                self.deaths.add(lost_processes(envs))
             except BaseException:
-                if isinstance(self._envs, AsyncVectorEnv):
-                    end_processes(self._envs)  # in the middle of a step they could not be closed
+                if isinstance(envs, AsyncVectorEnv):
+                    end_processes(envs)  # in the middle of a step they could not be closed
                 self.close()
                 raise
+            finally:
+                if cfg.env.kind == "gym":  # other people's code may remember earlier episodes
+                    self.close()
+
+    def start(self) -> VectorEnv:
+        """Start the environments, unless they are; playing does that too."""
+        if self._envs is None:
+            test = self.cfg.evaluate
+            count = min(test.num_envs, test.episodes)
+            self._envs = make_vector_env(build.labelled_env(self.cfg), test.seed, count)
+        return self._envs
 
     def close(self) -> None:
         """End the environments; the next episodes would start new ones."""

@@ -194,10 +194,12 @@ def evaluations(cfg: EvaluateConfig, updates: int) -> tuple[int, int]:
 def _one_episode(cfg: RunConfig, module: Any) -> tuple[float, int]:
     """(seconds, bytes of its film) of one evaluation episode."""
     one = replace(cfg, evaluate=replace(cfg.evaluate, episodes=1, num_envs=1))
-    began = time.perf_counter()
     with EpisodePlayer(one) as play:
+        play.start()  # once in a run
+        began = time.perf_counter()
         _, films = play(greedy(module), 1)
-    return time.perf_counter() - began, len(write_mp4(None, films[0], cfg.env.fps, FILM_HEIGHT))
+        seconds = time.perf_counter() - began
+    return seconds, len(write_mp4(None, films[0], cfg.env.fps, FILM_HEIGHT))
 
 
 class _Watch(L.Callback):

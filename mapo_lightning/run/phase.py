@@ -23,6 +23,7 @@ from mapo_lightning.tracking import logger as tracking
 from mapo_lightning.tracking.curves import local_loggers
 from mapo_lightning.training.base_module import TrainedModule
 from mapo_lightning.training.checkpoint import BEST, read_checkpoint
+from mapo_lightning.training.evaluation import Evaluation
 from mapo_lightning.training.metadata import signed_part
 from mapo_lightning.types import MapoError
 
@@ -140,8 +141,16 @@ def about(session: Session, phase: str) -> dict[str, str]:
     return {name: str(value) for name, value in found.items()}
 
 
-def end_curves(session: Session, phase: str) -> tracking.RunLogger | None:
-    """Deliver what a finished training still had on its way to MLflow when it was killed."""
+def end_curves(
+    session: Session, phase: str, late: Evaluation | None = None
+) -> tracking.RunLogger | None:
+    """Deliver what a finished training still had on its way to MLflow when it was killed.
+
+    Args:
+        session: The run, resumed.
+        phase: The training.
+        late: An evaluation that was made since, of its last agent.
+    """
     identity = session.resumed.tracked(phase)
     if identity is None:
         return None
@@ -152,6 +161,8 @@ def end_curves(session: Session, phase: str) -> tracking.RunLogger | None:
         content = read_checkpoint(session.resumed.path, mapped=True)
         if "curves" in content:
             run.resume(content["curves"])
+        if late is not None:
+            run.log_metrics(late.metrics(), late.about["env_frames"])
         run.finalize()
         for path in (session.folder / phase / f"{name}.ckpt" for name in KEPT):
             if path.is_file():

@@ -28,7 +28,7 @@ from mapo_lightning.run.session import Session
 from mapo_lightning.run.trainer import best_device
 from mapo_lightning.tracking import logger as tracking
 from mapo_lightning.training.acting import greedy
-from mapo_lightning.training.checkpoint import BEST
+from mapo_lightning.training.checkpoint import BEST, read_checkpoint, write_checkpoint
 from mapo_lightning.training.evaluation import Evaluation, Score, baseline_scores
 from mapo_lightning.training.ranks import seed_of_rank
 from mapo_lightning.waiting import counting
@@ -205,13 +205,38 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
 
 def _end(session: Session, best: Path | None) -> None:
     """What is left of a fine-tuning that was stopped after its last update."""
-    logger = end_curves(session, "finetune")
-    if not (session.folder / "evaluation.json").exists():  # stopped in its last episodes
+    done = (session.folder / "evaluation.json").exists()
+    late = None if done or best is None else _made_up(session, best)
+    logger = end_curves(session, "finetune", late)
+    if not done:  # stopped in its last episodes
         if best is not None:
             test_best(session, best)
         else:
             test(session, session.cfg, session.resumed.path, dreams=False)
     serve(session, logger)
+
+
+def _made_up(session: Session, best: Path) -> Evaluation | None:
+    """Make up for the evaluation of the last agent, if it was broken off, and keep the better one.
+
+    So it is where no agent was kept. None: there is nothing to make up for.
+    """
+    if not tracking.is_main_process():
+        return None
+    cfg, content = session.cfg, read_checkpoint(session.resumed.path)
+    state = content["callbacks"][EvaluatePolicy.__qualname__]
+    if best.is_file() and not state.get("broken_off"):
+        return None
+    log.info("playing the test episodes of the last agent, which were broken off")
+    module, metadata = build.load_finetuned(cfg, session.resumed.path)
+    module.to(best_device(cfg.trainer.accelerator))
+    with EpisodePlayer(cfg) as play:
+        score = Score(tuple(play(greedy(module), 0)[0]))
+    about = cfg.about | {"env_frames": metadata["env_frames"], "updates": session.resumed.updates}
+    if not best.is_file() or not score.mean <= state["best_return"]:
+        state |= {"best_return": score.mean, "broken_off": False}
+        write_checkpoint(content, best)
+    return Evaluation(score, {}, cfg.evaluate.seeds, about)
 
 
 def test_best(session: Session, path: Path) -> None:

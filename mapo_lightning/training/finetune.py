@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mapo_lightning.models.agents.planner import Planner
@@ -63,6 +64,12 @@ class FinetuneModule(TrainedModule):
             )
         for name in cfg.freeze:
             parts[name].requires_grad_(False)
+        groups = {**world_model.groups(), **agent.groups()}
+        if not any(p.requires_grad for group in groups.values() for p in group):
+            raise ConfigError(
+                f"finetune.freeze={','.join(cfg.freeze)} leaves nothing to learn: the agent "
+                f"{type(agent).__name__} has no parameters that this optimiser moves"
+            )
         if cfg.agent_updates > 1 and not agent.groups():
             raise ConfigError(
                 f"finetune.agent_updates={cfg.agent_updates} repeats the updates of the agent's "
@@ -100,10 +107,12 @@ class FinetuneModule(TrainedModule):
         """The world model's fit, without its graph, and its total, which brings the gradients.
 
         They are computed before the agent dreams, so that what the images left behind for the
-        backward is gone before what the dreams leave is made.
+        backward is gone before what the dreams leave is made. Several processes keep that memory:
+        DDP sends gradients while the backward of the others goes on.
         """
         fit = self.world_model.loss(batch)
-        fitted = differentiated(fit.total, self.world_model.parameters())
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        fitted = differentiated(fit.total, self.world_model.parameters()) if alone else fit.total
         return Fit(fit.total.detach(), fit.log, fit.belief.detach()), fitted
 
     def _update_agent(self, fit: Fit, batch: Batch) -> dict[str, Tensor]:
@@ -179,10 +188,13 @@ class _Differentiated(torch.autograd.Function):
 def differentiated(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """``loss`` with its gradients computed now; the backward of what comes of it hands them on.
 
-    Parameters get them in that backward, like any others, so that hooks (of DDP) run as ever. The
-    graph that led to ``loss`` is freed here. The result can be used in one backward only.
+    Parameters get them in that backward, like any others, so that what waits for it (DDP) works as
+    ever; but hooks on a parameter's gradient run in both. The graph that led to ``loss`` is freed
+    here. The result can be used in one backward only. Without parameters that learn: ``loss``.
     """
     wanted = [p for p in parameters if p.requires_grad]
+    if not wanted or not loss.requires_grad:
+        return loss.detach()
     device = loss.device.type
     # on the meta device, where costs are counted, there is no autocast to switch off
     has_autocast = torch.amp.is_autocast_available(device)

@@ -222,6 +222,23 @@ def test_a_part_that_is_not_there_cannot_be_frozen() -> None:
         module_of(dreamer, freeze=["retina"])
 
 
+@pytest.mark.slow
+def test_an_agent_learns_in_a_frozen_world_model() -> None:
+    parts = sorted(dreamer()[0].parts())
+    module = module_of(dreamer, freeze=parts)
+    train(module, 1)
+    learns = {n.split(".")[0] for n, p in module.named_parameters() if p.grad is not None}
+    assert learns == {"agent"}
+
+
+@pytest.mark.slow
+def test_something_has_to_learn() -> None:
+    world, agent = dreamer()
+    agent.groups = dict  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="leaves nothing to learn: the agent DreamerAgent"):
+        FinetuneModule(world, agent, FinetuneConfig(freeze=sorted(world.parts())))  # type: ignore[arg-type]
+
+
 def test_an_agent_without_parameters_has_nothing_to_update_twice() -> None:
     with pytest.raises(ConfigError, match=r"agent_updates=2 .* but RandomShooting has none"):
         module_of(planner, agent_updates=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import signal
 import sqlite3
@@ -20,6 +21,8 @@ import yaml
 from killing import differences, experience, state_of
 from program import SMALL, TRAIN, end, start, train
 
+from mapo_lightning.run.episode_player import EpisodePlayer
+from mapo_lightning.run.main import main
 from mapo_lightning.training.checkpoint import read_checkpoint
 
 FINETUNE = [*SMALL, "stage=finetune", "callbacks.rollout_every=1000"]
@@ -259,3 +262,37 @@ def test_resuming_twice_from_one_checkpoint_gives_the_same_weights(
     assert first["global_step"] == second["global_step"] == 10
     for key, tensor in first["state_dict"].items():
         assert torch.equal(tensor, second["state_dict"][key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("earlier", [False, True], ids=["none kept", "one kept"])
+def test_the_last_evaluation_is_made_up_for(
+    earlier: bool, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal breaks it off, when no update is left that a resumed run would begin with."""
+    words = [*FINETUNE, "evaluate.keep_best=true", "evaluate.episodes=2", "evaluate.num_envs=1"]
+    words += [f"evaluate.every={5 if earlier else 500}", "finetune.initial_updates=2"]
+    words += ["finetune.train_every=10", "finetune.prefill=60", "finetune.agent_steps=120"]
+    play, calls = EpisodePlayer.__call__, [3 + earlier]  # the baselines, and an agent before it
+
+    def broken_off(self: EpisodePlayer, *args: Any) -> Any:
+        calls[0] -= 1
+        if calls[0] == -1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return play(self, *args)
+
+    def kept(run: str) -> tuple[int, float]:
+        found = read_checkpoint(in_tmp / run / "finetune/best.ckpt")
+        return found["global_step"], found["callbacks"]["EvaluatePolicy"]["best_return"]
+
+    assert main([*words, "run_dir=whole"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(EpisodePlayer, "__call__", broken_off)
+        assert main([*words, "run_dir=run"]) == 130
+    assert (in_tmp / "run/finetune/best.ckpt").is_file() == earlier
+    assert main(["resume=run"]) == 0
+    assert kept("run") == kept("whole")
+    files = [in_tmp / run / "evaluation.json" for run in ("run", "whole")]
+    mended, whole = (json.loads(file.read_text()) for file in files)
+    assert mended["policies"] == whole["policies"]
+    assert mended["env_frames"] == whole["env_frames"]

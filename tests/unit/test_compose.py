@@ -217,12 +217,12 @@ RENAMED = Renamed(
         (["env=cartoon"], "'env=cartoon' is now 'env=suite/reach': write env=suite/reach"),
         (
             ["config=old.yaml"],
-            "old.yaml: renamed keys: env is now env.kind, train.lr is now train.",
+            "old.yaml: renamed: env is now env.kind, train.lr is now train.",
         ),
-        (["experiment=old"], "conf/experiment/old.yaml: renamed keys: note is now train.note"),
+        (["experiment=old"], "conf/experiment/old.yaml: renamed: note is now train.note"),
         (["experiment=older"], "'env=cartoon' is now 'env=suite/reach'"),
         (["experiment=oldest"], "'seed' is a key, not a group: write it beside 'defaults', not"),
-        (["experiment=rows/a"], "rows.yaml, variant 'a': renamed keys: train.lr is now train.rate"),
+        (["experiment=rows/a"], "rows.yaml, variant 'a': renamed: train.lr is now train.rate"),
         (["--help", "train.lr"], "train.lr is now train.rate"),
     ],
 )

@@ -113,12 +113,17 @@ def test_settings_of_version_0_1_0_are_refused_as_a_file_of_their_own() -> None:
         configure([f"config={OLD}"], CONF)
     for old, new in RENAMED.keys.items():
         assert f"{old} is now {new}" in str(caught.value)
+    assert "world_model.image.recompute: false is now none" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("word", "message"),
     [
         ("vlm.marks=m.json", "vlm.marks is now vlm.reviews: write vlm.reviews=m.json"),
+        (
+            "world_model.image.recompute=true",
+            "world_model.image.recompute=true is now world_model.image.recompute=all",
+        ),
         ("vlm.window=4", "vlm.window is now vlm.window.frames: write vlm.window.frames=4"),
         ("env=dmc_walker_run", "'env=dmc_walker_run' is now 'env=dmc/walker_run'"),
         ("env=dmc/finger_spin", "Any other task is env=dmc env.name=finger_spin."),

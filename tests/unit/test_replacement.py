@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from numpy.typing import NDArray
 
@@ -127,3 +130,36 @@ def test_a_broken_off_evaluation_leaves_no_step_behind(
             play(broken_off, 0)
         assert not alive(made)
         assert play(random, 0)[0] == expected
+
+
+class Tiring(gym.Env[Any, Any]):
+    """Pays less from episode to episode."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    observation_space, action_space = spaces.Box(0.0, 1.0, (1,)), spaces.Box(-1.0, 1.0, (2,))
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode, self.episodes = render_mode, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.episodes += 1
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return np.zeros(1, np.float32), 1.0 / self.episodes, False, False, {}
+
+    def render(self) -> Any:
+        return np.full((20, 30, 3), 9, np.uint8)
+
+
+gym.register("Tiring-v0", Tiring, max_episode_steps=4)
+
+
+def test_an_environment_that_remembers_is_started_anew(cfg: RunConfig) -> None:
+    cfg.env = replace(cfg.env, kind="gym", name="Tiring-v0")
+    cfg.evaluate.num_envs = 1
+    with EpisodePlayer(cfg) as play:
+        first, again = (play(still, 0)[0] for _ in range(2))
+    assert first == again
+    assert first[0].score == 4.0 > first[1].score

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mapo_lightning.envs.factory import make_env
 from mapo_lightning.envs.seeded_episodes import GO_ON, OpenEpisode, SeededEpisodes, episode_seed
 from mapo_lightning.envs.settings import EnvConfig
+from mapo_lightning.envs.wrappers import BLIND
 
 METAWORLD = ("door-open", "drawer-close", "lever-pull", "dial-turn")
 SEED, STEPS, EPISODES = 11, 12, 3
@@ -103,3 +104,26 @@ def test_a_withheld_frame_is_shown_at_the_next_step() -> None:
     assert np.array_equal(obs["image"], first["image"])
     assert (reward, terminated, truncated) == (0.0, False, False)
     assert not np.array_equal(env.step(np.ones(2, np.float32))[0]["image"], first["image"])
+
+
+def test_episodes_that_nobody_looks_at_are_followed_by_such() -> None:
+    env = make("toy", "disc")
+    env.reset(seed=5, options={BLIND: True})
+    assert not env.reset()[0]["image"].any()  # as where another environment plays on
+    env.reset(seed=5)
+    assert env.reset()[0]["image"].any()
+    env.reset(seed=5, options={BLIND: True})
+    env.episode = OpenEpisode(SEED, 1, np.zeros((0, 2), np.float32))
+    env.reset(options={GO_ON: True})
+    assert env.reset()[0]["image"].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lqr_lqr_2_1", "reacher_easy"])
+def test_two_robots_of_a_task_are_the_same(name: str) -> None:
+    """The masses and springs of some tasks are drawn, too."""
+    envs = [make("dmc", name), make("dmc", name)]
+    taken = actions(envs[0])
+    for env in envs:
+        env.reset()
+    assert play(envs[0], taken) == play(envs[1], taken)
