@@ -23,7 +23,7 @@ from mapo_lightning.types import Batch, ConfigError
 class FinetuneModule(TrainedModule):
     """World model and agent, trained together on replayed and imagined experience.
 
-    One optimiser with a named group per part and one backward per batch: DDP reduces every gradient
+    One optimiser with a named group per part and one step per batch: DDP reduces every gradient
     once, and ``trainer.global_step`` counts batches.
 
     Deviation: one-backward. The actor dreams in the model as it was before this batch's update,
