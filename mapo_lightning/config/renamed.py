@@ -50,7 +50,7 @@ class Renamed:
             ConfigError: Names all of them with their successors.
         """
         found = [f"{old} is now {self.keys[old]}" for old in self._found(content)]
-        for key, old, new in self._values(content):
+        for key, old, new in self._old_values(content):
             found.append(f"{key}: {str(old).lower()} is now {new}")
         if found:
             raise ConfigError(f"{origin}: renamed: {', '.join(found)}")
@@ -73,12 +73,12 @@ class Renamed:
                 if not isinstance(owner, dict):
                     raise ConfigError(f"{key} cannot be set, because {parent} is a single value")
             owner.setdefault(name, value)
-        for key, _, new in list(self._values(tree)):
+        for key, _, new in list(self._old_values(tree)):
             owner, name = _owner(tree, key)
             owner[name] = new
         return tree
 
-    def _values(self, content: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    def _old_values(self, content: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         """Keys whose value has a new name, that value, and its successor."""
         for key, successors in self.values.items():
             owner, name = _owner(content, key)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mapo_lightning.models.settings import ScalarKind
 
@@ -43,7 +44,7 @@ class UnitNormal:
 
     def error(self, raw: Tensor, target: Tensor) -> Tensor:
         """Half the squared difference."""
-        return 0.5 * (self.read(raw) - target).pow(2)
+        return 0.5 * F.mse_loss(self.read(raw), target, reduction="none")
 
 
 class TwoHot:

@@ -176,7 +176,7 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, known: Sequence[Tensor], *_parameters: Tensor) -> Tensor:
         ctx.known = known
-        return loss.clone()
+        return loss.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -190,7 +190,7 @@ def differentiated(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
 
     Parameters get them in that backward, like any others, so that what waits for it (DDP) works as
     ever; but hooks on a parameter's gradient run in both. The graph that led to ``loss`` is freed
-    here. The result can be used in one backward only. Without parameters that learn: ``loss``.
+    here. The result can be used in one backward only. Where nothing learns, it has no gradients.
     """
     wanted = [p for p in parameters if p.requires_grad]
     if not wanted or not loss.requires_grad:

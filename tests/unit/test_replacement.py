@@ -15,7 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from numpy.typing import NDArray
 
 from mapo_lightning.config.compose import compose
-from mapo_lightning.envs.episodes import Policy, RandomPolicy, StillPolicy
+from mapo_lightning.envs.episodes import Episode, Policy, RandomPolicy, StillPolicy
 from mapo_lightning.envs.factory import make_env
 from mapo_lightning.envs.live_labels import Step
 from mapo_lightning.envs.replacement import Deaths
@@ -32,6 +32,13 @@ CONF = Path(__file__).parents[2] / "conf"
 def cfg(tmp_path: Path) -> RunConfig:
     words = ["env=toy", "vlm=none", f"work_dir={tmp_path}", "evaluate.episodes=3"]
     return compose([*words, "env.deaths_per_hour=2"], RunConfig, CONF).config
+
+
+@pytest.fixture
+def expected(cfg: RunConfig) -> list[Episode]:
+    """What no action gets in environments as they are started without a test."""
+    with EpisodePlayer(cfg) as play:
+        return play(still, 0)[0]
 
 
 @pytest.fixture
@@ -63,7 +70,9 @@ def random(seed: int) -> Policy:
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_played_again(cfg: RunConfig, made: list[AsyncVectorEnv]) -> None:
+def test_an_evaluation_is_played_again(
+    cfg: RunConfig, expected: list[Episode], made: list[AsyncVectorEnv]
+) -> None:
     def fatal(lives: int) -> Any:
         """Policies under which one process dies in the third step, as often as asked."""
 
@@ -82,9 +91,6 @@ def test_an_evaluation_is_played_again(cfg: RunConfig, made: list[AsyncVectorEnv
 
         return policy_of
 
-    with EpisodePlayer(cfg) as play:
-        expected, _ = play(still, 0)
-    made.clear()
     deaths = Deaths(cfg.env.deaths_per_hour, clock=lambda: 0.0)
     with EpisodePlayer(cfg, deaths) as play:
         assert play(fatal(2), 0)[0] == expected

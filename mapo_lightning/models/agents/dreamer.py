@@ -176,7 +176,7 @@ class DreamerAgent(nn.Module):
         entropy_IN = policy.policies.entropy()
         # Eq. (5). The action taken in state i first shows in the target of state i + 1.
         gain_IN = self._gain(target_IN, trusted_IN, policy, action_INA)
-        gain_IN = gain_IN + self.cfg.entropy * entropy_IN[:-1]
+        gain_IN = torch.add(gain_IN, entropy_IN[:-1], alpha=self.cfg.entropy)
         actor = -(weight_IN[:-2] * gain_IN).mean()
         # Eq. (4). Deviation: critic-target. The released code's targets also contain the entropy.
         error_IN = self.values.error(raw_INV, target_IN.detach())
