@@ -287,5 +287,7 @@ def tint_scenery(model: Any, rng: np.random.Generator) -> None:
         channels = int(model.tex_nchannel[i])
         pixels = int(model.tex_width[i]) * int(model.tex_height[i])
         block = model.tex_data[start : start + pixels * channels].reshape(pixels, channels)
-        gains = rng.uniform(0.45, 1.5, 3)
-        block[:, :3] = np.clip(block[:, :3] * gains, 0, 255).astype(np.uint8)
+        for channel, gain in enumerate(rng.uniform(0.45, 1.5, 3)):
+            # By table: a sky has millions of values, but only 256 different ones.
+            table = np.clip(np.arange(256) * gain, 0, 255).astype(np.uint8)
+            block[:, channel] = table[block[:, channel]]

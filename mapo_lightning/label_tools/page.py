@@ -13,6 +13,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +42,7 @@ _HEIGHT = 112  # pixels of a frame in the page
 _WIDEST = 220
 _FRAMES = 8  # frames of a window that are shown
 _MEASURED_AT = 128  # short side at which motion is measured, pixels
+_THREADS = 4
 
 
 class Place(NamedTuple):
@@ -96,10 +99,12 @@ def page(
     reviews = reviews or Reviews()
     ground_truth = GroundTruth({path.parent for *_, paths in sample.labels for path in paths})
     items = []
-    for entry in sample.labels:
-        items.append(_item(*entry, ground_truth))
-        if progress is not None:
-            progress(len(items), len(sample.labels))
+    # Decoding, tracking and compressing, nearly all the work, leave the interpreter to others.
+    with ThreadPoolExecutor(_THREADS, "page") as pool:
+        for item in pool.map(partial(_item, ground_truth), sample.labels):
+            items.append(item)
+            if progress is not None:
+                progress(len(items), len(sample.labels))
     for item in items:
         review = reviews.row(item["key"])
         item["mark"], item["by"], item["at"] = (review.get(x, "") for x in ("mark", "by", "at"))
@@ -136,9 +141,10 @@ def _policy(style: str, script: str) -> str:
 
 
 def _item(
-    key: str, label: StoredLabel, place: Place, paths: list[Path], ground_truth: GroundTruth
+    ground_truth: GroundTruth, labelled: tuple[str, StoredLabel, Place, list[Path]]
 ) -> dict[str, Any]:
     """Everything that the template shows of one label."""
+    key, label, place, paths = labelled
     # Cleaned again: the store may come from anywhere.
     slots = [clean_text(slot, MAX_SLOT) for slot in label.phrase or ("",) * len(SLOTS)]
     item: dict[str, Any] = {

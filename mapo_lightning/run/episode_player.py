@@ -41,6 +41,8 @@ class EpisodePlayer(AbstractContextManager["EpisodePlayer"]):
     def __init__(self, cfg: RunConfig, deaths: Deaths | None = None) -> None:
         self.cfg = replace(cfg, vlm=build.acting_vlm(cfg))
         self.deaths = deaths or Deaths(cfg.env.deaths_per_hour)
+        self.seeds = cfg.evaluate.seeds
+        """Reset seed of every episode."""
         self._envs: VectorEnv | None = None
 
     def __call__(
@@ -58,7 +60,7 @@ class EpisodePlayer(AbstractContextManager["EpisodePlayer"]):
         Raises:
             EnvironmentSetupError: Too many processes died.
         """
-        cfg, test = self.cfg, self.cfg.evaluate
+        cfg = self.cfg
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         show = cfg.callbacks.progress and is_main_process()
         while True:
@@ -69,7 +71,7 @@ class EpisodePlayer(AbstractContextManager["EpisodePlayer"]):
                     counting("test episodes", "episode", show=show, stays=False) as report,
                 ):
                     labeler = build.build_live_labeler(cfg, envs.num_envs, "evaluate")
-                    return run_episodes(envs, labeler, policy_of, test.seeds, film, report)
+                    return run_episodes(envs, labeler, policy_of, self.seeds, film, report)
             except DeadEnvironmentError:
                 self._envs = None
                 self.deaths.add(lost_processes(envs))

@@ -196,9 +196,9 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
         except BaseException:
             close_vector_env(stage.collector.envs)  # Lightning tears down after success only
             raise
-    if best is not None:
-        test_best(session, best)
-    elif evaluation.newest is not None:
+        if best is not None:
+            test_best(session, best, play)
+    if best is None and evaluation.newest is not None:
         summary(session, evaluation.newest)
     serve(session, logger)
 
@@ -209,10 +209,11 @@ def _end(session: Session, best: Path | None) -> None:
     late = None if done or best is None else _made_up(session, best)
     logger = end_curves(session, "finetune", late)
     if not done:  # stopped in its last episodes
+        play = EpisodePlayer(session.cfg)
         if best is not None:
-            test_best(session, best)
+            test_best(session, best, play)
         else:
-            test(session, session.cfg, session.resumed.path, dreams=False)
+            test(session, session.cfg, session.resumed.path, play, dreams=False)
     serve(session, logger)
 
 
@@ -239,28 +240,40 @@ def _made_up(session: Session, best: Path) -> Evaluation | None:
     return Evaluation(score, {}, cfg.evaluate.seeds, about)
 
 
-def test_best(session: Session, path: Path) -> None:
+def test_best(session: Session, path: Path, play: EpisodePlayer) -> None:
     """Play the agent of the best evaluation, on reset seeds that none of them had."""
     log.info("evaluating the best agent on reset seeds that no evaluation has used")
     unseen = replace(session.cfg, evaluate=session.cfg.evaluate.unseen)
-    test(session, unseen, path, dreams=False)
+    test(session, unseen, path, play, dreams=False)
 
 
 def evaluate(session: Session) -> None:
     """Play a trained agent's test episodes, and judge its model's dreams if asked to."""
     cfg = session.cfg
-    test(session, cfg, Path(cfg.checkpoint or ""), dreams=cfg.evaluate.dreams > 0)
+    path, dreams = Path(cfg.checkpoint or ""), cfg.evaluate.dreams > 0
+    test(session, cfg, path, EpisodePlayer(cfg), dreams=dreams)
 
 
-def test(session: Session, cfg: RunConfig, path: Path, *, dreams: bool) -> None:
-    """Play the test episodes of a checkpoint's agent in an MLflow run of their own."""
+def test(
+    session: Session, cfg: RunConfig, path: Path, play: EpisodePlayer, *, dreams: bool
+) -> None:
+    """Play the test episodes of a checkpoint's agent in an MLflow run of their own.
+
+    Args:
+        session: Of the run.
+        cfg: Its settings; ``evaluate.seeds`` may be others than those of ``play``.
+        path: The checkpoint.
+        play: Plays the episodes and closes its environments.
+        dreams: Judge the model's dreams as well.
+    """
     if not tracking.is_main_process():
         return
     module, metadata = build.load_finetuned(cfg, path)
     module.to(best_device(cfg.trainer.accelerator))
     # First, because it refuses what it cannot judge at once.
     dream = judge_decisions(cfg, module) if cfg.evaluate.decisions else {}
-    with EpisodePlayer(cfg) as play:
+    with play:
+        play.seeds = cfg.evaluate.seeds
         episodes, films = play(greedy(module), cfg.evaluate.videos)
         baselines = baseline_scores(play, metadata["action_dim"])
     about = cfg.about | {"checkpoint": str(path), "env_frames": metadata["env_frames"]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -47,15 +48,6 @@ class FlowDescriber:
     def __init__(self, min_percent: float = 0.7, min_area: float = 0.002) -> None:
         self.min_percent, self.min_area = min_percent, min_area
         self.name = f"flow-v1 side={_SIDE} min_percent={min_percent:g} min_area={min_area:g}"
-        self._flow: cv2.DISOpticalFlow | None = None
-
-    def __getstate__(self) -> dict[str, float]:
-        """Pickle the settings; OpenCV's object cannot be pickled."""
-        return {"min_percent": self.min_percent, "min_area": self.min_area}
-
-    def __setstate__(self, state: dict[str, float]) -> None:
-        """Build anew from the settings."""
-        self.__init__(**state)  # type: ignore[misc]
 
     def describe(self, clips: Sequence[Frames]) -> list[Reply]:
         """Describe each window; see `Describer.describe`.
@@ -79,7 +71,7 @@ class FlowDescriber:
         least = self.min_percent / 100.0 * width  # pixels
         if len(greys) < 2 or all(np.array_equal(greys[0], grey) for grey in greys[1:]):
             return None
-        field = self._accumulate(greys)
+        field = _accumulate(greys)
         scene = _Scene(greys, field)
         camera = scene.camera(least)
         region = scene.region(camera, least, self.min_area * height * width)
@@ -94,19 +86,6 @@ class FlowDescriber:
             camera, "whole scene (camera)", "scene background", least, width, width
         )
 
-    def _accumulate(self, greys: Sequence[NDArray[np.uint8]]) -> Field:
-        """Displacement (h, w, 2) of every pixel of the first frame up to the last, pixels."""
-        if self._flow is None:
-            self._flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-            self._flow.setFinestScale(1)
-        height, width = greys[0].shape
-        grid = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
-        total = np.zeros((height, width, 2), np.float32)
-        for before, after in itertools.pairwise(greys):
-            step = self._flow.calc(before, after, np.zeros_like(total))
-            total = total + _look_up(step, grid + total)
-        return total
-
 
 class _Scene:
     """One window on the working size: first and last picture, and the motion between them."""
@@ -114,8 +93,7 @@ class _Scene:
     def __init__(self, greys: Sequence[NDArray[np.uint8]], field: Field) -> None:
         self.first, self.last = (grey.astype(np.float32) for grey in (greys[0], greys[-1]))
         self.field = field
-        height, width = self.first.shape
-        self.grid = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
+        self.grid = _grid(*self.first.shape)
         # Difference that remains after following the flow.
         self.missed = np.abs(_look_up(self.last, self.grid + field) - self.first)
         cells = cv2.resize(self.missed, (_CELLS, _CELLS), interpolation=cv2.INTER_AREA)
@@ -183,10 +161,30 @@ class _Scene:
         return explained
 
 
+def _accumulate(greys: Sequence[NDArray[np.uint8]]) -> Field:
+    """Displacement (h, w, 2) of every pixel of the first frame up to the last, pixels."""
+    # Not kept: it is not safe for threads, cannot be pickled, and costs nothing to make.
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    flow.setFinestScale(1)
+    grid = _grid(*greys[0].shape)
+    total = np.zeros_like(grid)
+    for before, after in itertools.pairwise(greys):
+        step = flow.calc(before, after, np.zeros_like(total))
+        total = total + _look_up(step, grid + total)
+    return total
+
+
+@lru_cache(maxsize=4)
+def _grid(height: int, width: int) -> Field:
+    """Place (x, y) of every pixel, (height, width, 2)."""
+    grid = np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
+    grid.flags.writeable = False  # all pictures of this size share it
+    return grid
+
+
 def _look_up(picture: Any, at_HW2: Field) -> Field:
     """Values of a picture (H, W[, C]) at fractional places (x, y), as float32."""
-    x, y = cv2.split(at_HW2)
-    found = cv2.remap(picture, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    found = cv2.remap(picture, at_HW2, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
     return np.asarray(found, np.float32)
 
 

@@ -41,25 +41,32 @@ def fit(
     Returns:
         The motion, and which points agree with it, (N,).
     """
-    centre = points_N2.mean(axis=0)
-    motion = Similarity(np.median(flow_N2, axis=0), 0.0, 0.0, centre)
-    weight_N = np.ones(len(points_N2))
+    # As complex numbers x + iy, in which growth and turn are one factor.
+    place_N, flow_N = _complex(points_N2), _complex(flow_N2)
+    centre = place_N.mean()
+    away_N = place_N - centre
+    moved_N = np.full_like(flow_N, complex(np.median(flow_N.real), np.median(flow_N.imag)))
     for _ in range(6):
-        error_N = np.linalg.norm(flow_N2 - motion.at(points_N2), axis=1)
+        error_N = np.abs(flow_N - moved_N)
         scale = max(0.25, 1.48 * float(np.median(error_N)))
-        weight_N = 1.0 / (1.0 + (error_N / scale) ** 2) ** 2
-        share_N1 = (weight_N / weight_N.sum())[:, None]
-        middle, shift = (share_N1 * points_N2).sum(0), (share_N1 * flow_N2).sum(0)
-        away_N2, moved_N2 = points_N2 - middle, flow_N2 - shift
-        spread = float((share_N1 * away_N2**2).sum()) + 1e-6
-        growth = float((share_N1 * away_N2 * moved_N2).sum()) / spread
-        cross_N = away_N2[:, 0] * moved_N2[:, 1] - away_N2[:, 1] * moved_N2[:, 0]
-        turn = float((share_N1[:, 0] * cross_N).sum()) / spread
-        at = Similarity(shift, growth, turn, middle)
-        motion = Similarity(at.at(centre[None])[0], growth, turn, centre)
-    error_N = np.linalg.norm(flow_N2 - motion.at(points_N2), axis=1)
-    size = float(np.median(np.linalg.norm(motion.at(points_N2), axis=1)))
-    return motion, error_N < max(0.5, 0.3 * size)
+        share_N = 1.0 / (1.0 + (error_N / scale) ** 2) ** 2
+        share_N /= share_N.sum()
+        middle, shift = (share_N * away_N).sum(), (share_N * flow_N).sum()
+        from_N = away_N - middle
+        pull_N = share_N * from_N.conj()
+        spread = float((pull_N * from_N).real.sum()) + 1e-6
+        factor = (pull_N * (flow_N - shift)).sum() / spread
+        moved_N = shift + factor * from_N
+    shift -= factor * middle
+    size = float(np.median(np.abs(moved_N)))
+    agree_N = np.abs(flow_N - moved_N) < max(0.5, 0.3 * size)
+    at = np.array([centre.real, centre.imag])
+    by = np.array([shift.real, shift.imag])
+    return Similarity(by, float(factor.real), float(factor.imag), at), agree_N
+
+
+def _complex(pairs_N2: NDArray[np.float64]) -> NDArray[np.complex128]:
+    return np.ascontiguousarray(pairs_N2, np.float64).view(np.complex128)[:, 0]
 
 
 def put_into_words(

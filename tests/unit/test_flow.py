@@ -10,6 +10,7 @@ from scenes import WAYS, cases, moving_camera, moving_square, still, warped
 
 from mapo_lightning.data.video import read_frames
 from mapo_lightning.semantics.flow import FlowDescriber
+from mapo_lightning.semantics.motion import fit
 from mapo_lightning.semantics.phrase import Phrase, parse_reply
 from mapo_lightning.types import DescriberError, Frames
 
@@ -41,6 +42,23 @@ def test_camera_is_told_from_object() -> None:
         phrase = say(moving_camera(rng, way, percent))
         right += phrase is not None and phrase[::3] == ("whole scene (camera)", WAYS[way])
     assert right >= 0.95 * 40
+
+
+def test_the_fitted_motion_is_that_of_most_points() -> None:
+    rng = np.random.default_rng(5)
+    points = rng.uniform(0.0, 128.0, (400, 2))
+    centre, (growth, turn), shift = points.mean(axis=0), (0.07, -0.11), np.array([3.0, -2.0])
+    right, down = (points - centre).T
+    flow = shift + np.stack([growth * right - turn * down, turn * right + growth * down], axis=1)
+    flow += rng.normal(0.0, 0.01, flow.shape)
+    strays = rng.permutation(400) < 80
+    flow[strays] += rng.uniform(4.0, 9.0, (80, 2))
+    motion, agree = fit(points, flow)
+    np.testing.assert_allclose(motion.shift, shift, atol=0.01)
+    np.testing.assert_allclose([motion.growth, motion.turn], [growth, turn], atol=1e-3)
+    np.testing.assert_allclose(motion.centre, centre)
+    np.testing.assert_array_equal(agree, ~strays)
+    np.testing.assert_allclose(motion.at(points)[agree], flow[agree], atol=0.06)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,21 @@ def test_environments_are_kept_and_remember_nothing(
 
 
 @pytest.mark.slow
+def test_other_reset_seeds_are_played_in_the_same_environments(
+    cfg: RunConfig, made: list[AsyncVectorEnv]
+) -> None:
+    unseen = replace(cfg, evaluate=cfg.evaluate.unseen)
+    with EpisodePlayer(unseen) as play:
+        expected = play(still, 0)[0]
+    made.clear()
+    with EpisodePlayer(cfg) as play:
+        seen = play(still, 0)[0]
+        play.seeds = unseen.evaluate.seeds
+        assert play(still, 0)[0] == expected != seen
+    assert len(made) == 1
+
+
+@pytest.mark.slow
 def test_a_broken_off_evaluation_leaves_no_step_behind(
     cfg: RunConfig, made: list[AsyncVectorEnv]
 ) -> None:
