@@ -29,6 +29,7 @@ class EvaluatePolicy(L.Callback):
         seeds: Reset seed of every episode.
         about: What is played: task and method.
         every: Updates between evaluations; one more is made at the end.
+        first: Updates before which none is made.
         fps: Frames per second of the filmed episode.
         best: Where the agent with the best mean return so far is kept; None: nowhere.
     """
@@ -40,11 +41,12 @@ class EvaluatePolicy(L.Callback):
         seeds: tuple[int, ...],
         about: Mapping[str, Any],
         every: int,
+        first: int,
         fps: float,
         best: Path | None = None,
     ) -> None:
         self.play, self.baselines, self.seeds, self.about = play, baselines, seeds, about
-        self.every, self.fps = every, fps
+        self.every, self.first, self.fps = every, first, fps
         self.best, self.best_return = best, -math.inf
         self.newest: Evaluation | None = None
         self._evaluated_at = -1  # on all ranks
@@ -73,7 +75,8 @@ class EvaluatePolicy(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Evaluate on schedule."""
-        if trainer.global_step % self.every == 0:
+        step = trainer.global_step
+        if step % self.every == 0 and step >= self.first:
             self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -183,7 +183,8 @@ def _finetune(cfg: RunConfig, place: Path) -> Phase:
 
 def evaluations(cfg: EvaluateConfig, updates: int) -> tuple[int, int]:
     """How often a fine-tuning plays its test episodes, and how many films it writes."""
-    in_training = -(-updates // cfg.every)  # each films one episode
+    too_early = max(0, cfg.first - 1) // cfg.every
+    in_training = max(1, -(-updates // cfg.every) - too_early)  # each films one episode
     # The three baselines, which play unseen and faster: counted as if they looked, to be on the
     # safe side. With keep_best the kept agent too, and they again.
     played = in_training + 3 + 4 * cfg.keep_best

@@ -148,6 +148,7 @@ ALLOWED: Mapping[str, float] = {
     "evaluate.episodes": 1000,
     "evaluate.seed": SEEDS,
     "evaluate.every": _MANY,
+    "evaluate.first": _MANY,
     "evaluate.keep_best": 0,
     "evaluate.num_envs": 16,
     "evaluate.videos": 100,

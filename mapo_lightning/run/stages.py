@@ -183,7 +183,7 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     with EpisodePlayer(cfg, stage.collector.spare[1]) as play:
         evaluation = EvaluatePolicy(
             play, baseline_scores(play, stage.action_dim), cfg.evaluate.seeds, cfg.about,
-            cfg.evaluate.every, cfg.env.fps, best,
+            cfg.evaluate.every, cfg.evaluate.first, cfg.env.fps, best,
         )  # fmt: skip
         collect = CollectExperience(stage.collector, frames, seed, show)
         extra = [collect, ImaginationRollout(cfg.callbacks.rollout_every), evaluation]

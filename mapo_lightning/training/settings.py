@@ -203,6 +203,8 @@ class EvaluateConfig:
     """First reset seed; the others follow it."""
     every: int = 10_000
     """Updates between evaluations in training; one more is made at the end."""
+    first: int = 0
+    """Updates before which the agent is not evaluated, since it has hardly learned anything."""
     keep_best: bool = False
     """Keep the agent of the best evaluation as best.ckpt and sum up with it, on reset seeds that no
     evaluation has seen: those after ``seed + episodes``. False: the last agent counts, as
@@ -223,7 +225,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, episodes=1, every=1, num_envs=1)
-        for name in ("videos", "dreams", "decisions"):
+        for name in ("first", "videos", "dreams", "decisions"):
             if (value := getattr(self, name)) < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")
         if not 0 <= self.seed <= SEEDS - self.episodes:

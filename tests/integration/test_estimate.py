@@ -47,9 +47,16 @@ def test_a_run_is_measured_and_one_that_cannot_fit_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize(
+    ("keep_best", "first", "in_training"),
+    [(False, 0, 3), (True, 0, 3), (True, 6, 2), (False, 10, 2), (False, 50, 1)],
+)
 def test_a_run_plays_and_films_as_often_as_estimated(
-    keep_best: bool, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+    keep_best: bool,
+    first: int,
+    in_training: int,
+    in_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Twelve updates, evaluated every five."""
     played: list[int] = []
@@ -62,14 +69,15 @@ def test_a_run_plays_and_films_as_often_as_estimated(
 
     monkeypatch.setattr(EpisodePlayer, "__call__", counting)
     words = [*TINY, "stage=finetune", "run_dir=run", f"evaluate.keep_best={keep_best}"]
-    words += ["evaluate.every=5", "evaluate.episodes=2", "evaluate.videos=3"]
+    words += ["evaluate.every=5", f"evaluate.first={first}"]
+    words += ["evaluate.episodes=2", "evaluate.videos=3"]
     words += ["finetune.initial_updates=2", "finetune.train_every=10"]
     cfg = compose(words, RunConfig, conf_folder()).config
     steps = cfg.finetune.prefill + 10 * cfg.finetune.train_every
     assert main([*words, f"finetune.agent_steps={steps}"]) == 0
     cfg = compose([*words, f"finetune.agent_steps={steps}"], RunConfig, conf_folder()).config
     times, films = estimate.evaluations(cfg.evaluate, cfg.finetune.updates(1))
-    assert len(played) == times
+    assert len(played) == times == in_training + 3 + 4 * keep_best
     assert sum(played) + sum(played[-4:]) * keep_best == films
 
 
