@@ -16,6 +16,7 @@ from mapo_lightning.training.acting import greedy
 from mapo_lightning.training.checkpoint import read_checkpoint
 from mapo_lightning.training.evaluation import Evaluation, Play, Score
 from mapo_lightning.training.finetune import FinetuneModule
+from mapo_lightning.training.settings import EvaluateConfig
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +27,8 @@ class EvaluatePolicy(L.Callback):
     Args:
         play: Plays the episodes.
         baselines: Scores of policies that learn nothing, on the same reset seeds, by name.
-        seeds: Reset seed of every episode.
+        test: When, and from which reset seeds.
         about: What is played: task and method.
-        every: Updates between evaluations; one more is made at the end.
-        first: Updates before which none is made.
         fps: Frames per second of the filmed episode.
         best: Where the agent with the best mean return so far is kept; None: nowhere.
     """
@@ -38,15 +37,13 @@ class EvaluatePolicy(L.Callback):
         self,
         play: Play,
         baselines: Mapping[str, Score],
-        seeds: tuple[int, ...],
+        test: EvaluateConfig,
         about: Mapping[str, Any],
-        every: int,
-        first: int,
         fps: float,
         best: Path | None = None,
     ) -> None:
-        self.play, self.baselines, self.seeds, self.about = play, baselines, seeds, about
-        self.every, self.first, self.fps = every, first, fps
+        self.play, self.baselines, self.test, self.about = play, baselines, test, about
+        self.fps = fps
         self.best, self.best_return = best, -math.inf
         self.newest: Evaluation | None = None
         self._evaluated_at = -1  # on all ranks
@@ -76,7 +73,7 @@ class EvaluatePolicy(L.Callback):
     ) -> None:
         """Evaluate on schedule."""
         step = trainer.global_step
-        if step % self.every == 0 and step >= self.first:
+        if step % self.test.every == 0 and step >= self.test.first:
             self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -108,7 +105,7 @@ class EvaluatePolicy(L.Callback):
         episodes, films = self.play(greedy(pl_module), 1)
         about = {"env_frames": pl_module.env_frames, "updates": trainer.global_step}
         about = {**self.about, **about}
-        self.newest = Evaluation(Score(tuple(episodes)), self.baselines, self.seeds, about)
+        self.newest = Evaluation(Score(tuple(episodes)), self.baselines, self.test.seeds, about)
         recorder = recorder_of(trainer)
         if recorder is not None:
             recorder.log_metrics(trainer, self.newest.metrics(), pl_module.env_frames)

@@ -13,7 +13,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from mapo_lightning.data.ground_truth import GroundTruth
+from mapo_lightning.data.prefetch import prefetch
 from mapo_lightning.data.video import VideoFileError, fingerprint, read_frames
 from mapo_lightning.semantics.agreement import CLEAR_PERCENT, clear_shift, said_direction, same_way
 from mapo_lightning.semantics.labeler import label_key
@@ -42,7 +42,7 @@ _HEIGHT = 112  # pixels of a frame in the page
 _WIDEST = 220
 _FRAMES = 8  # frames of a window that are shown
 _MEASURED_AT = 128  # short side at which motion is measured, pixels
-_THREADS = 4
+_AT_ONCE = 4  # labels drawn side by side
 
 
 class Place(NamedTuple):
@@ -100,11 +100,11 @@ def page(
     ground_truth = GroundTruth({path.parent for *_, paths in sample.labels for path in paths})
     items = []
     # Decoding, tracking and compressing, nearly all the work, leave the interpreter to others.
-    with ThreadPoolExecutor(_THREADS, "page") as pool:
-        for item in pool.map(partial(_item, ground_truth), sample.labels):
-            items.append(item)
-            if progress is not None:
-                progress(len(items), len(sample.labels))
+    jobs = ((entry[0], partial(_item, *entry, ground_truth)) for entry in sample.labels)
+    for _, drawn in prefetch(jobs, _AT_ONCE):
+        items.append(drawn())
+        if progress is not None:
+            progress(len(items), len(sample.labels))
     for item in items:
         review = reviews.row(item["key"])
         item["mark"], item["by"], item["at"] = (review.get(x, "") for x in ("mark", "by", "at"))
@@ -141,10 +141,9 @@ def _policy(style: str, script: str) -> str:
 
 
 def _item(
-    ground_truth: GroundTruth, labelled: tuple[str, StoredLabel, Place, list[Path]]
+    key: str, label: StoredLabel, place: Place, paths: list[Path], ground_truth: GroundTruth
 ) -> dict[str, Any]:
     """Everything that the template shows of one label."""
-    key, label, place, paths = labelled
     # Cleaned again: the store may come from anywhere.
     slots = [clean_text(slot, MAX_SLOT) for slot in label.phrase or ("",) * len(SLOTS)]
     item: dict[str, Any] = {

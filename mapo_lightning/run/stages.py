@@ -182,8 +182,8 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
     learned = Learned(lineage.task_of(cfg, session.folder / "replay"), init_from)
     with EpisodePlayer(cfg, stage.collector.spare[1]) as play:
         evaluation = EvaluatePolicy(
-            play, baseline_scores(play, stage.action_dim), cfg.evaluate.seeds, cfg.about,
-            cfg.evaluate.every, cfg.evaluate.first, cfg.env.fps, best,
+            play, baseline_scores(play, stage.action_dim), cfg.evaluate, cfg.about, cfg.env.fps,
+            best,
         )  # fmt: skip
         collect = CollectExperience(stage.collector, frames, seed, show)
         extra = [collect, ImaginationRollout(cfg.callbacks.rollout_every), evaluation]
@@ -198,8 +198,8 @@ def finetune(session: Session, init_from: Path | None = None) -> None:
             raise
         if best is not None:
             test_best(session, best, play)
-    if best is None and evaluation.newest is not None:
-        summary(session, evaluation.newest)
+        elif evaluation.newest is not None:
+            summary(session, evaluation.newest)
     serve(session, logger)
 
 

@@ -184,7 +184,8 @@ def _grid(height: int, width: int) -> Field:
 
 def _look_up(picture: Any, at_HW2: Field) -> Field:
     """Values of a picture (H, W[, C]) at fractional places (x, y), as float32."""
-    found = cv2.remap(picture, at_HW2, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
+    x, y = cv2.split(at_HW2)
+    found = cv2.remap(picture, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(found, np.float32)
 
 
