@@ -60,7 +60,7 @@ class ActingPolicy:
         self.see(step)
         return self.choose()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def see(self, step: dict[str, NDArray[Any]]) -> None:
         """Take in the newest frames of N environments.
 
@@ -68,20 +68,21 @@ class ActingPolicy:
             step: ``obs`` (N, H, W, 3) uint8, ``is_first`` (N,) bool, ``semantic`` (N, V) float32,
                 ``has_semantic`` (N,) bool, ``position`` (N,) int64.
         """
-        batch = {key: torch.from_numpy(x).to(self.device)[:, None] for key, x in step.items()}
+        device = self.device
+        batch = {key: torch.from_numpy(x).to(device)[:, None] for key, x in step.items()}
         envs = batch["obs"].shape[0]
         if self._resumed is not None and self.action is not None and len(self.action) != envs:
             # The run goes on with another number of environments, in which all episodes begin.
             self._resumed = self.action = self.plan = None
         if self.action is None:
-            self.action = torch.zeros(envs, self.agent.action_dim, device=self.device)
+            self.action = torch.zeros(envs, self.agent.action_dim, device=device)
         batch["action"], self._first = self.action[:, None], batch["is_first"][:, 0]
         with self.world_model.evaluating():
             if self._resumed is not None:
                 self.belief, self._resumed = self._shaped(self._resumed, batch), None
             self.belief = self.world_model.observe(batch, self.belief).at(0)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def choose(self) -> NDArray[np.float32]:
         """Choose, from what was seen, and remember as done: actions (N, A) in [-1, 1]."""
         assert self.belief is not None, "nothing was seen yet"
