@@ -280,10 +280,10 @@ def sections(quick: bool, rounds: int = 3) -> dict[str, Callable[[], Iterator[st
         yield today_table(rounds, 8)
 
     def pretrain() -> Iterator[str]:
-        yield steps_table(PAPER[:1], list(VARIANTS), 2, rounds, 2, 2)
+        yield steps_table(PAPER[:1], list(VARIANTS), 2, rounds, 4, 2)
 
     def finetune() -> Iterator[str]:
-        yield steps_table(PAPER[1:], list(VARIANTS), 2, rounds, 2, 2)
+        yield steps_table(PAPER[1:], list(VARIANTS), 2, rounds, 4, 2)
 
     def kernels() -> Iterator[str]:
         yield counts_table(TINY if quick else TINY + PAPER)
