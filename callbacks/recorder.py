@@ -172,6 +172,15 @@ class MLflowRecorder(L.Callback):
         if run is not None:
             list_kept(run, path, self.about, final=False)
 
+    def describe(self, trainer: L.Trainer, text: str) -> None:
+        """Say in words what came out: a paragraph of the description on the run's page."""
+        run = _run_of(trainer)
+        if run is not None:
+            run.attempt(
+                "the description",
+                lambda: mlflow_client.describe(run.experiment, run.active_run, text),
+            )
+
     def log_metrics(self, trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
         """Record values at a step of the caller's choice, wherever curves go."""
         if trainer.is_global_zero:

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 class ToldUntold(L.Callback):
     """Log ``told/...``, a picture and a table of dreams with and without the phrases.
 
+    In MLflow, the run's description says it in words.
+
     Args:
         clips: Held-out clips that are dreamt; 0 skips it.
     """
@@ -46,6 +48,7 @@ class ToldUntold(L.Callback):
             return
         if recorder is not None:
             step = trainer.global_step
+            recorder.describe(trainer, self.report.sentence())
             recorder.log_metrics(trainer, self.report.metrics(), step)
             recorder.log_image(trainer, "told", told_strip(self.report), step)
             recorder.log_table(trainer, "told", rows(self.report), step)

@@ -69,10 +69,13 @@ class Session(NamedTuple):
         """What the MLflow run of a phase is called: unlike a bare phase, it names its run."""
         return f"{self.folder.name}/{phase}"
 
-    def conclude(self, figures: Mapping[str, float]) -> None:
-        """Show what came out in MLflow's list of runs; a later figure replaces an earlier one."""
+    def conclude(self, figures: Mapping[str, float], words: str = "") -> None:
+        """Show what came out in MLflow's list of runs; a later figure replaces an earlier one.
+
+        ``words``, if any, follow those before them in the run's description.
+        """
         self.results.update(figures)
-        tracking.log_results(self.cfg.tracking, self.parent, self.results)
+        tracking.log_results(self.cfg.tracking, self.parent, self.results, words)
 
     def note(self, name: str, run: str | None) -> None:
         """Write down a phase's MLflow run: it may be stopped before its first checkpoint."""

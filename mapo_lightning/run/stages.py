@@ -41,6 +41,8 @@ WATCHED = {
 """What the progress bar of a phase shows; the first two are iVideoGPT's."""
 log = logging.getLogger("mapo")
 
+_CHOOSES = 6  # episodes from which on the best evaluation says something about the agent
+
 
 def train_all(session: Session) -> None:
     """Pre-train where the method does, fine-tune from it, and sum up."""
@@ -108,6 +110,7 @@ def learn_videos(session: Session, phase: str, start: Path | None) -> Path:
     if told is not None and told.report is not None:
         save_report(told.report, session.folder / phase)
         log.info("%s", told.report.sentence())
+        session.conclude({}, told.report.sentence())
     return last
 
 
@@ -156,15 +159,27 @@ def label(session: Session) -> None:
     log.info("%s", done)
 
 
-def finetune(session: Session, init_from: Path | None = None) -> None:
-    """Stage 2, with an evaluation before and after, and a summary."""
-    cfg, seed = session.cfg, seed_of_rank(session.cfg.seed, session.rank)
+def _caution(cfg: RunConfig) -> None:
+    """Say what a fine-tuning with these settings may not be meant to do."""
     if cfg.vlm.kind == "templates":
         log.warning(
             "vlm=templates has no sentences about an environment: every label in fine-tuning is "
             "null. To have environments described, pre-train first, and then fine-tune with "
             "stage=finetune init_from=CHECKPOINT and another describer, such as vlm=flow"
         )
+    if cfg.evaluate.keep_best and cfg.evaluate.episodes < _CHOOSES:
+        log.warning(
+            "evaluate.keep_best keeps the agent with the best mean return, and means of "
+            "evaluate.episodes=%d are mostly luck; take %d or more",
+            cfg.evaluate.episodes,
+            _CHOOSES,
+        )
+
+
+def finetune(session: Session, init_from: Path | None = None) -> None:
+    """Stage 2, with an evaluation before and after, and a summary."""
+    cfg, seed = session.cfg, seed_of_rank(session.cfg.seed, session.rank)
+    _caution(cfg)
     updates = cfg.finetune.updates(cfg.trainer.processes)
     best = session.folder / "finetune" / BEST if cfg.evaluate.keep_best else None
     if session.resumed.finished("finetune", updates):
@@ -296,9 +311,9 @@ def test(
 def summary(session: Session, found: Evaluation) -> None:
     """Print what came out of it, and write it down."""
     found.save(session.folder / "evaluation.json")
-    session.conclude(found.metrics())
-    dream = [sentence(found.dream)] if found.dream else []
-    lines = ["", *found.lines(), *dream, f"Everything of this run: {session.folder}"]
+    lines = [*found.lines(), *([sentence(found.dream)] if found.dream else [])]
+    session.conclude(found.metrics(), "\n".join(["```", *lines, "```"]))
+    lines = ["", *lines, f"Everything of this run: {session.folder}"]
     page = tracking.where_to_look(session.cfg.tracking)
     if page is not None:
         lines.append(f"Videos, curves and phrases: {page}")

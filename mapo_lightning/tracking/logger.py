@@ -143,19 +143,25 @@ def start_parent(
         return found
 
 
-def log_results(cfg: TrackingConfig, run_id: str | None, figures: Mapping[str, float]) -> None:
+def log_results(
+    cfg: TrackingConfig, run_id: str | None, figures: Mapping[str, float], words: str = ""
+) -> None:
     """Show what came out in the list of runs: the figures become metrics of the parent.
 
     Args:
         cfg: The store.
         run_id: As returned by :func:`start_parent`; None does nothing.
         figures: By name; where one was there before, the later counts.
+        words: What the description of the parent says of it, after what is there; Markdown.
     """
     if run_id is None or not is_main_process():
         return
     named = {clean_name(name): float(value) for name, value in figures.items()}
     try:
-        mlflow_models.log_results(mlflow_client.client(store_uri(cfg)), run_id, named)
+        client = mlflow_client.client(store_uri(cfg))
+        mlflow_models.log_results(client, run_id, named)
+        if words:
+            mlflow_client.describe(client, run_id, words)
     except mlflow_client.errors() as error:
         reason = mlflow_client.reason(error)
         log.warning("MLflow did not take the results of run %s: %s", run_id, reason)

@@ -358,6 +358,15 @@ def set_tags(mlflow: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None
         )
 
 
+def describe(mlflow: MlflowClient, run_id: str, text: str) -> None:
+    """Add a paragraph of Markdown to the description that a run's page shows, unless it has it."""
+    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+    before = mlflow.get_run(run_id).data.tags.get(MLFLOW_RUN_NOTE, "")
+    if text not in before:
+        set_tags(mlflow, run_id, {MLFLOW_RUN_NOTE: f"{before}\n\n{text}".strip()})
+
+
 def system_monitor(run_id: str) -> Any:
     """Return a monitor of CPU, memory and GPU; the caller calls ``start()`` and ``finish()``."""
     from mlflow.system_metrics import system_metrics_monitor as monitor

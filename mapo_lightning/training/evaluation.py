@@ -22,6 +22,7 @@ from mapo_lightning.envs.episodes import Episode, Policy, RandomPolicy, StillPol
 from mapo_lightning.files import atomic_write
 from mapo_lightning.tracking import artifacts
 from mapo_lightning.tracking.logger import RunLogger, is_main_process
+from mapo_lightning.training.told import student
 from mapo_lightning.types import Frames
 
 log = logging.getLogger(__name__)
@@ -144,6 +145,17 @@ class Evaluation:
                 line += f" ± {score.error:.1f} (standard error), interquartile mean {score.iqm:.1f}"
                 line += " [{:.1f}, {:.1f}]".format(*score.interval)
             yield line + ("" if score.success is None else f", success {score.success:.0%}")
+        if self.baselines and len(self.seeds) > 1:
+            yield self._compared(player)
+
+    def _compared(self, player: str) -> str:
+        """How sure the agent's mean is, and how far above that of the best baseline."""
+        _, low, high = student([episode.score for episode in self.score.episodes])
+        name, best = max(self.baselines.items(), key=lambda item: item[1].mean)
+        line = f"  {player}: mean in [{low:.1f}, {high:.1f}] (95 %, Student's t over episodes); "
+        if low > 0 and best.mean > 0:
+            return line + f"its lower end is {low / best.mean:.1f} times the mean of {name}"
+        return line + f"the best policy that learns nothing, {name}, has {best.mean:.1f}"
 
     def tree(self) -> dict[str, Any]:
         """Everything as plain dicts: what was played, and each policy's statistics and episodes."""

@@ -112,7 +112,9 @@ def first_by_return(folder: Path) -> Any:
 
 def test_the_best_agent_is_kept_and_plays_episodes_that_chose_nobody(tmp_path: Path) -> None:
     words = [*FINETUNE, "tracking.enabled=true", "run_dir=run", "evaluate.keep_best=true"]
-    train(tmp_path, *words, "evaluate.every=2", "evaluate.episodes=3", "evaluate.videos=1")
+    few = ["evaluate.every=2", "evaluate.episodes=3", "evaluate.videos=1"]
+    said = train(tmp_path, *words, *few)
+    assert "means of evaluate.episodes=3 are mostly luck; take 6 or more" in said
     db = sqlite3.connect(tmp_path / "runs/mlflow.db")
 
     def evaluations() -> dict[int, float]:

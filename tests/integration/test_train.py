@@ -148,6 +148,9 @@ def check_parent(db: sqlite3.Connection, played: dict[str, Any]) -> None:
     tags, figures = of("run", "tags"), of("run", "latest_metrics")
     wanted = {"method": "mapo", "task": "toy/disc", "seed": "0", "stage": "all"}
     assert wanted.items() <= tags.items()
+    told = Path(tags["run_dir"], "pretrain/told.md").read_text().splitlines()[0]
+    assert tags["mlflow.note.content"].startswith(f"{told}\n\n```\ntoy/disc after ")
+    assert of("run/pretrain", "tags")["mlflow.note.content"] == told
     assert Path(tags["run_dir"]).name == "run"
     assert figures["eval/return"] == played["policies"]["agent"]["return"]
     assert figures["eval/return_random"] == played["policies"]["random"]["return"]

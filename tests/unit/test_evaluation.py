@@ -80,6 +80,23 @@ def test_the_tracker_the_file_and_the_summary_say_the_same(tmp_path: Path) -> No
     assert f"interquartile mean 3.5 [{low:.1f}, {high:.1f}], success 100%" in lines
 
 
+def test_the_summary_holds_the_agent_against_the_best_that_learns_nothing() -> None:
+    found = evaluation()
+    returns = [20.0, 22.0, 24.0, 26.0]
+    half = 3.182446 * np.std(returns, ddof=1) / 2  # Student's t, three degrees of freedom
+    baselines = {"random": score([1.0] * 4), "random_held": score([4.0, 6.0, 5.0, 5.0])}
+    seeds = (1000, 1001, 1002, 1003)
+    mine = replace(found, score=score(returns), baselines=baselines, seeds=seeds)
+    line = list(mine.lines())[-1]
+    low, high = 23.0 - half, 23.0 + half
+    assert line.startswith(f"  mapo: mean in [{low:.1f}, {high:.1f}] (95 %, Student's t")
+    assert line.endswith(f"its lower end is {low / 5.0:.1f} times the mean of random_held")
+    # Where returns are not above zero, a ratio says nothing.
+    none = replace(mine, baselines={"still": score([-3.0] * 4), "random": score([-9.0] * 4)})
+    assert list(none.lines())[-1].endswith("the best policy that learns nothing, still, has -3.0")
+    assert "mean in" not in list(replace(found, baselines={}).lines())[-1]
+
+
 def test_films_are_enlarged_and_named_by_seed(tmp_path: Path) -> None:
     film = np.random.default_rng(0).integers(0, 255, (7, 16, 16, 3), np.uint8)
     evaluation().save_films(tmp_path, [film, film], fps=25)

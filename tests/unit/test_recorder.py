@@ -150,6 +150,8 @@ def test_what_callbacks_show_can_be_found(
     trainer = fit(run, recorder, tmp_path)
     frames_THWC = np.zeros((6, 64, 64, 3), np.uint8)
     recorder.log_metrics(trainer, {"eval/return": 4.0}, 1200)
+    for words in ("It dreams.", "It runs.", "It dreams."):
+        recorder.describe(trainer, words)
     recorder.log_video(trainer, "dream", frames_THWC, 10.0, 1200)
     recorder.log_image(trainer, "codes", frames_THWC[0], 1200)
     recorder.log_html(trainer, "page", "<p>x</p>", 1200)
@@ -159,6 +161,7 @@ def test_what_callbacks_show_can_be_found(
 
     found, place = stored(cfg, run)
     assert found.data.metrics["eval/return"] == 4.0
+    assert found.data.tags["mlflow.note.content"] == "It dreams.\n\nIt runs."
     video = (place / "videos/dream/step_00001200.mp4").read_bytes()
     assert video[4:8] == b"ftyp"
     assert (place / "images/codes/step_00001200.png").exists()
@@ -181,6 +184,7 @@ def test_without_a_logger_nothing_happens(tmp_path: Path) -> None:
     trainer = fit(None, recorder, tmp_path)
     recorder.log_phrases(trainer, [example("x")], 1)
     recorder.log_metrics(trainer, {"a": 1.0}, 1)
+    recorder.describe(trainer, "It dreams.")
     assert recorder_of(L.Trainer(logger=False, accelerator="cpu")) is None
 
 

@@ -78,6 +78,9 @@ def measured(videos: list[int], **settings: Any) -> ToldReport:
     return report
 
 
+YARDSTICKS = ("copy", "still_scene", "mean_picture")
+
+
 def stills(batch: Batch) -> Tensor:
     """The clips' own medians stand for those of their videos."""
     return batch["obs"].float().median(dim=1).values / 255.0
@@ -219,7 +222,8 @@ def test_what_not_all_models_have_is_left_out_of_their_mean() -> None:
 
 def test_intervals_are_over_videos_and_gains_are_paired() -> None:
     told = np.array([[0.001], [0.002], [0.006]])
-    errors = {name: told for name in ("mistold", "copy")} | {"told": told, "untold": told + 0.004}
+    errors = {"told": told, "untold": told + 0.004, "mistold": told + 0.001}
+    errors |= {name: told + 0.002 for name in YARDSTICKS}
     report = ToldReport(errors, (5,), {}, SEEN)
     error = report.at("told", 5)
     assert error.mean == pytest.approx(3.0)
@@ -227,10 +231,34 @@ def test_intervals_are_over_videos_and_gains_are_paired() -> None:
     # Every video costs the same: the gain is certain, though the videos differ.
     assert report.gain("untold", 5) == pytest.approx((4.0, 4.0, 4.0))
     assert report.metrics()["told/untold_5"] == pytest.approx(7.0)
-    assert "The phrases lead the dream: untold costs 4.00 [4.00, 4.00]" in report.sentence()
+    assert "The phrases lead the dream: untold costs 4.00 [4.00, 4.00], mistold 1.00" in (
+        report.sentence()
+    )
     assert "| untold - told | 4.00 [4.00, 4.00] |" in report.table()
-    errors["untold"] = told[::-1]
-    assert "do not lead it yet" in report.sentence()
+    for name in ("untold", "mistold"):  # either is enough
+        worse = ToldReport(errors | {name: told[::-1]}, (5,), {}, SEEN)
+        assert not worse.led()
+        assert "do not lead the dream yet" in worse.sentence()
+
+
+def test_the_gate_says_what_is_not_beaten_and_how_far_ahead() -> None:
+    errors = {name: np.tile([0.003, 0.004, 0.005, 0.009], (2, 1)) for name in YARDSTICKS}
+    errors["told"] = np.tile([0.001, 0.002, 0.003, 0.010], (2, 1))
+    errors |= {name: errors["told"] + 0.002 for name in ("untold", "mistold")}
+    report = ToldReport(errors, (1, 5, 10, 15), {}, SEEN)
+    assert report.unbeaten() == {}  # fifteen ahead is no part of it
+    said = report.sentence()
+    assert "copying the last frame by 4.0, the still scene by 4.0 and one mean picture by 4" in said
+    assert said.endswith("Told is better than these three 1, 5 and 10 frames ahead.")
+    errors["still_scene"] = np.tile([0.003, 0.002, 0.001, 0.001], (2, 1))  # as good is not better
+    errors["copy"] = np.tile([0.0005, 0.004, 0.005, 0.001], (2, 1))
+    assert report.unbeaten() == {"copy": (1,), "still_scene": (5, 10)}
+    assert report.sentence().endswith(
+        "Told is not better than copying the last frame (1 ahead) and the still scene (5 and 10 "
+        "ahead)."
+    )
+    short = ToldReport({name: x[:, :1] for name, x in errors.items()}, (1,), {}, SEEN)
+    assert "(1 ahead)." in short.sentence()
 
 
 @pytest.mark.parametrize(("zoom", "used"), [(0, 8), (3, 3)])
@@ -284,6 +312,7 @@ def test_the_report_of_a_training_is_logged_and_saved(
     assert report is not None
     np.testing.assert_allclose(report.errors["told"], report.errors["copy"], rtol=1e-4)
     assert recorder.log_metrics.call_args.args[1:] == (report.metrics(), 7)
+    assert recorder.describe.call_args.args[1] == report.sentence()
     table = recorder.log_table.call_args.args[2]
     assert len(table) == (len(report.errors) + 2) * len(report.horizons)
     assert {row["dream"] for row in table} == {*report.errors, "untold - told", "mistold - told"}
