@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from scenes import moving_square
 from tiny_families import save_family
 from tiny_models import save_qwen
 
+from mapo_lightning.run.main import main
 from mapo_lightning.semantics.describer import Reply
 from mapo_lightning.semantics.factory import build_labeler, semantic_dim
 from mapo_lightning.semantics.image_text import ImageTextModel
@@ -147,3 +150,20 @@ def test_a_chat_template_that_leaves_images_out_is_refused(tmp_path: Path) -> No
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("<image>", ""))
     assert "is a llava_onevision, which cannot be asked about frames" in refusal(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen2_5", "qwen3"])
+def test_six_families_label_the_videos_of_the_toy(
+    family: str, in_tmp: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    save = save_qwen if family.startswith("qwen") else save_family
+    words = ["data=toy", "demo.clips_per_scene=1", "demo.frames=20", "demo.size=64"]
+    model = [f"vlm.model={save(in_tmp / 'model', family)}", "vlm.max_new_tokens=8"]
+    assert main(["stage=label", *words, "vlm.kind=transformers", *model, "run_dir=run"]) == 0
+    said = caplog.text
+    found = re.search(r"(\d+) of (\d+) windows: (\d+) queried.* 0 unreadable, 0 without", said)
+    assert found is not None, said
+    done, windows, queried = map(int, found.groups())
+    assert done == windows == queried > 0
