@@ -26,6 +26,7 @@ from mapo_lightning.run.build import (
 )
 from mapo_lightning.run.config import RunConfig
 from mapo_lightning.run.step_check import batch_of
+from mapo_lightning.run.step_timing import covered, profiled
 from mapo_lightning.training.cuda_graph import Captured, CudaRecorder
 from mapo_lightning.training.process import keep_freed_memory
 from mapo_lightning.types import Batch
@@ -192,15 +193,11 @@ def measure_gpu(args: argparse.Namespace) -> dict[str, Any]:
         step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    activity = torch.profiler.ProfilerActivity.CUDA
-    with torch.profiler.profile(activities=[activity]) as profile:
-        step()
-        torch.cuda.synchronize()
-    kernels = [event for event in profile.events() or [] if event.device_type.name == "CUDA"]
+    _, spans = profiled(step)
     return {
         "seconds": seconds,
-        "kernels": len(kernels),
-        "busy": sum(e.device_time for e in kernels) / 1e6 / statistics.median(seconds),
+        "kernels": len(spans),
+        "busy": covered(spans) / 1e6 / statistics.median(seconds),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
     }
 

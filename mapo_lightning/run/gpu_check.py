@@ -12,6 +12,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,17 +37,20 @@ def parts(quick: bool) -> list[Part]:
         return [
             Part("steps", few, "tiny", 2, 12),
             *(Part("capture", (name,), "tiny", 4, 12) for name in few),
+            Part("trainer", ("mapo",), "tiny", 4, 12),
             Part("time", ("mapo",), "tiny", 0, 0),
         ]
     files = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
     names = [name for name in (*files, *VARIANTS) if not name.startswith("ivideogpt")]
     return [
         Part("steps", (), "tiny", 2, 12),
-        *(Part("capture", (name,), "tiny", 4, 12) for name in names),
         Part("time", ("contextwm",), "paper", 0, 0),
+        *(Part("capture", (name,), "tiny", 4, 12) for name in names),
+        Part("trainer", ("mapo",), "tiny", 4, 12),
         Part("capture", ("contextwm",), "paper", 0, 0),
         Part("steps", (*names[:-2], "ivideogpt_semantic"), "paper", 2, 12),
         Part("time", ("mapo",), "tiny", 0, 0),
+        Part("compile", ("contextwm",), "paper", 0, 0),
     ]
 
 
@@ -89,13 +94,16 @@ def _child(part: Part) -> int:
 def in_process(part: Part, seconds: float, program: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a part that a process of its own finds, and one more if that ends badly.
 
+    Each is given on as it comes.
+
     Args:
         part: What it does.
         seconds: How long it may take.
         program: What to start instead of this program.
     """
+    late = None if part.kind == "compile" else False  # compiling is no part of the verdict
     if seconds < 1.0:
-        yield Row(part.kind, part.name, False, f"not run: the {MINUTES:g} minutes were over")
+        yield Row(part.kind, part.name, late, f"not run: the {MINUTES:g} minutes were over")
         return
     # For equal sums: cuBLAS reads this when it is loaded.
     environment = os.environ | {
@@ -103,27 +111,28 @@ def in_process(part: Part, seconds: float, program: Sequence[str] = ()) -> Itera
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     command = [*program] or [sys.executable, "-m", "mapo_lightning.gpu_check"]
-    ended = ""
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
         )
-        out, error = done.stdout, done.stderr
-        if done.returncode:
-            last = (error.strip().splitlines() or ["nothing"])[-1]
-            ended = f"the process ended with {done.returncode}: {last}"
-    except subprocess.TimeoutExpired as late:
-        written = late.stdout or b""
-        out = written.decode() if isinstance(written, bytes) else written
-        ended = f"stopped: the {MINUTES:g} minutes were over"
-    for line in out.splitlines():
-        if line.startswith("{"):
-            try:
-                yield Row(**json.loads(line))
-            except ValueError:  # its last line, cut off
-                continue
-    if ended:
-        yield Row(part.kind, part.name, False, ended)
+        stopping = threading.Timer(seconds, process.kill)
+        stopping.start()
+        assert process.stdout is not None
+        with process.stdout as said:
+            for line in said:
+                if line.startswith("{"):
+                    try:
+                        yield Row(**json.loads(line))
+                    except ValueError:  # its last line, cut off
+                        continue
+        code, stopped = process.wait(), not stopping.is_alive()
+        stopping.cancel()
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or ["nothing"])[-1]
+    if stopped:
+        yield Row(part.kind, part.name, late, f"stopped: the {MINUTES:g} minutes were over")
+    elif code:
+        yield Row(part.kind, part.name, False, f"the process ended with {code}: {last}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A broken capture, or a kernel that fails, leaves CUDA unusable for the rest of i
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -26,12 +27,20 @@ from mapo_lightning.run.step_check import (
     prepared,
     smoothed,
 )
-from mapo_lightning.run.step_timing import Updates, apart, course, repeatable, timed
+from mapo_lightning.run.step_timing import (
+    Course,
+    Updates,
+    apart,
+    course,
+    repeatable,
+    timed,
+    trained,
+)
 from mapo_lightning.training.base_module import TrainedModule
 from mapo_lightning.training.cuda_graph import CudaRecorder, Recorder
 from mapo_lightning.types import Batch, ConfigError
 
-Kind = Literal["steps", "capture", "time"]
+Kind = Literal["steps", "capture", "trainer", "time", "compile"]
 
 FLOAT32 = Bounds(loss=1e-4, gradient=1e-4, choices=1e-3)
 """How far float32 on a device may lie from float32 on the CPU, at least. At size=tiny two libraries
@@ -92,18 +101,20 @@ def rows(part: Part, device: torch.device) -> Iterator[Row]:
             continue
         try:
             module, batch = _made(case, part)
-            yield from _case(part.kind, case, module, batch, device)
+            yield from _case(part, case, module, batch, device)
         except torch.OutOfMemoryError as error:
             yield Row(part.kind, case.name, None, f"not measured: {str(error).splitlines()[0]}")
         except (RuntimeError, ConfigError) as error:
             yield Row(part.kind, case.name, False, f"{type(error).__name__}: {error}")
+            if part.kind != "steps":
+                return  # a capture that broke may leave CUDA of no use
 
 
 def _made(case: Case, part: Part) -> tuple[TrainedModule, Batch]:
     if part.batch:
-        return prepared(case, part.batch, part.steps)
-    module, _ = prepared(case, 2, 12)
-    cfg = configured(case)
+        return prepared(case, part.batch, part.steps, settled=part.kind == "steps")
+    module, _ = prepared(case, 2, 12, settled=False)
+    cfg = configured(case, settled=False)
     if case.stage == "finetune":
         sizes, action = (cfg.finetune.batch_size, cfg.finetune.chunk_length), ACTION
         return module, batch_of(cfg, *sizes, action)
@@ -111,17 +122,17 @@ def _made(case: Case, part: Part) -> tuple[TrainedModule, Batch]:
 
 
 def _case(
-    kind: Kind, case: Case, module: TrainedModule, batch: Batch, device: torch.device
+    part: Part, case: Case, module: TrainedModule, batch: Batch, device: torch.device
 ) -> Iterator[Row]:
-    if kind == "steps":
+    if part.kind == "steps":
         yield from compared(case.name, module, batch, device, tiny=case.size == "tiny")
-    elif kind == "capture":
-        recorder = CudaRecorder()
+    elif part.kind == "capture":
         for bf16 in (False, True):
-            yield replayed(case.name, module, batch, device, recorder, bf16=bf16)
-            recorder = CudaRecorder()
+            yield replayed(case.name, module, batch, device, CudaRecorder(), bf16=bf16)
+    elif part.kind == "trainer":
+        yield in_trainer(case.name, module, batch, device, CudaRecorder())
     else:
-        yield from _timed(case.name, module, batch, device)
+        yield from _timed(part.kind, case.name, module, batch, device)
 
 
 def compared(
@@ -166,12 +177,35 @@ def replayed(
     updates: int = UPDATES,
 ) -> Row:
     """Captured updates against as many that run as they are, which run twice for their spread."""
-    batches = [
-        {key: value.roll(number, 0) for key, value in batch.items()} for number in range(updates)
-    ]
+    batches = _others(batch, updates)
     with repeatable():
         eager = [course(Updates(module, device, bf16=bf16), batches) for _ in range(2)]
         captured = course(Updates(module, device, bf16=bf16, recorder=recorder), batches)
+    return _judged("capture", f"{name}, {'bf16' if bf16 else 'float32'}", eager, captured, updates)
+
+
+def in_trainer(
+    name: str,
+    module: TrainedModule,
+    batch: Batch,
+    device: torch.device,
+    recorder: Recorder,
+    updates: int = 8,
+) -> Row:
+    """As `replayed`, with Lightning's Trainer around the updates, in float32."""
+    batches = _others(batch, updates)
+    with repeatable():
+        eager = [trained(module, batches, device) for _ in range(2)]
+        captured = trained(module, batches, device, recorder)
+    return _judged("capture in Lightning's Trainer", name, eager, captured, updates)
+
+
+def _others(batch: Batch, count: int) -> list[Batch]:
+    """Batches that differ from each other: the same rows in another order."""
+    return [{key: value.roll(number, 0) for key, value in batch.items()} for number in range(count)]
+
+
+def _judged(part: str, name: str, eager: list[Course], captured: Course, updates: int) -> Row:
     spread, gone = apart(eager[1], eager[0]), apart(captured, eager[0])
     recorded = captured.state.startswith("recorded")
     fine = recorded and spread <= UNSURE and gone <= max(LEAST, SPREAD * spread)
@@ -181,35 +215,45 @@ def replayed(
     )
     if spread > UNSURE:
         said += ": too far to tell"
-    return Row("capture", f"{name}, {'bf16' if bf16 else 'float32'}", fine, said)
+    return Row(part, name, fine, said)
 
 
-def _timed(name: str, module: TrainedModule, batch: Batch, device: torch.device) -> Iterator[Row]:
-    kinds: dict[str, dict[str, Any]] = {
+TIMED: dict[Kind, dict[str, dict[str, bool]]] = {
+    "time": {
         "eager, float32": {},
         "eager, bf16": {"bf16": True},
         "captured, bf16": {"bf16": True, "recorder": True},
+    },
+    "compile": {
         "compiled, bf16": {"bf16": True, "compiled": True},
         "compiled and captured, bf16": {"bf16": True, "compiled": True, "recorder": True},
-    }
-    for kind, options in kinds.items():
-        compiled = options.get("compiled", False)
+    },
+}
+"""What is timed: how the updates are made."""
+
+
+def _timed(
+    part: Kind, name: str, module: TrainedModule, batch: Batch, device: torch.device
+) -> Iterator[Row]:
+    for kind, asked in TIMED[part].items():
+        options: dict[str, Any] = dict(asked)
         try:
-            recorder = CudaRecorder() if options.get("recorder") else None
-            updates = Updates(module, device, **(options | {"recorder": recorder}))
+            options["recorder"] = CudaRecorder() if asked.get("recorder") else None
+            updates = Updates(module, device, **options)
             torch._dynamo.config.suppress_errors = False  # a part that is not compiled shall say so
             taken = timed(updates, batch)
         except torch.OutOfMemoryError as error:
             yield Row("time", f"{name}, {kind}", None, f"not measured: {_line(error)}")
         except Exception as error:  # compilers fail in their own ways
-            ok = None if compiled else False
+            ok = None if part == "compile" else False
             yield Row("time", f"{name}, {kind}", ok, f"{type(error).__name__}: {_line(error)}")
-            if not compiled:
+            if part != "compile":
                 return  # CUDA may be of no use any more
         else:
             numbers = {k: v for k, v in taken._asdict().items() if k != "state"}
             yield Row("time", f"{name}, {kind}", True, taken.state, numbers)
         updates = taken = None  # type: ignore[assignment]
+        gc.collect()  # a captured update and its module hold each other, and the graph's memory
         torch.cuda.empty_cache()
 
 

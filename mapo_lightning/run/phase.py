@@ -86,6 +86,8 @@ def fit(
         elif not isinstance(error, MapoError):
             module.check_finite()  # a simulator, for one, fails at an action that is no number
         raise
+    finally:
+        module.captured = None  # a graph holds memory of the device, and its module in a circle
     if run is not None:
         session.conclude(run.results())
     return run

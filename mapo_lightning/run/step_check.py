@@ -32,6 +32,13 @@ RANDOM = {"rand", "randn", "rand_like", "randn_like", "randint", "randperm", "mu
 CHOICES = {"searchsorted", "argmin", "topk"}
 UNKNOWN = {"bernoulli", "bernoulli_", "native_dropout", "uniform_", "normal_", "random_"}
 """Operations that draw numbers, or choose, and that a second step cannot simply be handed."""
+# All that a method has, the bonus of new states among it, and groups that learn from the start.
+_SHIPPED = (
+    "env=dmc/walker_run",
+    "token_world.lpips=false",
+    "finetune.hold_actor=0",
+    "finetune.hold_lower=0",
+)
 # Attention draws its dropout inside of one kernel, of each device its own.
 _SETTLED = (
     "world_model.context.dropout=0",
@@ -39,9 +46,7 @@ _SETTLED = (
     "world_model.upper.transformer.dropout=0",
     "token_world.tokenizer.dropout=0",
     "token_world.transformer.dropout=0",
-    "token_world.lpips=false",
-    "world_model.bonus.neighbours=4",
-    "env=toy",
+    "world_model.bonus.neighbours=4",  # as many as a small batch has, or they are drawn by lot
 )
 _TRANSFORMER = ("world_model.lower.kind=transformer", "world_model.upper.kind=transformer")
 VARIANTS: Mapping[str, tuple[str, ...]] = {
@@ -132,12 +137,12 @@ def all_cases(size: str = "tiny", methods: tuple[str, ...] = ()) -> list[Case]:
 
 
 @cache
-def configured(case: Case, *words: str) -> RunConfig:
-    """The settings of a case."""
+def configured(case: Case, *, settled: bool = True) -> RunConfig:
+    """The settings of a case: as shipped, or such that two devices can be compared."""
     world_model = _usual(case.method).world_model
     missing = [n for n in ("lower", "upper") if getattr(world_model, n) is None]
-    settled = [w for w in _SETTLED if not any(f".{name}." in w for name in missing)]
-    given = [*_words(case.method), f"size={case.size}", *settled, *words]
+    words = [w for w in _SETTLED if not any(f".{name}." in w for name in missing)] * settled
+    given = [*_words(case.method), f"size={case.size}", *_SHIPPED, *words]
     return compose(given, RunConfig, conf_folder()).config
 
 
@@ -169,10 +174,12 @@ def batch_of(cfg: RunConfig, batch: int, steps: int, action: int | None) -> Batc
     return found
 
 
-def prepared(case: Case, batch: int, steps: int, *words: str) -> tuple[TrainedModule, Batch]:
+def prepared(
+    case: Case, batch: int, steps: int, *, settled: bool = True
+) -> tuple[TrainedModule, Batch]:
     """A module on the CPU, with its codebooks begun, and a batch; the same every time."""
     torch.manual_seed(0)
-    cfg = configured(case, *words)
+    cfg = configured(case, settled=settled)
     module: TrainedModule
     if case.stage == "finetune":
         module = build_finetune(cfg, ACTION, None)[0]

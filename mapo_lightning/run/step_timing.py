@@ -10,9 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from callbacks.codebook import CodebookUpdate
 from mapo_lightning.models.interfaces import Codebook
 from mapo_lightning.training.base_module import TrainedModule
 from mapo_lightning.training.compile import compile_parts
@@ -22,7 +25,7 @@ from mapo_lightning.types import Batch
 
 WARM = 8
 """Updates before the first that is timed: kernels are chosen, the graph is recorded."""
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
+LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
 """How calls begin that have the device do something, in the profiler's list."""
 
 
@@ -84,7 +87,8 @@ class Updates:
 class Course(NamedTuple):
     """Where a row of updates has led."""
 
-    losses: list[float]
+    found: list[dict[str, float]]
+    """Losses, gradient norms and all else that each update gives."""
     weights: dict[str, Tensor]
     """On the CPU; buffers too."""
     state: str
@@ -94,27 +98,61 @@ class Course(NamedTuple):
 def course(updates: Updates, batches: Sequence[Batch], seed: int = 2) -> Course:
     """Make an update of each batch, from one state of the random numbers."""
     torch.manual_seed(seed)
-    name = "train/loss" if not isinstance(updates.module, FinetuneModule) else "train/world_model"
-    losses = []
+    said = []
     for batch in batches:
         found = updates({key: value.to(updates.device) for key, value in batch.items()})
-        losses.append(float(found[name]))  # now: the next update writes there
-    state = updates.module.state_dict()
-    return Course(losses, {n: x.detach().cpu() for n, x in state.items()}, updates.state)
+        said.append({name: float(x) for name, x in found.items()})  # now: the next writes there
+    return Course(said, _weights(updates.module), updates.state)
+
+
+def trained(
+    module: TrainedModule,
+    batches: Sequence[Batch],
+    device: torch.device,
+    recorder: Recorder | None = None,
+    seed: int = 2,
+) -> Course:
+    """As `course`, of a copy that Lightning's Trainer trains; what updates say is not kept."""
+    own = copy.deepcopy(module)
+    if recorder is not None:
+        own.capture(recorder)
+    trainer = L.Trainer(
+        accelerator="cpu" if device.type == "cpu" else "gpu", devices=1, max_steps=len(batches),
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[CodebookUpdate()],
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    trainer.fit(own, torch.utils.data.DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    return Course([], _weights(own), "as they are" if own.captured is None else own.captured.state)
+
+
+def _weights(module: TrainedModule) -> dict[str, Tensor]:
+    return {name: x.detach().cpu() for name, x in module.state_dict().items()}
 
 
 def apart(one: Course, other: Course) -> float:
-    """How far two courses lie apart: the larger of losses and weights, relative to ``other``'s."""
-    losses = max(abs(a - b) / abs(b) for a, b in zip(one.losses, other.losses, strict=True))
+    """How far two courses lie apart: the largest of all that updates say, and of the weights.
+
+    Both relative to ``other``'s. What is near zero is compared with a thousandth of the largest.
+    """
+    said = 0.0
+    for mine, right in zip(one.found, other.found, strict=True):
+        least = 1e-3 * max(abs(x) for x in right.values())
+        for name, x in right.items():
+            off = abs(mine[name] - x) / max(abs(x), least)
+            said = max(said, off if math.isfinite(off) else math.inf)
     floats = [n for n, x in other.weights.items() if x.is_floating_point()]
     gone = sum(float((one.weights[n] - other.weights[n]).double().square().sum()) for n in floats)
     size = sum(float(other.weights[n].double().square().sum()) for n in floats)
-    return max(losses, math.sqrt(gone / size))
+    return max(said, math.sqrt(gone / size))
 
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Have kernels add in one order where they can: then equal updates are equal to the bit."""
+    """Have kernels add in one order where they can: then equal updates are equal to the bit.
+
+    The fast kernels of attention cannot.
+    """
     settings: Any = torch.utils.deterministic
     kept = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
     filled = settings.fill_uninitialized_memory
@@ -123,7 +161,8 @@ def repeatable() -> Iterator[None]:
     torch.backends.cudnn.deterministic = True
     settings.fill_uninitialized_memory = False
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.use_deterministic_algorithms(kept[0], warn_only=warned)
         torch.backends.cudnn.deterministic = kept[1]
@@ -170,7 +209,7 @@ def timed(updates: Updates, batch: Batch, rounds: int = 5, each: int = 5) -> Tim
         torch.cuda.synchronize()
         rows.append((time.perf_counter() - began) / each)
     seconds = statistics.median(rows)
-    launches, spans = _profiled(lambda: updates(given))
+    launches, spans = profiled(lambda: updates(given))
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     busy = covered(spans) / 1e6 / seconds
     return Timing(
@@ -178,7 +217,7 @@ def timed(updates: Updates, batch: Batch, rounds: int = 5, each: int = 5) -> Tim
     )
 
 
-def _profiled(update: Any) -> tuple[int, list[tuple[float, float]]]:
+def profiled(update: Any) -> tuple[int, list[tuple[float, float]]]:
     """Launches of one update, and begin and end of what the device did, microseconds."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -201,8 +240,3 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
         total += max(0.0, until - max(begin, end))
         end = max(end, until)
     return total
-
-
-def parameters(module: nn.Module) -> int:
-    """Numbers that a module learns."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -175,8 +175,11 @@ class TrainedModule(L.LightningModule):
         for name, others in self.clipped_along.items():
             together[name] = together.get(name, []) + others
         # To clip at an infinite norm measures it and leaves it as it is.
-        norm, clip = self.optimizer_cfg.max_grad_norm or math.inf, nn.utils.clip_grad_norm_
-        norms = {name: clip(params, norm, foreach=True) for name, params in together.items()}
+        limit, norms = self.optimizer_cfg.max_grad_norm or math.inf, dict[str, Tensor]()
+        for name, params in together.items():
+            # Torch measures no gradients at all as a zero on the CPU, wherever the weights are.
+            norm = nn.utils.clip_grad_norm_(params, limit, foreach=True)
+            norms[name] = norm.to(params[0].device) if params else norm
         return _named("grad_norm", norms)
 
     def _watch_update(self, norms: dict[str, Tensor]) -> None:

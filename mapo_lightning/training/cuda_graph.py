@@ -61,6 +61,7 @@ class CudaRecorder:
         """Capture ``work``, which is not carried out by that.
 
         Raises:
+            OutOfMemoryError: The device is full.
             RuntimeError: It does what a graph cannot hold. The message is the first complaint:
                 ending a capture that was broken raises another.
         """
@@ -73,7 +74,9 @@ class CudaRecorder:
                 work()
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # torch leaves the capture's stream only if it succeeds
-            raise RuntimeError(str(_first(error))) from error
+            first = _first(error)
+            kind = type(first) if isinstance(first, torch.OutOfMemoryError) else RuntimeError
+            raise kind(str(first)) from error
         finally:
             if collecting:
                 gc.enable()
@@ -168,6 +171,8 @@ class Captured:
     def _record(self) -> None:
         try:
             self.replay = self.recorder.record(self._run)
+        except torch.OutOfMemoryError:
+            raise  # the update can be recorded, where there is room
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(

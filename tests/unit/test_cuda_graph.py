@@ -262,6 +262,24 @@ def test_a_broken_capture_says_what_broke_it_and_leaves_its_stream(
     assert gc.isenabled()
 
 
+def test_a_full_device_is_not_an_update_that_cannot_be_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device(monkeypatch)
+
+    def work(batch: Batch) -> dict[str, Tensor]:
+        if device.current is not device.usual and device.captures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"sum": batch["x"].sum()}
+
+    captured = Captured(work, CudaRecorder())
+    for _ in range(WARM):
+        captured({"x": torch.ones(3)})
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        captured({"x": torch.ones(3)})
+    assert device.current is device.usual
+
+
 def test_a_batch_of_another_shape_is_refused() -> None:
     def work(batch: Batch) -> dict[str, Tensor]:
         return {"sum": batch["x"].sum()}

@@ -41,6 +41,7 @@ def test_every_method_is_checked_and_every_one_that_can_be_captured_is() -> None
     assert {name for part in (*whole, *parts(quick=True)) for name in part.methods} <= methods
     assert methods - captured == {"ivideogpt", "ivideogpt_fixed", "ivideogpt_semantic"}
     assert {part.size for part in whole if part.kind == "time"} == {"tiny", "paper"}
+    assert whole[-1].kind == "compile"  # the least important is what the time runs out for
 
 
 def found(script: str, seconds: float = 60.0) -> list[Row]:
@@ -59,6 +60,10 @@ def test_a_part_that_dies_or_hangs_keeps_its_findings_and_fails() -> None:
     assert [one.ok for one in rows] == [True, False]
     assert rows[1].found == "stopped: the 8 minutes were over"
     assert [one.ok for one in found(say, seconds=0.0)] == [False]
+    slow = PART._replace(kind="compile")
+    assert [one.ok for one in in_process(slow, 0.0)] == [None]
+    waits = [sys.executable, "-c", say + "import time; time.sleep(60)"]
+    assert next(in_process(PART, 60.0, waits)) == row  # as soon as it is there
     asked = "import os; assert '\"mapo\"' in os.environ['MAPO_GPU_CHECK_PART']; "
     assert found(asked + "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'") == []
 

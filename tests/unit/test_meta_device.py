@@ -66,3 +66,13 @@ def test_updates_of_a_token_world_stay_on_their_device(method: str) -> None:
         fit = world.to("meta").loss(batch)
         fit.total.backward()
         assert {fit.total.device.type, *(x.device.type for x in fit.log.values())} == {"meta"}
+
+
+def test_groups_without_gradients_have_norms_on_their_device() -> None:
+    """As of frozen parts; a norm on the CPU cannot be counted beside the others."""
+    cfg = small("mapo", NETWORKS[0], "env=toy")
+    module = build_finetune(cfg, 2, None)[0].to("meta")
+    groups = {**module.world_model.groups(), **module.agent.groups()}
+    norms = module._clip([{"params": params, "name": name} for name, params in groups.items()])
+    assert norms.keys() == {f"grad_norm/{name}" for name in groups}
+    assert {norm.device.type for norm in norms.values()} == {"meta"}

@@ -8,7 +8,15 @@ import pytest
 import torch
 from host_watch import HostWatch
 
-from mapo_lightning.run.gpu_parts import FLOAT32, Part, compared, replayed, rows
+from mapo_lightning.run.gpu_parts import (
+    FLOAT32,
+    Part,
+    _made,
+    compared,
+    in_trainer,
+    replayed,
+    rows,
+)
 from mapo_lightning.run.gpu_report import _times
 from mapo_lightning.run.step_check import (
     Case,
@@ -16,12 +24,13 @@ from mapo_lightning.run.step_check import (
     Draws,
     Outcome,
     all_cases,
+    configured,
     difference,
     one_step,
     prepared,
     smoothed,
 )
-from mapo_lightning.run.step_timing import Updates, covered
+from mapo_lightning.run.step_timing import Course, Updates, apart, course, covered
 from mapo_lightning.training.base_module import TrainedModule
 from mapo_lightning.training.cuda_graph import WARM
 from mapo_lightning.types import Batch
@@ -54,6 +63,34 @@ def test_a_step_equals_itself_on_other_kernels_and_in_bf16(case: Case) -> None:
             other = one_step(module, batch, CPU, draws.again())
     assert difference(other, right, draws).within(FLOAT32)
     assert all(torch.equal(now, then) for now, then in before)
+
+
+def test_what_is_timed_is_the_update_that_the_goal_is_about() -> None:
+    """docs/performance.md computes for 16 chunks of 50 frames and dreams of 15 steps."""
+    case = Case("contextwm", "finetune", "paper")
+    module, batch = _made(case, Part("time", ("contextwm",), "paper", 0, 0))
+    assert batch["obs"].shape == (16, 50, 64, 64, 3)
+    cfg = configured(case, settled=False)
+    assert (cfg.agent.horizon, cfg.world_model.context.dropout) == (15, 0.1)
+    assert cfg.world_model.bonus.neighbours == 16
+    assert module.world_model.bonus is not None
+
+
+@pytest.mark.parametrize("method", ["mapo", "prelar", "apv"])
+def test_all_that_a_method_has_learns_from_the_first_update(method: str) -> None:
+    module, batch = prepared(Case(method, "finetune"), 2, 12)
+    assert module.world_model.bonus is not None
+    updates = Updates(module, CPU)
+    updates(batch)
+    for group in updates.optimizer.param_groups:
+        assert group["lr"] > 0.0, group["name"]
+    before = dict(module.named_parameters())
+    moved = {
+        name.split(".")[1]
+        for name, parameter in updates.module.named_parameters()
+        if not torch.equal(parameter, before[name])
+    }
+    assert {"encoder", "lower", "decoder", "heads", "actor", "critic"} <= moved
 
 
 def planted(module: TrainedModule, batch: Batch, plant: str) -> Difference:
@@ -139,12 +176,31 @@ def test_captured_updates_are_compared(stage: str) -> None:
     row = replayed("x", module, batch, CPU, Off(), updates=8)
     assert row.ok is False
     assert row.found.startswith("recorded")
+    row = in_trainer("x", module, batch, CPU, Tape())
+    assert row.ok, row
+    assert row.found.startswith("recorded")
+    row = in_trainer("x", module, batch, CPU, Off())
+    assert row.ok is False
+
+
+def test_courses_differ_by_whatever_an_update_says() -> None:
+    module, batch = prepared(Case("mapo", "finetune"), 2, 12)
+    one = course(Updates(module, CPU), [batch] * 2)
+    assert {"train/actor", "grad_norm/actor", "grad_norm/lower"} <= one.found[0].keys()
+    assert apart(one, one) == 0.0
+
+    def off(name: str, factor: float) -> Course:
+        changed = one.found[1] | {name: one.found[1][name] * factor}
+        return one._replace(found=[one.found[0], changed])
+
+    assert apart(off("grad_norm/actor", 1.5), one) > 1e-3
+    assert apart(off("train/image", float("nan")), one) == float("inf")
 
 
 def test_what_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mapo_lightning.run.gpu_parts.CudaRecorder", lambda: Tape(broken=True))
     found = list(rows(Part("capture", ("mapo",), "tiny", 2, 12), CPU))
-    assert [row.ok for row in found] == [False, False]
+    assert [row.ok for row in found] == [False]  # the rest of its process is not trusted
     assert "cannot be recorded as a CUDA graph: operation not permitted" in found[0].found
     found = list(rows(Part("capture", ("ivideogpt",), "tiny", 2, 12), CPU))
     assert [row.ok for row in found] == [None] * 3
@@ -198,12 +254,14 @@ def test_updates_are_timed_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("mapo_lightning.run.step_timing.compile_parts", failing)
     found = list(rows(Part("time", ("dreamerv2",), "tiny", 2, 12), CPU))
-    assert [row.ok for row in found] == [True, True, True, None, None]
+    assert [row.ok for row in found] == [True] * 3
+    compiled = list(rows(Part("compile", ("dreamerv2",), "tiny", 2, 12), CPU))
+    assert [row.ok for row in compiled] == [None, None]
     assert [row.name.partition("tiny, ")[2] for row in found][:3] == [
         "eager, float32", "eager, bf16", "captured, bf16",
     ]  # fmt: skip
     assert found[2].found.startswith("recorded")
-    assert found[3].found == "RuntimeError: no compiler"
+    assert compiled[0].found == "RuntimeError: no compiler"
     numbers = found[2].numbers
     assert numbers["milliseconds"] > 0.0
     assert (numbers["kernels"], numbers["busy"], numbers["gigabytes"]) == (0, 0.0, 2.0)
