@@ -1,4 +1,7 @@
-"""Sweeps of tiny runs: killed, with a run that fails, with shared pre-training, under SLURM."""
+"""Sweeps of tiny runs: killed, with a run that fails, with shared pre-training, under SLURM.
+
+And what a learning study measures in the folders of its runs.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from killing import differences, state_of
 from program import SMALL, TRAIN, end, start, train
 from slurm import fake_slurm
 from sweeps import checkpoints, finished, kill_when, recorded, repeated_points
+
+from benchmarks.learning import main as measure_study
 
 pytestmark = pytest.mark.slow
 
@@ -109,3 +114,25 @@ def test_an_array_of_slurm_runs_a_sweep_with_a_requeue_in_it(
     assert set(finished(folder)) == {"horizon=3", "horizon=5"}
     assert len(list(folder.glob("pretrained-*/finished.json"))) == 1
     assert "| `5` | 1 of 1 |" in told
+
+
+def test_what_a_study_measures_beside_its_runs_is_measured_once(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["trainer=debug", "experiment=learning/toy", "world_model.image.channels=[4]"]
+    words += ["demo.clips_per_scene=8", "tracking.enabled=false", "callbacks.told=0"]
+    train(in_tmp, *words, "run_dir=runs/one")
+    measure_study([Path("runs")])
+    said = capsys.readouterr().out
+    assert re.search(r"one: error 5 frames ahead [\d.]+ thousandths", said)
+    assert re.search(r"one: reward foreseen -?\d\.\d\d, ten steps -?\d\.\d\d", said)
+    dreams = json.loads((in_tmp / "runs/one/dreams.json").read_text())
+    assert {"told 5", "untold 5", "copy 5", "still_scene 10"} <= dreams.keys()
+    for name in ("dreams.json", "foresight.json"):  # a number of our own, to be read again
+        path = in_tmp / "runs/one" / name
+        kept = json.loads(path.read_text())
+        path.write_text(json.dumps(kept | {"told 5": 9.5} if name == "dreams.json" else [1.0, 0.5]))
+    measure_study([Path("runs")])
+    said = capsys.readouterr().out
+    assert "ahead 9.5 thousandths" in said
+    assert "reward foreseen 1.00, ten steps 0.50" in said
