@@ -8,8 +8,10 @@ paste. The exit code is 0 if everything agrees, 1 if something does not, 2 witho
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,6 +93,13 @@ def _child(part: Part) -> int:
     return 0
 
 
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill a process and those that it has started, such as compilers, which hold its output."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def in_process(part: Part, seconds: float, program: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a part that a process of its own finds, and one more if that ends badly.
 
@@ -113,20 +122,24 @@ def in_process(part: Part, seconds: float, program: Sequence[str] = ()) -> Itera
     command = [*program] or [sys.executable, "-m", "mapo_lightning.gpu_check"]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
-        stopping = threading.Timer(seconds, process.kill)
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        stopping = threading.Timer(seconds, _end, [process])
         stopping.start()
         assert process.stdout is not None
-        with process.stdout as said:
-            for line in said:
-                if line.startswith("{"):
-                    try:
-                        yield Row(**json.loads(line))
-                    except ValueError:  # its last line, cut off
-                        continue
-        code, stopped = process.wait(), not stopping.is_alive()
-        stopping.cancel()
+        try:
+            with process.stdout as said:
+                for line in said:
+                    if line.startswith("{"):
+                        try:
+                            yield Row(**json.loads(line))
+                        except ValueError:  # its last line, cut off
+                            continue
+            code, stopped = process.wait(), not stopping.is_alive()
+        finally:  # whoever reads may have stopped, too
+            stopping.cancel()
+            _end(process)
         errors.seek(0)
         last = (errors.read().strip().splitlines() or ["nothing"])[-1]
     if stopped:

@@ -25,7 +25,8 @@ from mapo_lightning.types import Batch
 
 WARM = 8
 """Updates before the first that is timed: kernels are chosen, the graph is recorded."""
-LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperativeKernel", "cuLaunchKernel")
+LAUNCHES += ("cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
 """How calls begin that have the device do something, in the profiler's list."""
 
 

@@ -179,7 +179,7 @@ class TrainedModule(L.LightningModule):
         for name, params in together.items():
             # Torch measures no gradients at all as a zero on the CPU, wherever the weights are.
             norm = nn.utils.clip_grad_norm_(params, limit, foreach=True)
-            norms[name] = norm.to(params[0].device) if params else norm
+            norms[name] = norm.to(params[0].device)
         return _named("grad_norm", norms)
 
     def _watch_update(self, norms: dict[str, Tensor]) -> None:

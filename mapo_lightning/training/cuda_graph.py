@@ -75,8 +75,9 @@ class CudaRecorder:
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # torch leaves the capture's stream only if it succeeds
             first = _first(error)
-            kind = type(first) if isinstance(first, torch.OutOfMemoryError) else RuntimeError
-            raise kind(str(first)) from error
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            raise RuntimeError(str(first)) from error
         finally:
             if collecting:
                 gc.enable()

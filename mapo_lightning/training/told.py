@@ -83,14 +83,12 @@ class ToldReport(NamedTuple):
             for horizon in self.horizons
         }
 
-    @property
-    def main_horizon(self) -> int:
-        """Frames ahead at which the phrases are judged: five, or as many as there are."""
-        return 5 if 5 in self.horizons else self.horizons[-1]
-
     def led(self) -> bool:
-        """Whether untold and mistold err more than told, by more than the interval."""
-        return all(self.gain(name, self.main_horizon).low > 0 for name in _COSTS)
+        """Whether untold and mistold err more than told, by more than the interval.
+
+        Five frames ahead, or as many as there are.
+        """
+        return all(self.gain(name, self._horizon).low > 0 for name in _COSTS)
 
     def unbeaten(self) -> dict[str, tuple[int, ...]]:
         """What needs no model and still does not err more than told, and how far ahead."""
@@ -103,7 +101,7 @@ class ToldReport(NamedTuple):
 
     def sentence(self) -> str:
         """What a newcomer should know of it: the errors, and which part of the gate they pass."""
-        horizon = self.main_horizon
+        horizon = self._horizon
         told, untold, mistold = (self.at(n, horizon).mean for n in ("told", *_COSTS))
         known = [f"{says} by {self.at(n, horizon).mean:.1f}" for n, says in _YARDSTICKS.items()]
         verdict = "lead the dream" if self.led() else "do not lead the dream yet"
@@ -118,6 +116,10 @@ class ToldReport(NamedTuple):
             f"and {mistold:.1f} mistold; {_listed(known)}. The phrases {verdict}: untold costs "
             f"{self.gain('untold', horizon)}, mistold {self.gain('mistold', horizon)}. {judged}"
         )
+
+    @property
+    def _horizon(self) -> int:
+        return 5 if 5 in self.horizons else self.horizons[-1]
 
     def rows(self) -> list[tuple[str, int, Interval]]:
         """Everything that is reported: name, horizon, and error or difference in thousandths."""
