@@ -311,9 +311,11 @@ def test(
 def summary(session: Session, found: Evaluation) -> None:
     """Print what came out of it, and write it down."""
     found.save(session.folder / "evaluation.json")
-    lines = [*found.lines(), *([sentence(found.dream)] if found.dream else [])]
-    session.conclude(found.metrics(), "\n".join(["```", *lines, "```"]))
-    lines = ["", *lines, f"Everything of this run: {session.folder}"]
+    played, *scores = found.lines()
+    # What MLflow shows of a description at first is a few lines.
+    session.conclude(found.metrics(), f"{played} {scores[-1].strip()}")
+    dream = [sentence(found.dream)] if found.dream else []
+    lines = ["", played, *scores, *dream, f"Everything of this run: {session.folder}"]
     page = tracking.where_to_look(session.cfg.tracking)
     if page is not None:
         lines.append(f"Videos, curves and phrases: {page}")

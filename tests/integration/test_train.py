@@ -149,7 +149,8 @@ def check_parent(db: sqlite3.Connection, played: dict[str, Any]) -> None:
     wanted = {"method": "mapo", "task": "toy/disc", "seed": "0", "stage": "all"}
     assert wanted.items() <= tags.items()
     told = Path(tags["run_dir"], "pretrain/told.md").read_text().splitlines()[0]
-    assert tags["mlflow.note.content"].startswith(f"{told}\n\n```\ntoy/disc after ")
+    assert tags["mlflow.note.content"].startswith(f"{told}\n\ntoy/disc after ")
+    assert "1 episodes from reset seeds 1000..1000: mapo " in tags["mlflow.note.content"]
     assert of("run/pretrain", "tags")["mlflow.note.content"] == told
     assert Path(tags["run_dir"]).name == "run"
     assert figures["eval/return"] == played["policies"]["agent"]["return"]
