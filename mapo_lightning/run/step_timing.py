@@ -25,8 +25,10 @@ from mapo_lightning.types import Batch
 
 WARM = 8
 """Updates before the first that is timed: kernels are chosen, the graph is recorded."""
-LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperativeKernel", "cuLaunchKernel")
-LAUNCHES += ("cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
+LAUNCHES = (
+    "cudaLaunchKernel", "cudaLaunchCooperativeKernel", "cuLaunchKernel", "cudaGraphLaunch",
+    "cudaMemcpy", "cudaMemset",
+)  # fmt: skip
 """How calls begin that have the device do something, in the profiler's list."""
 
 
